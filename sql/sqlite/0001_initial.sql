@@ -1,0 +1,112 @@
+-- The five tables of the contract. Decimals are text with the scale trimmed,
+-- instants are RFC 3339 in UTC. Keys are what the promises call a row's identity.
+
+CREATE TABLE usage_windows (
+    job                 TEXT    NOT NULL,
+    tenant_id           TEXT    NOT NULL,
+    customer_id         TEXT    NOT NULL,
+    subscription_id     TEXT    NOT NULL,
+    meter_id            TEXT    NOT NULL,
+    price_id            TEXT    NOT NULL, -- '' for usage without a price
+    dimensions          TEXT    NOT NULL, -- canonical JSON
+    window_start        TEXT    NOT NULL,
+    window_end          TEXT    NOT NULL,
+    period_start        TEXT    NOT NULL,
+    period_end          TEXT    NOT NULL,
+    quantity            TEXT    NOT NULL,
+    event_count         INTEGER NOT NULL,
+    cost                TEXT    NOT NULL,
+    currency            TEXT    NOT NULL,
+    events_digest       TEXT    NOT NULL,
+    -- Digests of the definitions that the row was computed with: they tell causes.
+    meter_digest        TEXT    NOT NULL,
+    price_digest        TEXT    NOT NULL,
+    subscription_digest TEXT    NOT NULL,
+    customer_digest     TEXT    NOT NULL,
+    version             INTEGER NOT NULL,
+    run_id              TEXT    NOT NULL,
+    updated_at          TEXT    NOT NULL,
+    PRIMARY KEY (job, tenant_id, subscription_id, meter_id, price_id, dimensions, period_start, window_start)
+) WITHOUT ROWID;
+
+CREATE TABLE usage_periods (
+    job                   TEXT    NOT NULL,
+    tenant_id             TEXT    NOT NULL,
+    customer_id           TEXT    NOT NULL,
+    subscription_id       TEXT    NOT NULL,
+    meter_id              TEXT    NOT NULL,
+    price_id              TEXT    NOT NULL,
+    dimensions            TEXT    NOT NULL,
+    period_start          TEXT    NOT NULL,
+    period_end            TEXT    NOT NULL,
+    quantity              TEXT    NOT NULL,
+    cost                  TEXT    NOT NULL, -- exact, before adjustments
+    minimum_adjustment    TEXT    NOT NULL,
+    commitment_adjustment TEXT    NOT NULL,
+    amount                TEXT    NOT NULL, -- rounded to the currency's minor unit
+    currency              TEXT    NOT NULL,
+    closed_at             TEXT,
+    version               INTEGER NOT NULL,
+    run_id                TEXT    NOT NULL,
+    updated_at            TEXT    NOT NULL,
+    PRIMARY KEY (job, tenant_id, subscription_id, meter_id, price_id, dimensions, period_start)
+) WITHOUT ROWID;
+
+-- The ledger. Append-only: nothing in Trueup updates or deletes here.
+CREATE TABLE corrections (
+    correction_id      TEXT    NOT NULL PRIMARY KEY, -- run id and sequence: sorts in the order of writing
+    run_id             TEXT    NOT NULL,
+    job                TEXT    NOT NULL,
+    tenant_id          TEXT    NOT NULL,
+    customer_id        TEXT    NOT NULL,
+    subscription_id    TEXT    NOT NULL,
+    meter_id           TEXT    NOT NULL,
+    price_id           TEXT    NOT NULL,
+    dimensions         TEXT    NOT NULL,
+    period_start       TEXT    NOT NULL,
+    window_start       TEXT    NOT NULL,
+    currency           TEXT    NOT NULL,
+    kind               TEXT    NOT NULL CHECK (kind IN ('insert', 'update', 'retract')),
+    causes             TEXT    NOT NULL, -- JSON: {"late_event": 3}
+    quantity_before    TEXT,
+    quantity_after     TEXT,
+    cost_before        TEXT,
+    cost_after         TEXT,
+    event_count_before INTEGER,
+    event_count_after  INTEGER,
+    recorded_at        TEXT    NOT NULL
+) WITHOUT ROWID;
+
+CREATE INDEX corrections_by_key ON corrections (job, tenant_id, subscription_id, meter_id, window_start);
+
+CREATE TABLE runs (
+    run_id        TEXT    NOT NULL PRIMARY KEY, -- UUIDv7: sorts by time
+    job           TEXT    NOT NULL,
+    mode          TEXT    NOT NULL,
+    status        TEXT    NOT NULL,
+    range_start   TEXT,
+    range_end     TEXT,
+    started_at    TEXT    NOT NULL,
+    finished_at   TEXT    NOT NULL,
+    version       INTEGER NOT NULL,
+    counts        TEXT    NOT NULL, -- JSON
+    input         TEXT    NOT NULL, -- JSON: files, ingestion cut-off
+    basis         TEXT    NOT NULL, -- JSON: versions and digests of job and reference tables
+    ledger_digest TEXT    NOT NULL  -- SHA-256, chained over all runs of the job
+) WITHOUT ROWID;
+
+CREATE TABLE dead_letters (
+    job             TEXT    NOT NULL,
+    tenant_id       TEXT    NOT NULL,
+    event_id        TEXT    NOT NULL,
+    meter_id        TEXT    NOT NULL, -- '' where the event as a whole could not count
+    reason          TEXT    NOT NULL,
+    detail          TEXT    NOT NULL,
+    event           TEXT    NOT NULL, -- JSON
+    event_time      TEXT,
+    occurrences     INTEGER NOT NULL,
+    first_run_id    TEXT    NOT NULL,
+    last_run_id     TEXT    NOT NULL,
+    resolved_run_id TEXT,
+    PRIMARY KEY (job, tenant_id, event_id, meter_id, reason)
+) WITHOUT ROWID;

@@ -1,0 +1,129 @@
+//! Proving that the store says what the events and the ledger say.
+
+use anyhow::Result;
+use rustc_hash::FxHashMap;
+
+use crate::model::aggregate::{Values, WindowKey};
+use crate::model::run::{LedgerChain, LedgerLine};
+use crate::model::timestamp::Timestamp;
+use crate::model::window::Span;
+use crate::store::AggregateStore;
+
+/// Something that the ledger does not bear out.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Finding {
+    /// The table.
+    pub table: &'static str,
+    /// The row.
+    pub row: String,
+    pub problem: String,
+}
+
+/// Checks that the ledger's chain is whole, and that replaying it gives the stored
+/// table (promise 5).
+///
+/// # Errors
+/// Where the store cannot be read.
+pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding>> {
+    let runs = store.runs(job)?;
+    let mut chains: FxHashMap<String, LedgerChain> = FxHashMap::default();
+    let mut previous = "";
+    for run in &runs {
+        chains.insert(run.run_id.clone(), LedgerChain::new(previous, &run.run_id));
+        previous = &run.ledger_digest;
+    }
+    let order: FxHashMap<&str, usize> = runs.iter().enumerate().map(|(at, run)| (run.run_id.as_str(), at)).collect();
+    let mut findings = Vec::new();
+    let mut rows: FxHashMap<WindowKey, Values> = FxHashMap::default();
+    let mut last_run = 0;
+    store.ledger(job, &mut |entry| {
+        let mut find = |problem: String| {
+            findings.push(Finding { table: "corrections", row: entry.correction_id.clone(), problem });
+        };
+        let Some(chain) = chains.get_mut(&entry.run_id) else {
+            find(format!("belongs to run {}, which is not in runs", entry.run_id));
+            return Ok(());
+        };
+        let at = order.get(entry.run_id.as_str()).copied().unwrap_or_default();
+        if at < last_run {
+            find("is out of order".to_owned());
+        }
+        last_run = last_run.max(at);
+        let (period_start, window_start) = (entry.key.period.period_start.to_string(), entry.key.window_start.to_string());
+        let period = &entry.key.period;
+        chain.add(&LedgerLine {
+            texts: [
+                &period.tenant_id,
+                &period.subscription_id,
+                &period.meter_id,
+                &period.price_id,
+                &period.dimensions,
+                &period_start,
+                &window_start,
+                &entry.kind,
+                &entry.causes,
+            ],
+            before: entry.before,
+            after: entry.after,
+        });
+        let known = match entry.after {
+            Some(after) => rows.insert(entry.key.clone(), after),
+            None => rows.remove(&entry.key),
+        };
+        if known != entry.before {
+            find("starts from other values than the correction before it left".to_owned());
+        }
+        Ok(())
+    })?;
+    for run in &runs {
+        let digest = chains.remove(&run.run_id).map(LedgerChain::finish);
+        if digest.as_deref() != Some(run.ledger_digest.as_str()) {
+            findings.push(Finding {
+                table: "runs",
+                row: run.run_id.clone(),
+                problem: "its ledger digest does not match its corrections: a row was altered, added or removed".to_owned(),
+            });
+        }
+    }
+    compare_with_table(store, job, rows, &mut findings)?;
+    Ok(findings)
+}
+
+fn compare_with_table(
+    store: &dyn AggregateStore,
+    job: &str,
+    mut replayed: FxHashMap<WindowKey, Values>,
+    findings: &mut Vec<Finding>,
+) -> Result<()> {
+    let everything = Span { start: Timestamp::MIN, end: Timestamp::MAX };
+    let everything = store.extent(job)?.unwrap_or(everything);
+    for stored in store.windows(job, everything)? {
+        let problem = match replayed.remove(&stored.row.key) {
+            Some(values) if values == Values::from(&stored.row) => continue,
+            Some(values) => format!("holds quantity {} and cost {}, the ledger says {} and {}", stored.row.quantity, stored.row.cost, values.quantity, values.cost),
+            None => "is not in the ledger".to_owned(),
+        };
+        findings.push(Finding { table: "usage_windows", row: describe(&stored.row.key), problem });
+    }
+    let mut missing: Vec<_> = replayed.into_keys().collect();
+    missing.sort();
+    findings.extend(missing.iter().map(|key| Finding {
+        table: "usage_windows",
+        row: describe(key),
+        problem: "is in the ledger, but not in the table".to_owned(),
+    }));
+    Ok(())
+}
+
+/// A row's key for people.
+pub fn describe(key: &WindowKey) -> String {
+    let period = &key.period;
+    let mut text = format!("{} / {} / {}", period.tenant_id, period.subscription_id, period.meter_id);
+    if &*period.dimensions != "{}" {
+        text.push_str(&format!(" {}", period.dimensions));
+    }
+    if !period.price_id.is_empty() {
+        text.push_str(&format!(" / {}", period.price_id));
+    }
+    format!("{text} / {}", key.window_start)
+}

@@ -1,0 +1,132 @@
+//! The command line: one file a command.
+
+mod check;
+mod dead_letters;
+mod export;
+mod init;
+mod lock;
+pub mod output;
+mod plan;
+mod progress;
+mod range;
+mod run;
+mod runs;
+mod verify;
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::{Job, Source, Store};
+use crate::source::files::FileSource;
+use crate::store::AggregateStore;
+use crate::store::sqlite::SqliteStore;
+
+/// Recomputes usage and cost windows from raw events, writes only what differs,
+/// and keeps a ledger of every correction and its cause.
+#[derive(Debug, Parser)]
+#[command(name = "trueup", version, max_term_width = 100, after_help = "\
+Exit codes: 0 done, 1 runtime error, 2 usage or configuration, 3 differences found,
+4 invariant failed and nothing published, 6 another run holds the lock, 8 guard tripped.")]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+
+    /// How results are printed on stdout.
+    #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
+    output: Format,
+
+    /// Threads that read and aggregate [default: one a core].
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+
+    /// More logs on stderr; twice for still more.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+
+    /// No progress and no warnings on stderr.
+    #[arg(short, long, global = true)]
+    quiet: bool,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Text,
+    /// One JSON document.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Recompute, and publish what differs.
+    Run(run::RunArguments),
+    /// Show what a run would change, and write nothing.
+    Plan(plan::PlanArguments),
+    /// Recompute and compare, check the ledger, and write nothing.
+    Verify(verify::VerifyArguments),
+    /// Check the job file, the reference tables and the source.
+    Check(JobArgument),
+    /// List the runs of a job.
+    Runs(JobArgument),
+    /// List events that should have counted and could not.
+    DeadLetters(dead_letters::DeadLetterArguments),
+    /// Write a table as CSV, NDJSON or Parquet.
+    Export(export::ExportArguments),
+    /// Write a small job that runs.
+    Init(init::InitArguments),
+}
+
+#[derive(Debug, Args)]
+struct JobArgument {
+    /// The job file.
+    job: PathBuf,
+}
+
+/// What every command gets.
+struct Session {
+    format: Format,
+    threads: usize,
+    quiet: bool,
+}
+
+/// Runs a command; returns its exit code.
+///
+/// # Errors
+/// Whatever the command could not do; [`crate::fault::exit_code`] has its code.
+pub fn dispatch(arguments: Arguments) -> Result<u8> {
+    crate::telemetry::start(arguments.verbose, arguments.quiet);
+    let threads = arguments.threads.or_else(|| std::thread::available_parallelism().ok());
+    let session = Session { format: arguments.output, threads: threads.map_or(1, NonZeroUsize::get), quiet: arguments.quiet };
+    match arguments.command {
+        Command::Run(arguments) => run::execute(&session, &arguments),
+        Command::Plan(arguments) => plan::execute(&session, &arguments),
+        Command::Verify(arguments) => verify::execute(&session, &arguments),
+        Command::Check(arguments) => check::execute(&session, &arguments.job),
+        Command::Runs(arguments) => runs::execute(&session, &arguments.job),
+        Command::DeadLetters(arguments) => dead_letters::execute(&session, &arguments),
+        Command::Export(arguments) => export::execute(&arguments),
+        Command::Init(arguments) => init::execute(&session, &arguments),
+    }
+}
+
+fn source_of(job: &Job) -> FileSource {
+    let Source::Files { patterns, columns } = &job.source;
+    FileSource::new(patterns.clone(), columns.clone())
+}
+
+fn store_path(job: &Job) -> &Path {
+    let Store::Sqlite { path } = &job.store;
+    path
+}
+
+/// The store for reading, if there is one.
+fn read_store(job: &Job) -> Result<Option<SqliteStore>> {
+    SqliteStore::open_read_only(store_path(job))
+}
+
+fn as_store(store: &Option<SqliteStore>) -> Option<&dyn AggregateStore> {
+    store.as_ref().map(|store| store as &dyn AggregateStore)
+}

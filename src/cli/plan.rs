@@ -1,0 +1,370 @@
+//! `trueup plan`, and the report that `trueup run` shares with it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use serde::Serialize;
+
+use super::output::{Style, counted, emit, emit_json, number, table};
+use super::progress::Progress;
+use super::range::RangeArguments;
+use super::{Format, Session, as_store, read_store, source_of};
+use crate::audit::describe;
+use crate::clock::Stopwatch;
+use crate::config::Job;
+use crate::model::aggregate::{Correction, CorrectionKind, Values};
+use crate::model::counts::{EventCounts, RowCounts, UsageCounts};
+use crate::model::decimal::Decimal;
+use crate::model::run::RunRecord;
+use crate::pipeline::{Inputs, Plan, Step, plan as compute};
+use crate::reference::Reference;
+
+#[derive(Debug, Args)]
+pub struct PlanArguments {
+    /// The job file.
+    job: PathBuf,
+
+    #[command(flatten)]
+    range: RangeArguments,
+
+    /// Exit with 3 if something would change.
+    #[arg(long)]
+    detailed_exitcode: bool,
+}
+
+pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
+    let watch = Stopwatch::start();
+    let job = Job::load(&arguments.job)?;
+    let request = arguments.range.request(job.timezone)?;
+    let reference = Reference::load(&job)?;
+    let store = read_store(&job)?;
+    let progress = Progress::new(session.quiet);
+    let inputs = Inputs {
+        job: &job,
+        reference: &reference,
+        source: &source_of(&job),
+        store: as_store(&store),
+        threads: session.threads,
+        progress: &progress,
+    };
+    let plan = compute(&inputs, &request)?;
+    drop(progress);
+    match session.format {
+        Format::Json => emit_json(&Document::new("trueup.plan/1", None, &plan)?)?,
+        Format::Text => {
+            let report = Report { plan: &plan, job: &job, seconds: watch.seconds(), style: Style::for_stdout() };
+            emit(&report.of_plan()?)?;
+        }
+    }
+    Ok(if arguments.detailed_exitcode && plan.changes.rows.changed() > 0 { 3 } else { 0 })
+}
+
+/// The JSON of a run or a plan.
+#[derive(Debug, Serialize)]
+pub struct Document<'p> {
+    schema: &'static str,
+    run_id: Option<&'p str>,
+    job: Option<&'p str>,
+    status: &'p str,
+    range: RangeDocument,
+    /// The billing periods that are priced as a whole.
+    reach: RangeDocument,
+    events: EventCounts,
+    usage: UsageCounts,
+    rows: RowCounts,
+    periods: PeriodCounts,
+    totals: Vec<TotalDocument<'p>>,
+    /// Rows by cause; a row may have several.
+    causes: BTreeMap<&'static str, u64>,
+    dead_letters: BTreeMap<&'static str, u64>,
+    dead_letters_resolved: u64,
+    stale_outside: u64,
+    warnings: &'p [String],
+    steps: &'p [Step],
+}
+
+#[derive(Debug, Serialize)]
+struct RangeDocument {
+    start: Option<String>,
+    end: Option<String>,
+}
+
+impl From<Option<crate::model::window::Span>> for RangeDocument {
+    fn from(span: Option<crate::model::window::Span>) -> Self {
+        RangeDocument { start: span.map(|span| span.start.to_string()), end: span.map(|span| span.end.to_string()) }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct PeriodCounts {
+    written: u64,
+    removed: u64,
+    unchanged: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct TotalDocument<'p> {
+    currency: &'p str,
+    cost_before: Decimal,
+    cost_after: Decimal,
+}
+
+impl<'p> Document<'p> {
+    pub fn new(schema: &'static str, run: Option<&'p RunRecord>, plan: &'p Plan) -> Result<Self> {
+        let total = |(currency, totals): (&'p crate::model::aggregate::Text, &crate::pipeline::Totals)| {
+            Ok(TotalDocument { currency, cost_before: totals.before.total()?, cost_after: totals.after.total()? })
+        };
+        Ok(Document {
+            schema,
+            run_id: run.map(|run| run.run_id.as_str()),
+            job: run.map(|run| run.job.as_str()),
+            status: run.map_or("planned", |run| run.status.as_str()),
+            range: plan.range.into(),
+            reach: plan.reach.into(),
+            events: plan.events,
+            usage: plan.usage,
+            rows: plan.changes.rows,
+            periods: PeriodCounts {
+                written: plan.periods.upserts.len() as u64,
+                removed: plan.periods.deletions.len() as u64,
+                unchanged: plan.periods.unchanged,
+            },
+            totals: plan.changes.totals.iter().map(total).collect::<Result<_>>()?,
+            causes: causes(&plan.changes.corrections),
+            dead_letters: reasons(plan),
+            dead_letters_resolved: plan.resolved.len() as u64,
+            stale_outside: plan.changes.stale_outside,
+            warnings: &plan.warnings,
+            steps: &plan.steps,
+        })
+    }
+}
+
+fn causes(corrections: &[Correction]) -> BTreeMap<&'static str, u64> {
+    let mut rows = BTreeMap::new();
+    for cause in corrections.iter().flat_map(|correction| correction.causes.keys()) {
+        *rows.entry(cause.name()).or_default() += 1;
+    }
+    rows
+}
+
+fn reasons(plan: &Plan) -> BTreeMap<&'static str, u64> {
+    let mut letters = BTreeMap::new();
+    for letter in &plan.dead_letters {
+        *letters.entry(letter.key.reason).or_default() += 1;
+    }
+    letters
+}
+
+/// The text of a run or a plan.
+pub struct Report<'p> {
+    pub plan: &'p Plan,
+    pub job: &'p Job,
+    pub seconds: f64,
+    pub style: Style,
+}
+
+impl Report<'_> {
+    /// What a run did.
+    ///
+    /// # Errors
+    /// Where a total overflows.
+    pub fn of_run(&self, run: &RunRecord) -> Result<String> {
+        let mut out = String::new();
+        let changed = self.plan.changes.rows.changed() > 0;
+        let verdict = if self.plan.range.is_none() {
+            "there is nothing to compute: no event and no stored row".to_owned()
+        } else if changed {
+            format!("published {}", counted(self.plan.changes.rows.changed(), "correction"))
+        } else {
+            "nothing changed: the store agrees with the events".to_owned()
+        };
+        writeln!(out, "{} {verdict}", self.style.bold(&format!("trueup run {}:", self.job.name)))?;
+        self.body(&mut out)?;
+        self.line(&mut out, "run", &run.run_id)?;
+        let job = self.job.path.display();
+        let mut next = Vec::new();
+        if !self.plan.dead_letters.is_empty() {
+            next.push((format!("trueup dead-letters {job}"), "what could not count, and the remedy"));
+        }
+        if changed {
+            next.push((format!("trueup export {job} corrections --format csv"), "every change and its cause"));
+            next.push((format!("trueup run {job}"), "run again: nothing changes"));
+        } else {
+            next.push((format!("trueup verify {job}"), "prove that store, events and ledger agree"));
+        }
+        self.next(&mut out, &next)?;
+        Ok(out)
+    }
+
+    /// What a run would do.
+    ///
+    /// # Errors
+    /// Where a total overflows.
+    pub fn of_plan(&self) -> Result<String> {
+        let mut out = String::new();
+        let rows = self.plan.changes.rows;
+        let verdict = if rows.changed() == 0 {
+            "nothing would change".to_owned()
+        } else {
+            format!(
+                "{} to insert, {} to update, {} to retract",
+                number(rows.inserted),
+                number(rows.updated),
+                number(rows.retracted)
+            )
+        };
+        writeln!(out, "{} {verdict}", self.style.bold(&format!("trueup plan {}:", self.job.name)))?;
+        self.body(&mut out)?;
+        self.largest(&mut out)?;
+        if rows.changed() > 0 {
+            if let Err(refusal) = self.plan.check_guard(self.job) {
+                writeln!(out, "\n{} {refusal}", self.style.yellow("note:"))?;
+            }
+            self.next(&mut out, &[(format!("trueup run {}", self.job.path.display()), "publish exactly this, if nothing changes meanwhile")])?;
+        }
+        Ok(out)
+    }
+
+    fn line(&self, out: &mut String, name: &str, text: &str) -> std::fmt::Result {
+        writeln!(out, "  {} {text}", self.style.dim(&format!("{name:<12}")))
+    }
+
+    fn next(&self, out: &mut String, commands: &[(String, &str)]) -> std::fmt::Result {
+        let width = commands.iter().map(|(command, _)| command.chars().count()).max().unwrap_or_default();
+        writeln!(out)?;
+        for (command, why) in commands {
+            writeln!(out, "  {command:<width$}  {}", self.style.dim(&format!("# {why}")))?;
+        }
+        Ok(())
+    }
+
+    fn body(&self, out: &mut String) -> Result<()> {
+        let Some(range) = self.plan.range else { return Ok(()) };
+        self.line(out, "range", &format!("{} to {}", range.start, range.end))?;
+        if let Some(asked) = self.plan.widened_from {
+            self.line(out, "", &format!("widened to whole windows from {} to {}", asked.start, asked.end))?;
+        }
+        if let Some(reach) = self.plan.reach.filter(|reach| *reach != range) {
+            self.line(out, "priced", &format!("{} to {}, the billing periods that the range touches", reach.start, reach.end))?;
+        }
+        let e = self.plan.events;
+        self.line(out, "events", &self.sum(e.read, "read", &[
+            (e.metered, "metered"),
+            (e.duplicates, "duplicates"),
+            (e.voided, "voided"),
+            (e.unmatched, "unmatched"),
+            (e.dead_lettered, "dead-lettered"),
+            (e.out_of_range, "out of range"),
+        ]))?;
+        let u = self.plan.usage;
+        self.line(out, "matches", &self.sum(u.matches, "with meters", &[
+            (u.counted, "counted"),
+            (u.skipped, "skipped"),
+            (u.rejected, "rejected"),
+        ]))?;
+        self.rows(out)?;
+        for (at, (currency, totals)) in self.plan.changes.totals.iter().enumerate() {
+            let (before, after) = (totals.before.total()?, totals.after.total()?);
+            let change = after.sub(before)?;
+            let change = match change {
+                change if change.is_zero() => self.style.dim("unchanged"),
+                change if change.is_negative() => self.style.red(&change.to_string()),
+                change => self.style.green(&format!("+{change}")),
+            };
+            self.line(out, if at == 0 { "cost" } else { "" }, &format!("{currency} {before} -> {after}  {change}"))?;
+        }
+        let listed = |counts: BTreeMap<&str, u64>| {
+            counts.iter().map(|(name, count)| format!("{name} {}", number(*count))).collect::<Vec<_>>().join(", ")
+        };
+        let causes = causes(&self.plan.changes.corrections);
+        if !causes.is_empty() {
+            self.line(out, "causes", &listed(causes))?;
+        }
+        if !self.plan.dead_letters.is_empty() {
+            self.line(out, "dead letters", &listed(reasons(self.plan)))?;
+        }
+        if !self.plan.resolved.is_empty() {
+            self.line(out, "resolved", &counted(self.plan.resolved.len() as u64, "dead letter"))?;
+        }
+        if self.plan.changes.stale_outside > 0 {
+            let stale = counted(self.plan.changes.stale_outside, "window");
+            self.line(out, "outside", &format!("{stale} out of the range no longer say what the events say: run their range too"))?;
+        }
+        for warning in &self.plan.warnings {
+            self.line(out, "warning", &self.style.yellow(warning))?;
+        }
+        let steps: Vec<_> = self.plan.steps.iter().map(|step| format!("{} {:.2}", step.name, step.seconds)).collect();
+        self.line(out, "time", &format!("{:.2} s ({})", self.seconds, steps.join(", ")))?;
+        Ok(())
+    }
+
+    fn rows(&self, out: &mut String) -> std::fmt::Result {
+        let rows = self.plan.changes.rows;
+        let parts = [
+            (rows.inserted, "inserted", self.style.green(&number(rows.inserted))),
+            (rows.updated, "updated", self.style.yellow(&number(rows.updated))),
+            (rows.retracted, "retracted", self.style.red(&number(rows.retracted))),
+            (rows.unchanged, "unchanged", number(rows.unchanged)),
+        ];
+        let parts = parts.map(|(count, name, painted)| format!("{} {name}", if count == 0 { "0".to_owned() } else { painted }));
+        self.line(out, "windows", &parts.join(", "))?;
+        let periods = &self.plan.periods;
+        let (written, removed) = (periods.upserts.len() as u64, periods.deletions.len() as u64);
+        self.line(
+            out,
+            "periods",
+            &format!("{} written, {} removed, {} unchanged", number(written), number(removed), number(periods.unchanged)),
+        )
+    }
+
+    /// `12 read = 10 metered + 2 voided`: zeros are left out, the sum stays whole.
+    fn sum(&self, total: u64, name: &str, parts: &[(u64, &str)]) -> String {
+        let shown: Vec<_> = parts.iter().filter(|(count, _)| *count > 0).map(|(count, name)| format!("{} {name}", number(*count))).collect();
+        let shown = if shown.is_empty() { String::new() } else { format!(" = {}", shown.join(" + ")) };
+        format!("{} {name}{shown}", number(total))
+    }
+
+    /// The changes that move the most money, first computations aside.
+    fn largest(&self, out: &mut String) -> Result<()> {
+        const SHOWN: usize = 10;
+        let cost = |values: Option<Values>| values.map_or(Decimal::ZERO, |values| values.cost);
+        let mut changes = Vec::new();
+        for correction in &self.plan.changes.corrections {
+            changes.push((cost(correction.after).sub(cost(correction.before))?, correction));
+        }
+        changes.sort_by(|(a, left), (b, right)| b.abs().cmp(&a.abs()).then_with(|| left.key.cmp(&right.key)));
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let quantity = |values: Option<Values>| values.map_or_else(|| "-".to_owned(), |values| values.quantity.to_string());
+        let row = |(change, correction): &(Decimal, &Correction)| {
+            let symbol = match correction.kind {
+                CorrectionKind::Insert => "+",
+                CorrectionKind::Update => "~",
+                CorrectionKind::Retract => "-",
+            };
+            let causes: Vec<_> = correction.causes.keys().map(|cause| cause.name()).collect();
+            vec![
+                format!("  {symbol}"),
+                correction.customer_id.to_string(),
+                describe(&correction.key),
+                quantity(correction.before),
+                quantity(correction.after),
+                format!("{change} {}", correction.currency),
+                causes.join(", "),
+            ]
+        };
+        let rows: Vec<_> = changes.iter().take(SHOWN).map(row).collect();
+        out.push('\n');
+        let header = ["", "customer", "window", "quantity", "becomes", "cost change", "cause"];
+        out.push_str(&table(&header, &rows, &[3, 4, 5], self.style));
+        if changes.len() > SHOWN {
+            writeln!(out, "  … and {} more", number((changes.len() - SHOWN) as u64))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,114 @@
+//! Which range and which part of a job a command is about.
+
+use anyhow::Result;
+use chrono::{Duration, NaiveDate, NaiveDateTime, NaiveTime};
+use chrono_tz::Tz;
+use clap::Args;
+
+use crate::clock;
+use crate::fault::configuration;
+use crate::model::timestamp::Timestamp;
+use crate::model::window::{Span, WindowSize, instant_of};
+use crate::pipeline::Request;
+use crate::pipeline::enrich::Scope;
+
+/// The range is `[start, end)`; without any of these, it is everything.
+#[derive(Debug, Default, Args)]
+pub struct RangeArguments {
+    /// From this time on: a date (midnight in the job's zone) or RFC 3339.
+    #[arg(long, value_name = "TIME", requires = "end", conflicts_with_all = ["day", "month", "last"])]
+    start: Option<String>,
+
+    /// Up to, not including, this time.
+    #[arg(long, value_name = "TIME", requires = "start")]
+    end: Option<String>,
+
+    /// One day in the job's zone: 2026-01-31.
+    #[arg(long, value_name = "DATE", conflicts_with_all = ["month", "last"])]
+    day: Option<String>,
+
+    /// One month in the job's zone: 2026-01.
+    #[arg(long, value_name = "MONTH", conflicts_with = "last")]
+    month: Option<String>,
+
+    /// The time until now: 12h, 3d, 2w.
+    #[arg(long, value_name = "DURATION")]
+    last: Option<String>,
+
+    /// Only this tenant.
+    #[arg(long, value_name = "TENANT_ID")]
+    tenant: Option<String>,
+
+    /// Only this customer.
+    #[arg(long, value_name = "CUSTOMER_ID")]
+    customer: Option<String>,
+
+    /// Only this meter.
+    #[arg(long, value_name = "METER_ID")]
+    meter: Option<String>,
+}
+
+impl RangeArguments {
+    /// The request in the zone of the job.
+    ///
+    /// # Errors
+    /// Where a time cannot be read, or the range is empty.
+    pub fn request(&self, timezone: Tz) -> Result<Request> {
+        let scope = Scope { tenant: self.tenant.clone(), customer: self.customer.clone(), meter: self.meter.clone() };
+        let range = if let (Some(start), Some(end)) = (&self.start, &self.end) {
+            Some(Span { start: time("--start", start, timezone)?, end: time("--end", end, timezone)? })
+        } else if let Some(day) = &self.day {
+            let date = date(day).ok_or_else(|| configuration(format!("--day {day} is no date such as 2026-01-31")))?;
+            Some(WindowSize::Day.window(midnight(date, timezone), timezone))
+        } else if let Some(month) = &self.month {
+            let first = date(&format!("{month}-01"));
+            let first = first.ok_or_else(|| configuration(format!("--month {month} is no month such as 2026-01")))?;
+            Some(WindowSize::Month.window(midnight(first, timezone), timezone))
+        } else if let Some(last) = &self.last {
+            let length = duration(last).ok_or_else(|| configuration(format!("--last {last} is no duration such as 12h, 3d or 2w")))?;
+            let now = clock::now();
+            Some(Span { start: Timestamp::from_utc(now.utc() - length), end: now })
+        } else {
+            None
+        };
+        match range {
+            Some(range) if range.start >= range.end => Err(configuration(format!(
+                "the range from {} to {} is empty: --start must be before --end, which is not part of the range",
+                range.start, range.end
+            ))),
+            range => Ok(Request { range, scope }),
+        }
+    }
+}
+
+fn date(text: &str) -> Option<NaiveDate> {
+    let date = NaiveDate::parse_from_str(text, "%Y-%m-%d").ok()?;
+    // The same bounds as for any instant.
+    text.parse::<Timestamp>().ok().map(|_| date)
+}
+
+fn midnight(date: NaiveDate, timezone: Tz) -> Timestamp {
+    instant_of(date.and_time(NaiveTime::MIN), timezone)
+}
+
+/// A bare date or a time without an offset is wall-clock time in the job's zone.
+fn time(option: &str, text: &str, timezone: Tz) -> Result<Timestamp> {
+    if let Some(date) = date(text) {
+        return Ok(midnight(date, timezone));
+    }
+    let wall = ["%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M"];
+    let wall = wall.iter().find_map(|format| NaiveDateTime::parse_from_str(text, format).ok());
+    let parsed = text.parse::<Timestamp>().map_err(|error| configuration(format!("{option}: {error}")))?;
+    Ok(wall.map_or(parsed, |wall| instant_of(wall, timezone)))
+}
+
+fn duration(text: &str) -> Option<Duration> {
+    let unit = text.chars().last()?;
+    let count: i64 = text.strip_suffix(unit)?.parse().ok().filter(|count| (1..=100_000).contains(count))?;
+    match unit {
+        'h' => Some(Duration::hours(count)),
+        'd' => Some(Duration::days(count)),
+        'w' => Some(Duration::weeks(count)),
+        _ => None,
+    }
+}

@@ -1,0 +1,63 @@
+//! `trueup run`
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+
+use super::lock::Lock;
+use super::output::{Style, emit, emit_json};
+use super::progress::Progress;
+use super::range::RangeArguments;
+use super::{Format, Session, plan, source_of, store_path};
+use crate::clock::Stopwatch;
+use crate::config::Job;
+use crate::pipeline::{Inputs, plan as compute};
+use crate::reference::Reference;
+use crate::store::sqlite::SqliteStore;
+
+#[derive(Debug, Args)]
+pub struct RunArguments {
+    /// The job file.
+    job: PathBuf,
+
+    #[command(flatten)]
+    range: RangeArguments,
+
+    /// Publish even if the change is larger than the job's guard allows.
+    #[arg(long)]
+    yes: bool,
+}
+
+pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
+    let watch = Stopwatch::start();
+    let job = Job::load(&arguments.job)?;
+    let request = arguments.range.request(job.timezone)?;
+    let reference = Reference::load(&job)?;
+    let _lock = Lock::take(&SqliteStore::lock_path(store_path(&job), &job.name), &job.name)?;
+    let mut store = SqliteStore::open(store_path(&job))?;
+    let progress = Progress::new(session.quiet);
+    let inputs = Inputs {
+        job: &job,
+        reference: &reference,
+        source: &source_of(&job),
+        store: Some(&store),
+        threads: session.threads,
+        progress: &progress,
+    };
+    let plan = compute(&inputs, &request)?;
+    if !arguments.yes {
+        plan.check_guard(&job)?;
+    }
+    let run_id = uuid::Uuid::now_v7().to_string();
+    let published = plan.publish(&job, &mut store, &run_id)?;
+    drop(progress);
+    match session.format {
+        Format::Json => emit_json(&plan::Document::new("trueup.run/1", Some(&published.run), &published.plan)?)?,
+        Format::Text => {
+            let report = plan::Report { plan: &published.plan, job: &job, seconds: watch.seconds(), style: Style::for_stdout() };
+            emit(&report.of_run(&published.run)?)?;
+        }
+    }
+    Ok(0)
+}

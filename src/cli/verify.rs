@@ -1,0 +1,109 @@
+//! `trueup verify`
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use serde::Serialize;
+
+use super::output::{Style, counted, emit, emit_json};
+use super::progress::Progress;
+use super::range::RangeArguments;
+use super::{Format, Session, as_store, read_store, source_of};
+use crate::audit::{Finding, check_ledger, describe};
+use crate::config::Job;
+use crate::model::counts::RowCounts;
+use crate::pipeline::{Inputs, Plan, plan as compute};
+use crate::reference::Reference;
+
+#[derive(Debug, Args)]
+pub struct VerifyArguments {
+    /// The job file.
+    job: PathBuf,
+
+    #[command(flatten)]
+    range: RangeArguments,
+}
+
+#[derive(Debug, Serialize)]
+struct Document<'v> {
+    schema: &'static str,
+    job: &'v str,
+    status: &'static str,
+    rows: RowCounts,
+    periods_differing: u64,
+    ledger: &'v [Finding],
+}
+
+pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
+    let job = Job::load(&arguments.job)?;
+    let request = arguments.range.request(job.timezone)?;
+    let reference = Reference::load(&job)?;
+    let store = read_store(&job)?;
+    let progress = Progress::new(session.quiet);
+    let inputs = Inputs {
+        job: &job,
+        reference: &reference,
+        source: &source_of(&job),
+        store: as_store(&store),
+        threads: session.threads,
+        progress: &progress,
+    };
+    let plan = compute(&inputs, &request)?;
+    drop(progress);
+    let findings = as_store(&store).map_or(Ok(Vec::new()), |store| check_ledger(store, &job.name))?;
+    let periods_differing = (plan.periods.upserts.len() + plan.periods.deletions.len()) as u64;
+    let sound = plan.changes.rows.changed() == 0 && periods_differing == 0 && findings.is_empty();
+    match session.format {
+        Format::Json => emit_json(&Document {
+            schema: "trueup.verify/1",
+            job: &job.name,
+            status: if sound { "sound" } else { "drift" },
+            rows: plan.changes.rows,
+            periods_differing,
+            ledger: &findings,
+        })?,
+        Format::Text => emit(&text(&job, &plan, periods_differing, &findings)?)?,
+    }
+    Ok(if sound { 0 } else { 3 })
+}
+
+fn text(job: &Job, plan: &Plan, periods_differing: u64, findings: &[Finding]) -> Result<String> {
+    const SHOWN: usize = 20;
+    let style = Style::for_stdout();
+    let rows = plan.changes.rows;
+    let mut out = String::new();
+    if rows.changed() == 0 && periods_differing == 0 && findings.is_empty() {
+        let sound = format!("{} recomputed and equal, the ledger is whole and gives the stored table", counted(rows.unchanged, "window"));
+        writeln!(out, "{} {}", style.bold(&format!("trueup verify {}:", job.name)), style.green(&sound))?;
+        return Ok(out);
+    }
+    let drift = format!(
+        "{} differ from the events ({} missing, {} wrong, {} too many), {} wrong, {} in the ledger",
+        counted(rows.changed(), "window"),
+        rows.inserted,
+        rows.updated,
+        rows.retracted,
+        counted(periods_differing, "period"),
+        counted(findings.len() as u64, "finding")
+    );
+    writeln!(out, "{} {}", style.bold(&format!("trueup verify {}:", job.name)), style.red(&drift))?;
+    for correction in plan.changes.corrections.iter().take(SHOWN) {
+        let shown = |values: Option<crate::model::aggregate::Values>| {
+            values.map_or_else(|| "nothing".to_owned(), |v| format!("quantity {} cost {}", v.quantity, v.cost))
+        };
+        let causes: Vec<_> = correction.causes.keys().map(|cause| cause.name()).collect();
+        let (stored, should) = (shown(correction.before), shown(correction.after));
+        writeln!(out, "  {}: stored {stored}, should be {should} ({})", describe(&correction.key), causes.join(", "))?;
+    }
+    for finding in findings.iter().take(SHOWN) {
+        writeln!(out, "  {} {}: {}", finding.table, finding.row, finding.problem)?;
+    }
+    let hidden = plan.changes.corrections.len().saturating_sub(SHOWN) + findings.len().saturating_sub(SHOWN);
+    if hidden > 0 {
+        writeln!(out, "  … and {hidden} more")?;
+    }
+    writeln!(out, "\n  trueup plan {}  {}", job.path.display(), style.dim("# what a run would change"))?;
+    Ok(out)
+}

@@ -1,0 +1,73 @@
+//! The job file as people write it. Unknown keys are errors.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::yaml::Placed;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawJob {
+    pub version: Placed<u32>,
+    pub job: Placed<String>,
+    pub timezone: Option<Placed<String>>,
+    pub source: RawSource,
+    pub deduplicate: Option<RawDeduplicate>,
+    pub reference: RawReference,
+    pub window: Option<Placed<String>>,
+    pub store: RawStore,
+    pub guard: Option<RawGuard>,
+    pub schedule: Option<RawSchedule>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawSource {
+    pub kind: Placed<String>,
+    pub paths: Option<Vec<String>>,
+    pub columns: Option<BTreeMap<String, Placed<String>>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawDeduplicate {
+    pub key: Option<Vec<Placed<String>>>,
+    pub keep: Option<Placed<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawReference {
+    pub customers: RawTable,
+    pub subscriptions: RawTable,
+    pub meters: RawTable,
+    pub prices: RawTable,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawTable {
+    pub path: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawStore {
+    pub kind: Placed<String>,
+    pub path: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawGuard {
+    pub max_changed_rows: Option<Placed<String>>,
+    pub max_cost_change: Option<Placed<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawSchedule {
+    pub cron: Placed<String>,
+    pub timezone: Option<Placed<String>>,
+}

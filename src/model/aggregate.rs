@@ -1,0 +1,257 @@
+//! The rows of the store, and the corrections between what it was and what it is.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::decimal::Decimal;
+use super::timestamp::Timestamp;
+use super::window::Span;
+
+/// Shared text: names repeat in every row.
+pub type Text = Arc<str>;
+
+/// What accumulates together: one subscription, meter, price and combination of
+/// dimensions in one billing period.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PeriodKey {
+    pub tenant_id: Text,
+    pub subscription_id: Text,
+    pub meter_id: Text,
+    /// Empty for usage without a price.
+    pub price_id: Text,
+    /// Canonical JSON.
+    pub dimensions: Text,
+    pub period_start: Timestamp,
+}
+
+/// The key of an aggregate.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WindowKey {
+    pub period: PeriodKey,
+    pub window_start: Timestamp,
+}
+
+/// One row of `usage_windows`: an aggregate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WindowRow {
+    pub key: WindowKey,
+    pub customer_id: Text,
+    pub window_end: Timestamp,
+    pub period_end: Timestamp,
+    pub quantity: Decimal,
+    pub event_count: u64,
+    pub cost: Decimal,
+    pub currency: Text,
+    /// Of the events counted, in any order.
+    pub events_digest: String,
+    pub basis: Basis,
+}
+
+/// Digests of the definitions that a row was computed with. They tell why a row
+/// changed; a difference here alone changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Basis {
+    pub meter: Text,
+    pub price: Text,
+    pub subscription: Text,
+    pub customer: Text,
+}
+
+impl WindowRow {
+    pub fn window(&self) -> Span {
+        Span { start: self.key.window_start, end: self.window_end }
+    }
+
+    pub fn period(&self) -> Span {
+        Span { start: self.key.period.period_start, end: self.period_end }
+    }
+
+    /// Whether both say the same; how they came about does not count.
+    pub fn says_the_same(&self, other: &WindowRow) -> bool {
+        self.same_usage(other) && self.cost == other.cost && self.currency == other.currency
+    }
+
+    /// Whether both count the same usage, at whatever cost.
+    pub fn same_usage(&self, other: &WindowRow) -> bool {
+        self.key == other.key
+            && self.customer_id == other.customer_id
+            && self.window_end == other.window_end
+            && self.period_end == other.period_end
+            && self.quantity == other.quantity
+            && self.event_count == other.event_count
+            && self.events_digest == other.events_digest
+    }
+}
+
+/// A row of `usage_windows` as the store has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredWindow {
+    pub row: WindowRow,
+    pub version: i64,
+    pub run_id: Text,
+}
+
+/// One row of `usage_periods`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeriodRow {
+    pub key: PeriodKey,
+    pub customer_id: Text,
+    pub period_end: Timestamp,
+    pub quantity: Decimal,
+    /// Exact, before adjustments.
+    pub cost: Decimal,
+    pub minimum_adjustment: Decimal,
+    pub commitment_adjustment: Decimal,
+    /// Cost and adjustments, rounded to the currency's minor unit.
+    pub amount: Decimal,
+    pub currency: Text,
+}
+
+/// What a correction does to its row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CorrectionKind {
+    Insert,
+    Update,
+    Retract,
+}
+
+impl CorrectionKind {
+    pub fn name(self) -> &'static str {
+        match self {
+            CorrectionKind::Insert => "insert",
+            CorrectionKind::Update => "update",
+            CorrectionKind::Retract => "retract",
+        }
+    }
+}
+
+/// Why a row changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    FirstComputation,
+    LateEvent,
+    EventAmended,
+    EventVoided,
+    DeadLetterResolved,
+    CustomerChanged,
+    SubscriptionChanged,
+    PriceChanged,
+    MeterChanged,
+    JobChanged,
+    /// Another window of the period moved the accumulation.
+    TierShift,
+    /// Nothing that the row depends on changed: the store itself was altered.
+    StoreAltered,
+}
+
+impl Cause {
+    pub fn name(self) -> &'static str {
+        match self {
+            Cause::FirstComputation => "first_computation",
+            Cause::LateEvent => "late_event",
+            Cause::EventAmended => "event_amended",
+            Cause::EventVoided => "event_voided",
+            Cause::DeadLetterResolved => "dead_letter_resolved",
+            Cause::CustomerChanged => "customer_changed",
+            Cause::SubscriptionChanged => "subscription_changed",
+            Cause::PriceChanged => "price_changed",
+            Cause::MeterChanged => "meter_changed",
+            Cause::JobChanged => "job_changed",
+            Cause::TierShift => "tier_shift",
+            Cause::StoreAltered => "store_altered",
+        }
+    }
+}
+
+/// Causes with how often each applies: events, or 1 for a changed definition.
+pub type Causes = BTreeMap<Cause, u64>;
+
+/// The values of an aggregate, as far as a correction tells them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Values {
+    pub quantity: Decimal,
+    pub cost: Decimal,
+    pub event_count: u64,
+}
+
+impl From<&WindowRow> for Values {
+    fn from(row: &WindowRow) -> Self {
+        Values { quantity: row.quantity, cost: row.cost, event_count: row.event_count }
+    }
+}
+
+/// One change to one aggregate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Correction {
+    pub key: WindowKey,
+    pub customer_id: Text,
+    pub currency: Text,
+    pub kind: CorrectionKind,
+    pub causes: Causes,
+    pub before: Option<Values>,
+    pub after: Option<Values>,
+}
+
+/// Why an event that should have counted could not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    MalformedEvent,
+    CustomerNotFound,
+    NoActiveSubscription,
+    PriceNotFound,
+    AmbiguousReference,
+    InvalidProperty,
+    ValueOutOfRange,
+}
+
+impl Reason {
+    const ALL: [Reason; 7] = [
+        Reason::MalformedEvent,
+        Reason::CustomerNotFound,
+        Reason::NoActiveSubscription,
+        Reason::PriceNotFound,
+        Reason::AmbiguousReference,
+        Reason::InvalidProperty,
+        Reason::ValueOutOfRange,
+    ];
+
+    pub fn parse(name: &str) -> Option<Reason> {
+        Reason::ALL.into_iter().find(|reason| reason.name() == name)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Reason::MalformedEvent => "malformed_event",
+            Reason::CustomerNotFound => "customer_not_found",
+            Reason::NoActiveSubscription => "no_active_subscription",
+            Reason::PriceNotFound => "price_not_found",
+            Reason::AmbiguousReference => "ambiguous_reference",
+            Reason::InvalidProperty => "invalid_property",
+            Reason::ValueOutOfRange => "value_out_of_range",
+        }
+    }
+}
+
+/// What identifies a dead letter within its job.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeadLetterKey {
+    pub tenant_id: String,
+    pub event_id: String,
+    /// Empty where the event as a whole could not count.
+    pub meter_id: String,
+    pub reason: &'static str,
+}
+
+/// An event that should have counted and could not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadLetter {
+    pub key: DeadLetterKey,
+    pub detail: String,
+    /// The event as JSON.
+    pub event: String,
+    /// Unknown for rows that are no events at all.
+    pub event_time: Option<Timestamp>,
+}

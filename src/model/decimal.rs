@@ -1,0 +1,418 @@
+//! Exact fixed-point decimals: 18 decimal places, 38 digits.
+//!
+//! Quantities and money never pass through a float. Text is parsed digit by
+//! digit, products are formed in 256 bits, and everything that has to be cut
+//! to 18 places is rounded half away from zero.
+
+use std::fmt;
+use std::str::FromStr;
+
+use arrow::datatypes::i256;
+
+/// Digits after the point.
+pub const SCALE: u32 = 18;
+const ONE: i128 = 1_000_000_000_000_000_000;
+/// 10^38 - 1: the greatest magnitude, in units of 10^-18.
+const MAX_UNITS: i128 = 99_999_999_999_999_999_999_999_999_999_999_999_999;
+
+/// A decimal with 18 places; magnitudes are below 10^20.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Decimal(i128);
+
+/// Why a text or a result is not a [`Decimal`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum DecimalError {
+    /// Not a decimal number.
+    #[error("not a decimal number")]
+    Syntax,
+    /// More than 38 digits, 18 of them after the point.
+    #[error("decimal overflow: more than 38 digits at 18 decimal places")]
+    Overflow,
+}
+
+type Result<T> = std::result::Result<T, DecimalError>;
+
+/// How [`Decimal::divide_to_integer`] rounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rounding {
+    /// Towards positive infinity.
+    Up,
+    /// Towards negative infinity.
+    Down,
+}
+
+impl Decimal {
+    pub const ZERO: Decimal = Decimal(0);
+    pub const ONE: Decimal = Decimal(ONE);
+
+    /// The value `units * 10^-18`.
+    fn from_units(units: i128) -> Result<Self> {
+        if units.unsigned_abs() > MAX_UNITS.unsigned_abs() {
+            return Err(DecimalError::Overflow);
+        }
+        Ok(Decimal(units))
+    }
+
+    /// A whole number. Every `u64` fits.
+    pub fn from_u64(value: u64) -> Self {
+        Decimal(i128::from(value) * ONE)
+    }
+
+    pub fn is_zero(self) -> bool {
+        self.0 == 0
+    }
+
+    pub fn is_negative(self) -> bool {
+        self.0 < 0
+    }
+
+    pub fn abs(self) -> Self {
+        Decimal(self.0.abs())
+    }
+
+    /// # Errors
+    /// [`DecimalError::Overflow`] beyond 38 digits, as for all arithmetic here.
+    pub fn add(self, other: Self) -> Result<Self> {
+        Self::from_units(self.0.checked_add(other.0).ok_or(DecimalError::Overflow)?)
+    }
+
+    /// # Errors
+    /// [`DecimalError::Overflow`].
+    pub fn sub(self, other: Self) -> Result<Self> {
+        Self::from_units(self.0.checked_sub(other.0).ok_or(DecimalError::Overflow)?)
+    }
+
+    /// The product, rounded half away from zero at 18 places.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`].
+    pub fn mul(self, other: Self) -> Result<Self> {
+        self.mul_div(other, Decimal::ONE)
+    }
+
+    /// The quotient, rounded half away from zero at 18 places.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`], also for a division by zero.
+    pub fn div(self, other: Self) -> Result<Self> {
+        self.mul_div(Decimal::ONE, other)
+    }
+
+    /// `self * factor / divisor` with a single rounding at the end.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`], also for a division by zero.
+    pub fn mul_div(self, factor: Self, divisor: Self) -> Result<Self> {
+        if divisor.0 == 0 {
+            return Err(DecimalError::Overflow);
+        }
+        if let Some(product) = self.0.checked_mul(factor.0) {
+            return Self::from_units(divide_half_away(product, divisor.0));
+        }
+        // |a|, |b| < 10^38, so the product fits 256 bits with room for the rounding.
+        let product = i256::from_i128(self.0).wrapping_mul(i256::from_i128(factor.0));
+        let divisor = i256::from_i128(divisor.0);
+        let (quotient, rest) = (product.wrapping_div(divisor), product.wrapping_rem(divisor));
+        let twice = rest.wrapping_abs().wrapping_mul(i256::from_i128(2));
+        let rounded = if twice >= divisor.wrapping_abs() {
+            let away = if (product < i256::ZERO) == (divisor < i256::ZERO) { 1 } else { -1 };
+            quotient.wrapping_add(i256::from_i128(away))
+        } else {
+            quotient
+        };
+        Self::from_units(rounded.to_i128().ok_or(DecimalError::Overflow)?)
+    }
+
+    /// How many whole `size`s are in the value, a started one counted or not.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`], also for a `size` of zero.
+    pub fn divide_to_integer(self, size: Self, rounding: Rounding) -> Result<Self> {
+        if size.0 == 0 {
+            return Err(DecimalError::Overflow);
+        }
+        let floor = self.0.div_euclid(size.0);
+        let exact = self.0.rem_euclid(size.0) == 0;
+        let whole = match rounding {
+            Rounding::Up if !exact => floor + 1,
+            _ => floor,
+        };
+        Self::from_units(whole.checked_mul(ONE).ok_or(DecimalError::Overflow)?)
+    }
+
+    /// Rounded half away from zero to `places` (0 to 18) digits after the point.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`] where rounding up needs a 39th digit.
+    pub fn round(self, places: u32) -> Result<Self> {
+        let step = 10i128.pow(SCALE.saturating_sub(places));
+        Self::from_units(divide_half_away(self.0, step) * step)
+    }
+
+    /// Little-endian bytes for digests.
+    pub fn to_le_bytes(self) -> [u8; 16] {
+        self.0.to_le_bytes()
+    }
+}
+
+/// A running sum in 256 bits: it overflows at the end or not at all, so the order
+/// of its terms does not matter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecimalSum(i256);
+
+impl Default for DecimalSum {
+    fn default() -> Self {
+        DecimalSum(i256::ZERO)
+    }
+}
+
+impl DecimalSum {
+    pub fn add(&mut self, value: Decimal) {
+        self.0 = self.0.wrapping_add(i256::from_i128(value.0));
+    }
+
+    pub fn merge(&mut self, other: DecimalSum) {
+        self.0 = self.0.wrapping_add(other.0);
+    }
+
+    /// # Errors
+    /// [`DecimalError::Overflow`] where the total needs more than 38 digits.
+    pub fn total(self) -> Result<Decimal> {
+        Decimal::from_units(self.0.to_i128().ok_or(DecimalError::Overflow)?)
+    }
+
+    /// The total divided by `count`, rounded half away from zero at 18 places.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`], also for a count of zero.
+    pub fn mean(self, count: u64) -> Result<Decimal> {
+        let divisor = i256::from_i128(i128::from(count));
+        let quotient = self.0.checked_div(divisor).ok_or(DecimalError::Overflow)?;
+        let rest = self.0.wrapping_sub(quotient.wrapping_mul(divisor)).wrapping_abs();
+        let away = if rest.wrapping_mul(i256::from_i128(2)) < divisor {
+            i256::ZERO
+        } else if self.0 < i256::ZERO {
+            i256::MINUS_ONE
+        } else {
+            i256::ONE
+        };
+        Decimal::from_units(quotient.wrapping_add(away).to_i128().ok_or(DecimalError::Overflow)?)
+    }
+}
+
+fn divide_half_away(dividend: i128, divisor: i128) -> i128 {
+    let (quotient, rest) = (dividend / divisor, dividend % divisor);
+    if rest.unsigned_abs() * 2 >= divisor.unsigned_abs() {
+        quotient + if (dividend < 0) == (divisor < 0) { 1 } else { -1 }
+    } else {
+        quotient
+    }
+}
+
+impl FromStr for Decimal {
+    type Err = DecimalError;
+
+    /// Parses a JSON number, or one with a leading `+`, a leading or a trailing
+    /// point. Digits beyond the 18th place are rounded half away from zero.
+    fn from_str(text: &str) -> Result<Self> {
+        let bytes = text.as_bytes();
+        let (negative, digits) = match bytes {
+            [b'-', rest @ ..] => (true, rest),
+            [b'+', rest @ ..] => (false, rest),
+            _ => (false, bytes),
+        };
+        // The common case: a plain integer that fits 64 bits.
+        if !digits.is_empty() && digits.len() <= 18 && digits.iter().all(u8::is_ascii_digit) {
+            let value = digits.iter().fold(0i128, |value, d| value * 10 + i128::from(d - b'0'));
+            return Ok(Decimal(if negative { -value } else { value } * ONE));
+        }
+        let units = parse_units(digits)?;
+        Self::from_units(if negative { -units } else { units })
+    }
+}
+
+/// Units of 10^-18 of an unsigned number with optional point and exponent.
+fn parse_units(text: &[u8]) -> Result<i128> {
+    let (mantissa, exponent) = match text.iter().position(|b| matches!(b, b'e' | b'E')) {
+        Some(at) => {
+            let (mantissa, rest) = text.split_at(at);
+            (mantissa, parse_exponent(rest.get(1..).unwrap_or_default())?)
+        }
+        None => (text, 0),
+    };
+    let (whole, fraction) = match mantissa.iter().position(|b| *b == b'.') {
+        Some(at) => {
+            let (whole, rest) = mantissa.split_at(at);
+            (whole, rest.get(1..).unwrap_or_default())
+        }
+        None => (mantissa, &[][..]),
+    };
+    let digits = || whole.iter().chain(fraction);
+    if digits().next().is_none() || !digits().all(u8::is_ascii_digit) {
+        return Err(DecimalError::Syntax);
+    }
+    let leading_zeros = digits().take_while(|d| **d == b'0').count();
+    if leading_zeros == whole.len() + fraction.len() {
+        return Ok(0);
+    }
+    // Where the point is, counted from the first digit that is not zero.
+    let point = to_i64(whole.len()) + exponent - to_i64(leading_zeros);
+    let wanted = point + i64::from(SCALE);
+    if wanted > 38 {
+        return Err(DecimalError::Overflow);
+    }
+    if wanted < 0 {
+        return Ok(0);
+    }
+    let mut digits = digits().skip(leading_zeros).map(|d| i128::from(d - b'0'));
+    let mut units = 0i128;
+    for _ in 0..wanted {
+        units = units * 10 + digits.next().unwrap_or(0);
+    }
+    Ok(if digits.next().unwrap_or(0) >= 5 { units + 1 } else { units })
+}
+
+fn parse_exponent(text: &[u8]) -> Result<i64> {
+    let (negative, digits) = match text {
+        [b'-', rest @ ..] => (true, rest),
+        [b'+', rest @ ..] => (false, rest),
+        _ => (false, text),
+    };
+    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
+        return Err(DecimalError::Syntax);
+    }
+    // Saturates far beyond any exponent that matters.
+    let value = digits.iter().fold(0i64, |value, d| (value * 10 + i64::from(d - b'0')).min(1 << 40));
+    Ok(if negative { -value } else { value })
+}
+
+fn to_i64(length: usize) -> i64 {
+    i64::try_from(length).unwrap_or(i64::MAX / 4)
+}
+
+impl fmt::Display for Decimal {
+    /// Plain notation with the scale trimmed: `3`, `0.5`, `-0.25`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let magnitude = self.0.unsigned_abs();
+        let (whole, fraction) = (magnitude / ONE.unsigned_abs(), magnitude % ONE.unsigned_abs());
+        let sign = if self.0 < 0 { "-" } else { "" };
+        if fraction == 0 {
+            return write!(f, "{sign}{whole}");
+        }
+        let fraction = format!("{fraction:018}");
+        write!(f, "{sign}{whole}.{}", fraction.trim_end_matches('0'))
+    }
+}
+
+impl serde::Serialize for Decimal {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Decimal {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Text;
+        impl serde::de::Visitor<'_> for Text {
+            type Value = Decimal;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a quoted decimal such as \"0.25\"")
+            }
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> std::result::Result<Decimal, E> {
+                text.trim().parse().map_err(|e| E::custom(format!("`{text}` is {e}")))
+            }
+            fn visit_u64<E: serde::de::Error>(self, value: u64) -> std::result::Result<Decimal, E> {
+                Ok(Decimal::from_u64(value))
+            }
+            fn visit_i64<E: serde::de::Error>(self, value: i64) -> std::result::Result<Decimal, E> {
+                value.to_string().parse().map_err(E::custom)
+            }
+            fn visit_f64<E: serde::de::Error>(self, value: f64) -> std::result::Result<Decimal, E> {
+                Err(E::custom(format!("{value} would pass through a float: quote the decimal, \"{value}\"")))
+            }
+        }
+        deserializer.deserialize_any(Text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn d(text: &str) -> Decimal {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn parses_the_text_exactly() {
+        for (text, shown) in [
+            ("0", "0"),
+            ("-0.0", "0"),
+            ("12", "12"),
+            ("0.1", "0.1"),
+            ("1e3", "1000"),
+            ("1.5E-3", "0.0015"),
+            (".5", "0.5"),
+            ("5.", "5"),
+            ("0.0000000000000000005", "0.000000000000000001"),
+            ("0.00000000000000000049999", "0"),
+            ("-0.0000000000000000005", "-0.000000000000000001"),
+            ("1234567890123456789.123456789012345678", "1234567890123456789.123456789012345678"),
+            ("0e999999999999999999999", "0"),
+            ("1e-999999999999999999999", "0"),
+        ] {
+            assert_eq!(d(text).to_string(), shown, "{text}");
+        }
+        assert_eq!("1e20".parse::<Decimal>(), Err(DecimalError::Overflow));
+        assert_eq!("99999999999999999999".parse::<Decimal>().map(|d| d.to_string()), Ok("99999999999999999999".into()));
+        for text in ["", "-", "abc", "1x", "1e", "--1", ".", "1.2.3", "0x10", "NaN", "１"] {
+            assert_eq!(text.parse::<Decimal>(), Err(DecimalError::Syntax), "{text}");
+        }
+    }
+
+    #[test]
+    fn rounds_half_away_from_zero() {
+        assert_eq!(d("2.5").round(0), Ok(d("3")));
+        assert_eq!(d("-2.5").round(0), Ok(d("-3")));
+        assert_eq!(d("2.4999").round(0), Ok(d("2")));
+        assert_eq!(d("1.005").round(2), Ok(d("1.01")));
+        assert_eq!(d("1").div(d("3")).unwrap().to_string(), "0.333333333333333333");
+        assert_eq!(d("-2").div(d("3")).unwrap().to_string(), "-0.666666666666666667");
+        assert_eq!(d("0.000000001").mul(d("0.0000000005")).unwrap().to_string(), "0.000000000000000001");
+    }
+
+    #[test]
+    fn multiplies_in_256_bits() {
+        assert_eq!(d("12345678901234567").mul(d("1000.5")).unwrap().to_string(), "12351851740685184283.5");
+        assert_eq!(d("-99999999999999999999").mul(d("1")).unwrap().to_string(), "-99999999999999999999");
+        assert_eq!(d("99999999999999999999").mul(d("1.1")), Err(DecimalError::Overflow));
+        assert_eq!(d("99999999999999999999").add(d("1")), Err(DecimalError::Overflow));
+        assert_eq!(d("5").div(d("0")), Err(DecimalError::Overflow));
+    }
+
+    #[test]
+    fn sums_overflow_at_the_end_or_not_at_all() {
+        let most = "99999999999999999999";
+        let mut sum = DecimalSum::default();
+        for text in [most, most, most, "-99999999999999999999", "-99999999999999999999"] {
+            sum.add(d(text));
+        }
+        assert_eq!(sum.total(), Ok(d(most)));
+        assert_eq!(sum.mean(3).unwrap().to_string(), "33333333333333333333");
+        sum.add(d("1"));
+        assert_eq!(sum.total(), Err(DecimalError::Overflow));
+        let mut small = DecimalSum::default();
+        small.add(d("-2"));
+        assert_eq!(small.mean(3).unwrap().to_string(), "-0.666666666666666667");
+        assert_eq!(small.mean(0), Err(DecimalError::Overflow));
+    }
+
+    #[test]
+    fn counts_whole_sizes() {
+        let up = |q: &str, s: &str| d(q).divide_to_integer(d(s), Rounding::Up).unwrap().to_string();
+        let down = |q: &str, s: &str| d(q).divide_to_integer(d(s), Rounding::Down).unwrap().to_string();
+        assert_eq!((up("10.1", "5"), down("10.1", "5")), ("3".into(), "2".into()));
+        assert_eq!((up("10", "5"), down("10", "5")), ("2".into(), "2".into()));
+        assert_eq!((up("-1", "5"), down("-1", "5")), ("0".into(), "-1".into()));
+    }
+}

@@ -1,0 +1,167 @@
+//! Meters: which events count, and how.
+
+use std::cmp::Ordering;
+
+use super::decimal::Decimal;
+use super::properties::Property;
+use super::window::WindowSize;
+
+/// How the events of a window become one quantity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Aggregation {
+    Count,
+    Sum,
+    Avg,
+    Min,
+    Max,
+    /// The value of the last event by event time, then ingestion time, then id.
+    Latest,
+    /// Distinct values, exact.
+    CountUnique,
+}
+
+impl Aggregation {
+    /// Every aggregation by the name that a meter gives it.
+    pub const NAMES: [(&'static str, Aggregation); 7] = [
+        ("count", Aggregation::Count),
+        ("sum", Aggregation::Sum),
+        ("avg", Aggregation::Avg),
+        ("min", Aggregation::Min),
+        ("max", Aggregation::Max),
+        ("latest", Aggregation::Latest),
+        ("count_unique", Aggregation::CountUnique),
+    ];
+}
+
+/// What the quantity of a billing period is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChargeOn {
+    /// The aggregation over all events of the period.
+    Period,
+    /// The sum of the quantities of its windows.
+    WindowSum,
+    /// Each window is priced on its own.
+    Window,
+}
+
+impl ChargeOn {
+    pub const NAMES: [(&'static str, ChargeOn); 3] =
+        [("period", ChargeOn::Period), ("window_sum", ChargeOn::WindowSum), ("window", ChargeOn::Window)];
+}
+
+/// A meter, validated.
+#[derive(Debug, Clone)]
+pub struct Meter {
+    pub id: String,
+    pub event_name: String,
+    pub aggregation: Aggregation,
+    /// The metered property; `count` has none.
+    pub property: Option<String>,
+    pub filters: Vec<Filter>,
+    /// Property paths, sorted.
+    pub dimensions: Vec<String>,
+    pub window: WindowSize,
+    pub charge_on: ChargeOn,
+    /// Usage only: no price is looked up.
+    pub unpriced: bool,
+    /// Changes when anything that can change a quantity changes.
+    pub digest: String,
+}
+
+/// A condition on one property. All filters of a meter must pass.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Filter {
+    pub property: String,
+    pub test: FilterTest,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum FilterTest {
+    /// `eq`, `in`: one of the values.
+    In(Vec<FilterValue>),
+    /// `ne`, `not_in`: none of the values; an absent property passes.
+    NotIn(Vec<FilterValue>),
+    /// `exists` (true), `not_exists` (false); null counts as absent.
+    Exists(bool),
+    /// `gt`, `gte`, `lt`, `lte`; a property that is no number does not pass.
+    Compare(Comparison, Decimal),
+    /// `contains`: part of the text, or an element of the array.
+    Contains(String),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Comparison {
+    Greater,
+    GreaterOrEqual,
+    Less,
+    LessOrEqual,
+}
+
+impl Comparison {
+    fn holds(self, ordering: Ordering) -> bool {
+        match self {
+            Comparison::Greater => ordering.is_gt(),
+            Comparison::GreaterOrEqual => ordering.is_ge(),
+            Comparison::Less => ordering.is_lt(),
+            Comparison::LessOrEqual => ordering.is_le(),
+        }
+    }
+}
+
+/// A value to compare with: numbers compare as numbers, text as text.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+#[serde(untagged)]
+pub enum FilterValue {
+    Number(Decimal),
+    Text(String),
+    Bool(bool),
+}
+
+impl FilterValue {
+    fn equals(&self, property: &Property<'_>) -> bool {
+        match self {
+            FilterValue::Number(number) => property.decimal() == Ok(*number),
+            FilterValue::Text(text) => property.is_present() && property.text() == text.as_str(),
+            FilterValue::Bool(value) => property.text() == if *value { "true" } else { "false" },
+        }
+    }
+}
+
+impl FilterTest {
+    pub fn passes(&self, property: &Property<'_>) -> bool {
+        match self {
+            FilterTest::In(values) => values.iter().any(|value| value.equals(property)),
+            FilterTest::NotIn(values) => !values.iter().any(|value| value.equals(property)),
+            FilterTest::Exists(wanted) => property.is_present() == *wanted,
+            FilterTest::Compare(comparison, bound) => {
+                property.decimal().is_ok_and(|value| comparison.holds(value.cmp(bound)))
+            }
+            FilterTest::Contains(part) => match property {
+                Property::Composite(raw) => serde_json::from_str::<Vec<serde_json::Value>>(raw)
+                    .is_ok_and(|items| items.iter().any(|item| item.as_str() == Some(part) || item.to_string() == *part)),
+                property => property.is_present() && property.text().contains(part.as_str()),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_compare_numbers_as_numbers_and_text_as_text() {
+        let number = FilterTest::In(vec![FilterValue::Number("200".parse().unwrap())]);
+        let text = FilterTest::In(vec![FilterValue::Text("200".into())]);
+        assert!(number.passes(&Property::Number("200.0")) && number.passes(&Property::Text("200".into())));
+        assert!(text.passes(&Property::Number("200")) && !text.passes(&Property::Text("200.0".into())));
+        let not = FilterTest::NotIn(vec![FilterValue::Text("a".into())]);
+        assert!(not.passes(&Property::Absent) && not.passes(&Property::Null) && !not.passes(&Property::Text("a".into())));
+        let greater = FilterTest::Compare(Comparison::Greater, "1.5".parse().unwrap());
+        assert!(greater.passes(&Property::Number("1.50000001")) && !greater.passes(&Property::Text("x".into())));
+        let contains = FilterTest::Contains("eu".into());
+        assert!(contains.passes(&Property::Text("neutral".into())) && contains.passes(&Property::Composite(r#"["us","eu"]"#)));
+        assert!(!contains.passes(&Property::Composite(r#"["eur"]"#)) && !contains.passes(&Property::Absent));
+        assert!(FilterTest::Exists(false).passes(&Property::Null));
+    }
+}

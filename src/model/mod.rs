@@ -1,0 +1,12 @@
+//! What the pipeline talks about. No I/O.
+
+pub mod aggregate;
+pub mod counts;
+pub mod decimal;
+pub mod digest;
+pub mod meter;
+pub mod price;
+pub mod properties;
+pub mod run;
+pub mod timestamp;
+pub mod window;

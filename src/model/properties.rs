@@ -1,0 +1,266 @@
+//! Reading chosen properties out of an event's JSON text.
+//!
+//! The text is walked once and validated as a whole; only the wanted values are
+//! kept, as slices of the text itself, so numbers keep every digit.
+
+use std::borrow::Cow;
+use std::fmt::{self, Write as _};
+
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use super::decimal::{Decimal, DecimalError};
+
+/// The value of one property.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum Property<'a> {
+    #[default]
+    Absent,
+    Null,
+    Text(Cow<'a, str>),
+    /// The digits as written.
+    Number(&'a str),
+    Bool(bool),
+    /// An object or array, as written.
+    Composite(&'a str),
+}
+
+impl<'a> Property<'a> {
+    fn from_raw(raw: &'a str) -> Property<'a> {
+        match raw.as_bytes().first() {
+            Some(b'"') => Property::Text(unquote(raw)),
+            Some(b'n') => Property::Null,
+            Some(b't') => Property::Bool(true),
+            Some(b'f') => Property::Bool(false),
+            Some(b'{' | b'[') => Property::Composite(raw),
+            _ => Property::Number(raw),
+        }
+    }
+
+    /// Neither absent nor null.
+    pub fn is_present(&self) -> bool {
+        !matches!(self, Property::Absent | Property::Null)
+    }
+
+    /// The number: a JSON number, or text that holds one.
+    ///
+    /// # Errors
+    /// [`DecimalError`] for anything else, and for numbers out of range.
+    pub fn decimal(&self) -> Result<Decimal, DecimalError> {
+        match self {
+            Property::Number(text) => text.parse(),
+            Property::Text(text) => text.trim().parse(),
+            Property::Absent | Property::Null | Property::Bool(_) | Property::Composite(_) => Err(DecimalError::Syntax),
+        }
+    }
+
+    /// The value as plain text: text without its quotes, numbers in canonical form.
+    pub fn text(&self) -> Cow<'_, str> {
+        match self {
+            Property::Absent | Property::Null => Cow::Borrowed(""),
+            Property::Text(text) => Cow::Borrowed(text),
+            Property::Number(number) => canonical_number(number),
+            Property::Bool(value) => Cow::Borrowed(if *value { "true" } else { "false" }),
+            Property::Composite(raw) => Cow::Borrowed(raw),
+        }
+    }
+
+    /// Appends the value as canonical JSON; absent is null.
+    pub fn write_json(&self, out: &mut String) {
+        match self {
+            Property::Absent | Property::Null => out.push_str("null"),
+            Property::Text(text) => write_json_text(text, out),
+            Property::Number(number) => out.push_str(&canonical_number(number)),
+            Property::Bool(value) => out.push_str(if *value { "true" } else { "false" }),
+            Property::Composite(raw) => {
+                let value: Option<serde_json::Value> = serde_json::from_str(raw).ok();
+                let _ = write!(out, "{}", value.unwrap_or_default());
+            }
+        }
+    }
+}
+
+/// Appends `text` as a JSON string.
+pub fn write_json_text(text: &str, out: &mut String) {
+    if text.bytes().all(|b| b >= 0x20 && b != b'"' && b != b'\\') {
+        out.push('"');
+        out.push_str(text);
+        out.push('"');
+    } else {
+        let _ = write!(out, "{}", serde_json::Value::from(text));
+    }
+}
+
+fn canonical_number(text: &str) -> Cow<'_, str> {
+    // 1, 1.0 and 1e0 are one value; what no decimal holds stays as written.
+    let plain = text.bytes().all(|b| b.is_ascii_digit()) && (text.len() == 1 || !text.starts_with('0'));
+    match text.parse::<Decimal>() {
+        Ok(value) if !plain => Cow::Owned(value.to_string()),
+        _ => Cow::Borrowed(text),
+    }
+}
+
+fn unquote(raw: &str) -> Cow<'_, str> {
+    let inner = raw.get(1..raw.len().saturating_sub(1)).unwrap_or_default();
+    if inner.contains('\\') {
+        // The text was validated before; a lone surrogate is the one thing left to fail.
+        serde_json::from_str(raw).map_or(Cow::Borrowed(inner), Cow::Owned)
+    } else {
+        Cow::Borrowed(inner)
+    }
+}
+
+/// The properties to read from the events of one name: slot `i` holds path `i`.
+#[derive(Debug, Clone, Default)]
+pub struct PropertyPlan {
+    paths: Vec<String>,
+    root: Node,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Node {
+    children: Vec<(String, Node)>,
+    /// The slots whose path ends here.
+    slot: Option<usize>,
+}
+
+impl PropertyPlan {
+    /// The slot of `path` (`usage.output_tokens`, or the same with a leading `$.`).
+    pub fn slot(&mut self, path: &str) -> usize {
+        let path = path.strip_prefix("$.").unwrap_or(path);
+        if let Some(slot) = self.paths.iter().position(|known| known == path) {
+            return slot;
+        }
+        let slot = self.paths.len();
+        self.paths.push(path.to_owned());
+        let mut node = &mut self.root;
+        for key in path.split('.') {
+            let at = node.children.iter().position(|(name, _)| name == key).unwrap_or_else(|| {
+                node.children.push((key.to_owned(), Node::default()));
+                node.children.len() - 1
+            });
+            node = match node.children.get_mut(at) {
+                Some((_, child)) => child,
+                None => return slot,
+            };
+        }
+        node.slot = Some(slot);
+        slot
+    }
+
+    /// Reads every slot; of a key that repeats, the last counts.
+    ///
+    /// # Errors
+    /// Where the text is no JSON object.
+    pub fn read<'a>(&self, json: Option<&'a str>, slots: &mut Vec<Property<'a>>) -> Result<(), serde_json::Error> {
+        slots.clear();
+        slots.resize(self.paths.len(), Property::Absent);
+        let Some(json) = json.filter(|text| !text.is_empty() && *text != "null") else { return Ok(()) };
+        let mut reader = serde_json::Deserializer::from_str(json);
+        Walk { node: &self.root, slots }.deserialize(&mut reader)?;
+        reader.end()
+    }
+}
+
+struct Walk<'p, 's, 'a> {
+    node: &'p Node,
+    slots: &'s mut Vec<Property<'a>>,
+}
+
+impl<'a> DeserializeSeed<'a> for Walk<'_, '_, 'a> {
+    type Value = ();
+    fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'a> Visitor<'a> for Walk<'_, '_, 'a> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object of properties")
+    }
+
+    fn visit_map<M: MapAccess<'a>>(self, mut map: M) -> Result<(), M::Error> {
+        while let Some(child) = map.next_key_seed(Key(self.node))? {
+            let Some(child) = child else {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            };
+            let raw: &'a RawValue = map.next_value()?;
+            if let Some(slot) = child.slot.and_then(|slot| self.slots.get_mut(slot)) {
+                *slot = Property::from_raw(raw.get());
+            }
+            if !child.children.is_empty() && raw.get().starts_with('{') {
+                let inner = Walk { node: child, slots: &mut *self.slots };
+                inner.deserialize(&mut serde_json::Deserializer::from_str(raw.get())).map_err(serde::de::Error::custom)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Looks a key up among a node's children.
+struct Key<'p>(&'p Node);
+
+impl<'p, 'a> DeserializeSeed<'a> for Key<'p> {
+    type Value = Option<&'p Node>;
+    fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl<'p> Visitor<'_> for Key<'p> {
+    type Value = Option<&'p Node>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+    fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
+        Ok(self.0.children.iter().find(|(name, _)| name == key).map(|(_, node)| node))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_nested_paths_and_keeps_every_digit() {
+        let mut plan = PropertyPlan::default();
+        let slots = ["tokens", "usage.out", "$.model", "gone", "usage"].map(|path| plan.slot(path));
+        assert_eq!(slots, [0, 1, 2, 3, 4]);
+        assert_eq!(plan.slot("tokens"), 0);
+        let mut read = Vec::new();
+        let text = r#"{"tokens": 0.1000000000000000000001, "other": [1, {"tokens": 3}], "usage": {"out": 12}, "model": "a\"b"}"#;
+        plan.read(Some(text), &mut read).unwrap();
+        assert_eq!(read[0], Property::Number("0.1000000000000000000001"));
+        assert_eq!(read[1], Property::Number("12"));
+        assert_eq!(read[2].text(), "a\"b");
+        assert_eq!(read[3], Property::Absent);
+        assert_eq!(read[4], Property::Composite(r#"{"out": 12}"#));
+    }
+
+    #[test]
+    fn the_whole_text_is_validated() {
+        let mut plan = PropertyPlan::default();
+        plan.slot("a");
+        let mut slots = Vec::new();
+        for bad in ["[1]", "7", r#"{"a": 1, oops"#, r#"{"a": 1} x"#, r#"{"a": 01}"#] {
+            assert!(plan.read(Some(bad), &mut slots).is_err(), "{bad}");
+        }
+        for empty in [None, Some(""), Some("null"), Some("{}")] {
+            plan.read(empty, &mut slots).unwrap();
+            assert_eq!(slots, [Property::Absent]);
+        }
+    }
+
+    #[test]
+    fn canonical_json() {
+        let mut out = String::new();
+        for property in [Property::Number("1.50"), Property::Text("é\n".into()), Property::Absent, Property::Bool(true)] {
+            property.write_json(&mut out);
+            out.push(' ');
+        }
+        assert_eq!(out, "1.5 \"é\\n\" null true ");
+    }
+}

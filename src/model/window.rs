@@ -1,0 +1,391 @@
+//! Windows and billing periods: the only place where calendar arithmetic happens.
+//!
+//! Everything is half-open, `[start, end)`. Windows of an hour or less have a
+//! fixed length and follow the wall clock between clock changes, so the hour
+//! that an autumn night repeats is two windows. Longer windows and periods
+//! begin at wall-clock boundaries: a local day has 23, 24 or 25 hours.
+
+use chrono::{Datelike, Duration, Months, NaiveDate, NaiveDateTime, NaiveTime, Offset, TimeZone, Timelike};
+use chrono_tz::Tz;
+
+use super::timestamp::{MINUTE, SECOND, Timestamp};
+
+/// A half-open span of time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Span {
+    pub start: Timestamp,
+    pub end: Timestamp,
+}
+
+impl Span {
+    pub fn contains(self, t: Timestamp) -> bool {
+        self.start <= t && t < self.end
+    }
+
+    pub fn overlaps(self, other: Span) -> bool {
+        self.start < other.end && other.start < self.end
+    }
+
+    /// Whether `other` lies in this span as a whole.
+    pub fn covers(self, other: Span) -> bool {
+        self.start <= other.start && other.end <= self.end
+    }
+
+    /// The smallest span that covers both.
+    #[must_use]
+    pub fn union(self, other: Span) -> Span {
+        Span { start: self.start.min(other.start), end: self.end.max(other.end) }
+    }
+}
+
+/// The size of a tumbling window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum WindowSize {
+    /// 1, 5, 15, 30 or 60 minutes.
+    Minutes(u32),
+    SixHours,
+    Day,
+    /// From Monday.
+    Week,
+    Month,
+}
+
+impl WindowSize {
+    /// Every size with the names it goes by, the preferred one first.
+    pub const NAMES: [(&'static str, WindowSize); 14] = [
+        ("1m", WindowSize::Minutes(1)),
+        ("5m", WindowSize::Minutes(5)),
+        ("15m", WindowSize::Minutes(15)),
+        ("30m", WindowSize::Minutes(30)),
+        ("hour", WindowSize::Minutes(60)),
+        ("6h", WindowSize::SixHours),
+        ("day", WindowSize::Day),
+        ("week", WindowSize::Week),
+        ("month", WindowSize::Month),
+        ("1h", WindowSize::Minutes(60)),
+        ("60m", WindowSize::Minutes(60)),
+        ("1d", WindowSize::Day),
+        ("1w", WindowSize::Week),
+        ("minute", WindowSize::Minutes(1)),
+    ];
+
+    pub fn parse(name: &str) -> Option<WindowSize> {
+        Self::NAMES.iter().find(|(known, _)| *known == name).map(|(_, size)| *size)
+    }
+
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, size)| *size == self).map_or("", |(name, _)| name)
+    }
+
+    /// The window of this size that holds `t`, in the zone `tz`.
+    pub fn window(self, t: Timestamp, tz: Tz) -> Span {
+        match self {
+            WindowSize::Minutes(minutes) => fixed_window(t, tz, i64::from(minutes) * MINUTE),
+            WindowSize::SixHours => calendar_span(t, tz, Step::SixHours),
+            WindowSize::Day => calendar_span(t, tz, Step::Days(1)),
+            WindowSize::Week => calendar_span(t, tz, Step::Week),
+            WindowSize::Month => calendar_span(t, tz, Step::Months(1)),
+        }
+    }
+
+    /// The smallest span of whole windows that covers `span`.
+    #[must_use]
+    pub fn widen(self, span: Span, tz: Tz) -> Span {
+        let start = self.window(span.start, tz).start;
+        let last = self.window(Timestamp::from_nanos(span.end.nanos().saturating_sub(1)), tz);
+        Span { start, end: last.end }
+    }
+
+    /// The length between clock changes, in nanoseconds: a slot size for caches.
+    pub fn nominal_nanos(self) -> i64 {
+        const HOUR: i64 = 60 * MINUTE;
+        match self {
+            WindowSize::Minutes(minutes) => i64::from(minutes) * MINUTE,
+            WindowSize::SixHours => 6 * HOUR,
+            WindowSize::Day => 24 * HOUR,
+            WindowSize::Week => 7 * 24 * HOUR,
+            WindowSize::Month => 30 * 24 * HOUR,
+        }
+    }
+}
+
+/// The length of a billing period.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PeriodLength {
+    Day,
+    Week,
+    Month,
+    Quarter,
+    Year,
+}
+
+impl PeriodLength {
+    pub const NAMES: [(&'static str, PeriodLength); 5] = [
+        ("day", PeriodLength::Day),
+        ("week", PeriodLength::Week),
+        ("month", PeriodLength::Month),
+        ("quarter", PeriodLength::Quarter),
+        ("year", PeriodLength::Year),
+    ];
+
+    pub fn parse(name: &str) -> Option<PeriodLength> {
+        Self::NAMES.iter().find(|(known, _)| *known == name).map(|(_, length)| *length)
+    }
+
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, length)| *length == self).map_or("", |(name, _)| name)
+    }
+
+    fn step(self) -> Step {
+        match self {
+            PeriodLength::Day => Step::Days(1),
+            PeriodLength::Week => Step::Week,
+            PeriodLength::Month => Step::Months(1),
+            PeriodLength::Quarter => Step::Months(3),
+            PeriodLength::Year => Step::Months(12),
+        }
+    }
+}
+
+/// The billing periods of a subscription: calendar aligned, or counted from an anchor date.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BillingCycle {
+    pub length: PeriodLength,
+    pub anchor: Option<NaiveDate>,
+    pub timezone: Tz,
+}
+
+impl BillingCycle {
+    /// The billing period that holds `t`.
+    pub fn period(&self, t: Timestamp) -> Span {
+        match self.anchor {
+            None => calendar_span(t, self.timezone, self.length.step()),
+            Some(anchor) => self.anchored_period(t, anchor),
+        }
+    }
+
+    /// Boundaries are counted from the anchor itself, so that a month end that was
+    /// clamped (31 Jan, 28 Feb) does not stick (31 Mar).
+    fn anchored_period(&self, t: Timestamp, anchor: NaiveDate) -> Span {
+        let boundary = |n: i64| instant_of(nth_from(anchor, self.length, n).and_time(NaiveTime::MIN), self.timezone);
+        let local = local_time(t, self.timezone).date();
+        let mut n = match self.length {
+            PeriodLength::Day => (local - anchor).num_days(),
+            PeriodLength::Week => (local - anchor).num_days().div_euclid(7),
+            PeriodLength::Month | PeriodLength::Quarter | PeriodLength::Year => {
+                let months = i64::from(local.year() - anchor.year()) * 12 + i64::from(local.month()) - i64::from(anchor.month());
+                months.div_euclid(months_in(self.length))
+            }
+        };
+        while boundary(n) > t {
+            n -= 1;
+        }
+        while boundary(n + 1) <= t {
+            n += 1;
+        }
+        Span { start: boundary(n), end: boundary(n + 1) }
+    }
+}
+
+fn months_in(length: PeriodLength) -> i64 {
+    match length {
+        PeriodLength::Quarter => 3,
+        PeriodLength::Year => 12,
+        PeriodLength::Day | PeriodLength::Week | PeriodLength::Month => 1,
+    }
+}
+
+fn nth_from(anchor: NaiveDate, length: PeriodLength, n: i64) -> NaiveDate {
+    let moved = match length {
+        PeriodLength::Day => anchor.checked_add_signed(Duration::days(n)),
+        PeriodLength::Week => anchor.checked_add_signed(Duration::days(7 * n)),
+        PeriodLength::Month | PeriodLength::Quarter | PeriodLength::Year => add_months(anchor, n * months_in(length)),
+    };
+    moved.unwrap_or(if n < 0 { NaiveDate::MIN } else { NaiveDate::MAX })
+}
+
+fn add_months(date: NaiveDate, months: i64) -> Option<NaiveDate> {
+    let count = Months::new(u32::try_from(months.unsigned_abs()).ok()?);
+    if months < 0 { date.checked_sub_months(count) } else { date.checked_add_months(count) }
+}
+
+/// A wall-clock grid: boundaries at midnight, or every six hours from it.
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    SixHours,
+    Days(i64),
+    Week,
+    /// Divides a year: 1, 3, 12.
+    Months(u32),
+}
+
+impl Step {
+    fn floor(self, wall: NaiveDateTime) -> NaiveDateTime {
+        let date = wall.date();
+        match self {
+            Step::SixHours => date.and_time(NaiveTime::MIN) + Duration::hours(i64::from(wall.hour() / 6 * 6)),
+            Step::Days(_) => date.and_time(NaiveTime::MIN),
+            Step::Week => (date - Duration::days(i64::from(date.weekday().num_days_from_monday()))).and_time(NaiveTime::MIN),
+            Step::Months(months) => {
+                let month = date.month0() / months * months + 1;
+                NaiveDate::from_ymd_opt(date.year(), month, 1).unwrap_or(date).and_time(NaiveTime::MIN)
+            }
+        }
+    }
+
+    fn next(self, boundary: NaiveDateTime, count: i64) -> NaiveDateTime {
+        match self {
+            Step::SixHours => boundary + Duration::hours(6 * count),
+            Step::Days(days) => boundary + Duration::days(days * count),
+            Step::Week => boundary + Duration::days(7 * count),
+            Step::Months(months) => {
+                add_months(boundary.date(), i64::from(months) * count).map_or(boundary, |date| date.and_time(boundary.time()))
+            }
+        }
+    }
+}
+
+/// The span of a wall-clock grid that holds `t`.
+fn calendar_span(t: Timestamp, tz: Tz, step: Step) -> Span {
+    let mut start = step.floor(local_time(t, tz));
+    // A clock that goes back over midnight can put `t` before its own date's first
+    // midnight, or after the next one's.
+    while instant_of(start, tz) > t {
+        start = step.next(start, -1);
+    }
+    while instant_of(step.next(start, 1), tz) <= t {
+        start = step.next(start, 1);
+    }
+    Span { start: instant_of(start, tz), end: instant_of(step.next(start, 1), tz) }
+}
+
+/// A window of fixed length, aligned to the wall clock in force at `t`. Where a
+/// clock change is no multiple of the length, the window is cut at the change.
+fn fixed_window(t: Timestamp, tz: Tz, length: i64) -> Span {
+    let nanos = t.nanos();
+    let offset = offset_nanos(t, tz);
+    let start = (nanos.saturating_add(offset)).div_euclid(length).saturating_mul(length).saturating_sub(offset);
+    let end = start.saturating_add(length);
+    let span = Span { start: Timestamp::from_nanos(start), end: Timestamp::from_nanos(end) };
+    let before = offset_nanos(span.start, tz);
+    let after = offset_nanos(Timestamp::from_nanos(end - 1), tz);
+    Span {
+        start: if before == offset { span.start } else { change_between(span.start, t, tz) },
+        end: if after == offset { span.end } else { change_between(t, span.end, tz) },
+    }
+}
+
+/// The instant in `(from, to]` at which the offset becomes that of `to`.
+fn change_between(from: Timestamp, to: Timestamp, tz: Tz) -> Timestamp {
+    let target = offset_nanos(to, tz);
+    let (mut low, mut high) = (from.nanos().div_euclid(SECOND), to.nanos().div_euclid(SECOND));
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        if offset_nanos(Timestamp::from_nanos(middle * SECOND), tz) == target { high = middle } else { low = middle }
+    }
+    Timestamp::from_nanos(high * SECOND)
+}
+
+fn offset_nanos(t: Timestamp, tz: Tz) -> i64 {
+    if tz == Tz::UTC {
+        return 0;
+    }
+    i64::from(tz.offset_from_utc_datetime(&t.utc()).fix().local_minus_utc()) * SECOND
+}
+
+/// What the clocks of `tz` show at `t`.
+pub fn local_time(t: Timestamp, tz: Tz) -> NaiveDateTime {
+    tz.from_utc_datetime(&t.utc()).naive_local()
+}
+
+/// The first instant at which the clocks of `tz` show `wall` or, where a clock
+/// change skips it, the instant of that change.
+pub fn instant_of(wall: NaiveDateTime, tz: Tz) -> Timestamp {
+    if tz == Tz::UTC {
+        return Timestamp::from_utc(wall);
+    }
+    if let Some(found) = tz.from_local_datetime(&wall).earliest() {
+        return Timestamp::from_utc(found.naive_utc());
+    }
+    let day = Duration::days(1);
+    change_between(Timestamp::from_utc(wall - day), Timestamp::from_utc(wall + day), tz)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn t(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    fn shown(span: Span) -> String {
+        format!("{} {}", span.start, span.end)
+    }
+
+    #[test]
+    fn local_days_have_23_and_25_hours() {
+        let berlin = chrono_tz::Europe::Berlin;
+        assert_eq!(shown(WindowSize::Day.window(t("2026-03-29T12:00:00Z"), berlin)), "2026-03-28T23:00:00Z 2026-03-29T22:00:00Z");
+        assert_eq!(shown(WindowSize::Day.window(t("2026-10-25T12:00:00Z"), berlin)), "2026-10-24T22:00:00Z 2026-10-25T23:00:00Z");
+        let half_hour_change = chrono_tz::Australia::Lord_Howe;
+        let span = WindowSize::Minutes(60).window(t("2026-04-04T15:10:00Z"), half_hour_change);
+        assert!(span.contains(t("2026-04-04T15:10:00Z")));
+    }
+
+    #[test]
+    fn the_repeated_hour_is_two_windows() {
+        let berlin = chrono_tz::Europe::Berlin;
+        let first = WindowSize::Minutes(60).window(t("2026-10-25T00:30:00Z"), berlin);
+        let second = WindowSize::Minutes(60).window(t("2026-10-25T01:30:00Z"), berlin);
+        assert_eq!(shown(first), "2026-10-25T00:00:00Z 2026-10-25T01:00:00Z");
+        assert_eq!(shown(second), "2026-10-25T01:00:00Z 2026-10-25T02:00:00Z");
+    }
+
+    #[test]
+    fn month_anchors_clamp_and_do_not_stick() {
+        let cycle = BillingCycle { length: PeriodLength::Month, anchor: NaiveDate::from_ymd_opt(2026, 1, 31), timezone: Tz::UTC };
+        assert_eq!(shown(cycle.period(t("2026-02-15"))), "2026-01-31T00:00:00Z 2026-02-28T00:00:00Z");
+        assert_eq!(shown(cycle.period(t("2026-02-28"))), "2026-02-28T00:00:00Z 2026-03-31T00:00:00Z");
+        assert_eq!(shown(cycle.period(t("2026-03-31"))), "2026-03-31T00:00:00Z 2026-04-30T00:00:00Z");
+        assert_eq!(shown(cycle.period(t("2025-12-31"))), "2025-12-31T00:00:00Z 2026-01-31T00:00:00Z");
+    }
+
+    const ZONES: [Tz; 7] = [
+        Tz::UTC,
+        chrono_tz::Europe::Berlin,
+        chrono_tz::America::New_York,
+        chrono_tz::Asia::Kolkata,
+        chrono_tz::Australia::Lord_Howe,
+        chrono_tz::America::Sao_Paulo, // clocks once changed at midnight
+        chrono_tz::Pacific::Apia,      // once skipped a whole day
+    ];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(3000))]
+        /// Every instant lies in exactly one window, and windows meet end to start.
+        #[test]
+        fn windows_partition_time(seconds in 1_000_000_000i64..2_000_000_000, zone in 0usize..7, size in 0usize..9) {
+            let (tz, size) = (ZONES[zone], WindowSize::NAMES[size].1);
+            let t = Timestamp::from_nanos(seconds * SECOND);
+            let window = size.window(t, tz);
+            prop_assert!(window.contains(t), "{} {} {}", size.name(), tz, shown(window));
+            prop_assert_eq!(size.window(window.start, tz), window);
+            prop_assert_eq!(size.window(Timestamp::from_nanos(window.end.nanos() - 1), tz), window);
+            prop_assert_eq!(size.window(window.end, tz).start, window.end);
+        }
+
+        #[test]
+        fn periods_partition_time(seconds in 1_000_000_000i64..2_000_000_000, zone in 0usize..7, length in 0usize..5, anchor in proptest::option::of(0i64..1500)) {
+            let anchor = anchor.map(|days| NaiveDate::from_ymd_opt(2023, 1, 1).unwrap() + Duration::days(days));
+            let cycle = BillingCycle { length: PeriodLength::NAMES[length].1, anchor, timezone: ZONES[zone] };
+            let t = Timestamp::from_nanos(seconds * SECOND);
+            let period = cycle.period(t);
+            prop_assert!(period.contains(t));
+            prop_assert_eq!(cycle.period(period.start), period);
+            prop_assert_eq!(cycle.period(Timestamp::from_nanos(period.end.nanos() - 1)), period);
+            prop_assert_eq!(cycle.period(period.end).start, period.end);
+        }
+    }
+}

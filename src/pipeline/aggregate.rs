@@ -1,0 +1,504 @@
+//! Aggregation: every event ends in a bucket, every counted value in a window.
+//!
+//! Each thread has an [`Aggregator`]; merging them gives the same whatever event
+//! went to which. Only window-level state stays in memory.
+
+use std::sync::Arc;
+
+use rustc_hash::{FxHashMap, FxHashSet};
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::accumulator::{Accumulator, Moment};
+use super::deduplicate::{Copies, Held, RepeatedKeys, key_hash, write_key};
+use super::enrich::{Enricher, MeterPlan, Rejection, Value};
+use crate::config::Deduplicate;
+use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason, Text};
+use crate::model::counts::{EventCounts, UsageCounts};
+use crate::model::digest::{SetDigest, frame};
+use crate::model::properties::{Property, write_json_text};
+use crate::model::timestamp::Timestamp;
+use crate::model::window::{Span, WindowSize};
+use crate::source::{EventBatch, EventRef};
+
+/// Settings of one computation, shared by all threads.
+pub struct Context<'r> {
+    pub enricher: Enricher<'r>,
+    pub rules: &'r Deduplicate,
+    pub timezone: chrono_tz::Tz,
+    /// The windows to compute.
+    pub range: Span,
+    /// The billing periods that the range touches lie in here: usage outside of
+    /// the range, but inside of it, is needed for pricing.
+    pub reach: Span,
+    pub repeated: RepeatedKeys,
+    /// Dead letters that are still open: the hash of the event's key and, where only
+    /// one match was rejected, the index of its meter.
+    pub open_dead_letters: FxHashSet<(u64, Option<usize>)>,
+}
+
+/// The key of a window's state: indexes into the reference tables instead of names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct StateKey {
+    pub subscription: u32,
+    pub meter: u32,
+    /// [`NO_PRICE`] for usage without a price.
+    pub price: u32,
+    pub dimensions: u32,
+    pub period_start: Timestamp,
+    pub window_start: Timestamp,
+}
+
+/// The price index of usage without a price.
+pub const NO_PRICE: u32 = u32::MAX;
+
+/// What is known about one window.
+#[derive(Debug, Clone)]
+pub struct WindowState {
+    pub window_end: Timestamp,
+    pub period_end: Timestamp,
+    pub event_count: u64,
+    pub events_digest: SetDigest,
+    pub accumulator: Accumulator,
+    pub news: News,
+}
+
+/// Events of a window that the run before did not count the same way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct News {
+    pub late: u64,
+    pub amended: u64,
+    pub voided: u64,
+    pub resolved: u64,
+}
+
+impl News {
+    pub fn merge(&mut self, other: News) {
+        self.late += other.late;
+        self.amended += other.amended;
+        self.voided += other.voided;
+        self.resolved += other.resolved;
+    }
+}
+
+/// How an event relates to the run before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrival {
+    /// It was there already.
+    Known,
+    /// It came later.
+    Late,
+    /// It replaces a copy that was there.
+    Amended,
+}
+
+/// Why an event is passed through the aggregation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    Count(Arrival),
+    /// It no longer counts: only note which windows lose it.
+    Withdraw { voided: bool },
+}
+
+/// What one thread has seen.
+pub struct Aggregator<'c, 'r> {
+    context: &'c Context<'r>,
+    pub windows: FxHashMap<StateKey, WindowState>,
+    /// News of windows that lost events.
+    pub withdrawn: FxHashMap<StateKey, News>,
+    pub dimensions: Interner,
+    pub dead_letters: Vec<DeadLetter>,
+    pub events: EventCounts,
+    pub usage: UsageCounts,
+    pub held: Held,
+    pub ingested_until: Option<Timestamp>,
+    key: Vec<u8>,
+    scratch: Scratch,
+}
+
+#[derive(Default)]
+struct Scratch {
+    text: String,
+    bytes: Vec<u8>,
+    windows: WindowCache,
+    periods: Vec<Option<Span>>,
+}
+
+impl<'c, 'r> Aggregator<'c, 'r> {
+    pub fn new(context: &'c Context<'r>) -> Self {
+        Aggregator {
+            context,
+            windows: FxHashMap::default(),
+            withdrawn: FxHashMap::default(),
+            dimensions: Interner::default(),
+            dead_letters: Vec::new(),
+            events: EventCounts::default(),
+            usage: UsageCounts::default(),
+            held: Held::default(),
+            ingested_until: None,
+            key: Vec::new(),
+            scratch: Scratch { periods: vec![None; context.enricher.reference.subscriptions.len()], ..Scratch::default() },
+        }
+    }
+
+    /// Takes the events of a batch. `is_known` says whether an event ingested at
+    /// that time was there in the run before.
+    pub fn visit(&mut self, batch: &EventBatch, is_known: impl Fn(Timestamp) -> bool) {
+        let mut slots = Vec::new();
+        for event in batch.rows() {
+            self.events.read += 1;
+            let ingested_at = event.ingested_at.or(event.timestamp);
+            self.ingested_until = self.ingested_until.max(ingested_at);
+            let known = is_known(ingested_at.unwrap_or(Timestamp::MIN));
+            if event.tenant_id.is_some_and(|tenant| !self.context.enricher.wants_tenant(tenant)) {
+                self.events.out_of_range += 1;
+                continue;
+            }
+            let mut hash = 0;
+            let mut key = std::mem::take(&mut self.key);
+            if write_key(&self.context.rules.key, &event, &mut key) {
+                hash = key_hash(&key);
+                if self.context.repeated.contains(hash) {
+                    self.held.hold(self.context.rules, Some(self.context.range), &key, &event, known);
+                    self.key = key;
+                    continue;
+                }
+            }
+            self.key = key;
+            if event.deleted {
+                self.void(event.timestamp);
+            } else {
+                let arrival = if known { Arrival::Known } else { Arrival::Late };
+                self.take(&event, Purpose::Count(arrival), hash, &mut slots);
+            }
+        }
+    }
+
+    /// Takes an event of which several copies were read.
+    pub fn resolve(&mut self, copies: &Copies) {
+        let keep = self.context.rules.keep;
+        let before = copies.counted_before(keep);
+        let mut slots = Vec::new();
+        let is_void = copies.is_void(keep);
+        let replaces = before.is_some() && !copies.kept.known;
+        if let Some(before) = before.filter(|_| is_void || replaces) {
+            self.take(&before.event(), Purpose::Withdraw { voided: is_void }, 0, &mut slots);
+        }
+        if is_void {
+            return self.void(copies.kept.timestamp);
+        }
+        let arrival = match (copies.kept.known, replaces) {
+            (true, _) => Arrival::Known,
+            (false, true) => Arrival::Amended,
+            (false, false) => Arrival::Late,
+        };
+        let event = copies.kept.event();
+        let mut key = std::mem::take(&mut self.key);
+        write_key(&self.context.rules.key, &event, &mut key);
+        self.take(&event, Purpose::Count(arrival), key_hash(&key), &mut slots);
+        self.key = key;
+    }
+
+    fn void(&mut self, time: Option<Timestamp>) {
+        // A tombstone may carry no time; it voids its id all the same.
+        if time.is_none_or(|t| self.context.range.contains(t)) {
+            self.events.voided += 1;
+        } else {
+            self.events.out_of_range += 1;
+        }
+    }
+
+    /// One event, from its fields to its windows.
+    fn take<'e>(&mut self, event: &EventRef<'e>, purpose: Purpose, hash: u64, slots: &mut Vec<Property<'e>>) {
+        let context = self.context;
+        let counting = matches!(purpose, Purpose::Count(_));
+        let problem = event.problem.map(|problem| problem.detail.clone()).or_else(|| {
+            event.missing_field().map(|field| format!("`{field}` is missing"))
+        });
+        if let Some(detail) = problem {
+            let outside = event.timestamp.is_some_and(|t| !context.range.contains(t));
+            return self.reject_event(event, counting, !outside, &Rejection { reason: Reason::MalformedEvent, detail });
+        }
+        let (Some(tenant), Some(name), Some(external_id), Some(t)) =
+            (event.tenant_id, event.event_name, event.external_customer_id, event.timestamp)
+        else {
+            return;
+        };
+        let in_range = context.range.contains(t);
+        if !in_range && !context.reach.contains(t) {
+            self.events.out_of_range += u64::from(counting);
+            return;
+        }
+        let Some(plan) = context.enricher.plan(name) else {
+            return self.count_event(counting, in_range, |events| &mut events.unmatched);
+        };
+        if let Err(error) = plan.properties.read(event.properties, slots) {
+            let detail = format!("properties are no JSON object: {error}");
+            return self.reject_event(event, counting, in_range, &Rejection { reason: Reason::MalformedEvent, detail });
+        }
+        let slots = slots.as_slice();
+        if !plan.meters.iter().any(|meter| meter.accepts(slots)) {
+            let in_range = in_range && !plan.known_outside;
+            return self.count_event(counting, in_range, |events| &mut events.unmatched);
+        }
+        let subscription = context.enricher.subscription(tenant, external_id, t);
+        let found = subscription.as_ref().ok().and_then(|index| context.enricher.reference.subscriptions.get(*index));
+        if !context.enricher.wants_customer(found) {
+            return self.count_event(counting, false, |events| &mut events.metered);
+        }
+        let subscription = match subscription {
+            Ok(subscription) => subscription,
+            Err(rejection) => return self.reject_event(event, counting, in_range, &rejection),
+        };
+        let was_open = |meter: Option<usize>| counting && context.open_dead_letters.contains(&(hash, meter));
+        let event_was_open = was_open(None);
+        let mut usable = false;
+        for meter in plan.meters.iter().filter(|meter| meter.accepts(slots)) {
+            let resolved = event_was_open || was_open(Some(meter.index));
+            let outcome = self.take_match(event, t, subscription, meter, slots, purpose, resolved);
+            if !counting || !in_range {
+                continue;
+            }
+            self.usage.matches += 1;
+            match outcome {
+                Ok(true) => (self.usage.counted, usable) = (self.usage.counted + 1, true),
+                Ok(false) => (self.usage.skipped, usable) = (self.usage.skipped + 1, true),
+                Err(rejection) => {
+                    self.usage.rejected += 1;
+                    self.dead_letter(event, Some(&meter.meter.id), &rejection);
+                }
+            }
+        }
+        self.count_event(counting, in_range, |events| if usable { &mut events.metered } else { &mut events.dead_lettered });
+    }
+
+    fn count_event(&mut self, counting: bool, in_range: bool, bucket: impl Fn(&mut EventCounts) -> &mut u64) {
+        if counting {
+            *(if in_range { bucket(&mut self.events) } else { &mut self.events.out_of_range }) += 1;
+        }
+    }
+
+    fn reject_event(&mut self, event: &EventRef<'_>, counting: bool, in_range: bool, rejection: &Rejection) {
+        self.count_event(counting, in_range, |events| &mut events.dead_lettered);
+        if counting && in_range {
+            self.dead_letter(event, None, rejection);
+        }
+    }
+
+    /// One match of an event with a meter. False where it is skipped.
+    #[allow(clippy::too_many_arguments)]
+    fn take_match(
+        &mut self,
+        event: &EventRef<'_>,
+        t: Timestamp,
+        subscription: usize,
+        plan: &MeterPlan<'r>,
+        slots: &[Property<'_>],
+        purpose: Purpose,
+        resolved: bool,
+    ) -> Result<bool, Rejection> {
+        let Some(value) = plan.value(slots)? else { return Ok(false) };
+        let price = self.context.enricher.price(subscription, plan, t, slots)?;
+        let Some((window, period)) = self.place(t, subscription, plan.meter.window) else { return Ok(false) };
+        if !period.overlaps(self.context.range) {
+            // Another subscription's longer period made this event be read.
+            return Ok(true);
+        }
+        self.scratch.text.clear();
+        plan.write_dimensions(slots, &mut self.scratch.text);
+        let key = StateKey {
+            subscription: index(subscription),
+            meter: index(plan.index),
+            price: price.map_or(NO_PRICE, index),
+            dimensions: self.dimensions.intern(&self.scratch.text),
+            period_start: period.start,
+            window_start: window.start,
+        };
+        let arrival = match purpose {
+            Purpose::Count(arrival) => arrival,
+            Purpose::Withdraw { voided } => {
+                let news = self.withdrawn.entry(key).or_default();
+                *(if voided { &mut news.voided } else { &mut news.amended }) += 1;
+                return Ok(true);
+            }
+        };
+        let state = self.windows.entry(key).or_insert_with(|| WindowState {
+            window_end: window.end,
+            period_end: period.end,
+            event_count: 0,
+            events_digest: SetDigest::default(),
+            accumulator: Accumulator::new(plan.meter.aggregation),
+            news: News::default(),
+        });
+        state.event_count += 1;
+        state.news.late += u64::from(arrival == Arrival::Late && !resolved);
+        state.news.amended += u64::from(arrival == Arrival::Amended);
+        state.news.resolved += u64::from(resolved);
+        let moment = Moment { timestamp: t, ingested_at: event.ingested_at.unwrap_or(t), id: event.id.unwrap_or_default() };
+        state.accumulator.add(&value, moment);
+        state.events_digest.add(contribution(event, t, &value, &mut self.scratch.bytes));
+        Ok(true)
+    }
+
+    /// The window and the billing period of an instant.
+    fn place(&mut self, t: Timestamp, subscription: usize, size: WindowSize) -> Option<(Span, Span)> {
+        let window = self.scratch.windows.window(size, t, self.context.timezone);
+        let cycle = &self.context.enricher.reference.subscriptions.get(subscription)?.cycle;
+        let cached = self.scratch.periods.get_mut(subscription)?;
+        let period = match cached {
+            Some(period) if period.contains(t) => *period,
+            _ => *cached.insert(cycle.period(t)),
+        };
+        Some((window, period))
+    }
+
+    fn dead_letter(&mut self, event: &EventRef<'_>, meter: Option<&str>, rejection: &Rejection) {
+        let raw = event.problem.and_then(|problem| problem.raw.as_deref());
+        let json = event_json(event, raw);
+        let event_id = match event.id.filter(|id| !id.is_empty()) {
+            Some(id) => id.to_owned(),
+            // Rows without an id are told apart by their content.
+            None => format!("unreadable:{:016x}", xxh3_128(json.as_bytes()) >> 64),
+        };
+        self.dead_letters.push(DeadLetter {
+            key: DeadLetterKey {
+                tenant_id: event.tenant_id.unwrap_or_default().to_owned(),
+                event_id,
+                meter_id: meter.unwrap_or_default().to_owned(),
+                reason: rejection.reason.name(),
+            },
+            detail: rejection.detail.clone(),
+            event: json,
+            event_time: event.timestamp,
+        });
+    }
+
+    /// Adds what another thread has seen.
+    pub fn merge(&mut self, other: Aggregator<'c, 'r>) {
+        let renamed: Vec<u32> = other.dimensions.texts.iter().map(|text| self.dimensions.intern(text)).collect();
+        let rename = |key: StateKey| StateKey { dimensions: renamed.get(key.dimensions as usize).copied().unwrap_or_default(), ..key };
+        for (key, theirs) in other.windows {
+            match self.windows.entry(rename(key)) {
+                std::collections::hash_map::Entry::Vacant(entry) => {
+                    entry.insert(theirs);
+                }
+                std::collections::hash_map::Entry::Occupied(mut entry) => entry.get_mut().merge(&theirs),
+            }
+        }
+        for (key, news) in other.withdrawn {
+            self.withdrawn.entry(rename(key)).or_default().merge(news);
+        }
+        self.dead_letters.extend(other.dead_letters);
+        self.events.merge(&other.events);
+        self.usage.merge(&other.usage);
+        self.held.merge(self.context.rules, Some(self.context.range), other.held);
+        self.ingested_until = self.ingested_until.max(other.ingested_until);
+    }
+}
+
+impl WindowState {
+    fn merge(&mut self, other: &WindowState) {
+        self.event_count += other.event_count;
+        self.events_digest.merge(other.events_digest);
+        self.accumulator.merge(&other.accumulator);
+        self.news.merge(other.news);
+    }
+}
+
+/// What an event contributes to a window, for the window's digest: which event,
+/// when, and the value. A re-sent copy that changes none of them changes nothing.
+fn contribution<'b>(event: &EventRef<'_>, t: Timestamp, value: &Value<'_>, bytes: &'b mut Vec<u8>) -> &'b [u8] {
+    bytes.clear();
+    frame(bytes, event.tenant_id.map(str::as_bytes));
+    frame(bytes, event.id.map(str::as_bytes));
+    bytes.extend_from_slice(&t.nanos().to_le_bytes());
+    match value {
+        Value::Event => bytes.push(0),
+        Value::Number(number) => bytes.extend_from_slice(&number.to_le_bytes()),
+        Value::Distinct(text) => bytes.extend_from_slice(text.as_bytes()),
+    }
+    bytes
+}
+
+/// The event as JSON, for people and for retries.
+fn event_json(event: &EventRef<'_>, raw: Option<&str>) -> String {
+    let mut json = String::from("{");
+    let mut field = |name: &str, write: &mut dyn FnMut(&mut String)| {
+        if json.len() > 1 {
+            json.push(',');
+        }
+        write_json_text(name, &mut json);
+        json.push(':');
+        write(&mut json);
+    };
+    if let Some(raw) = raw {
+        field("raw", &mut |json| write_json_text(raw, json));
+    }
+    let texts = [
+        ("tenant_id", event.tenant_id.map(str::to_owned)),
+        ("id", event.id.map(str::to_owned)),
+        ("event_name", event.event_name.map(str::to_owned)),
+        ("external_customer_id", event.external_customer_id.map(str::to_owned)),
+        ("timestamp", event.timestamp.map(|t| t.to_string())),
+        ("ingested_at", event.ingested_at.map(|t| t.to_string())),
+    ];
+    for (name, text) in &texts {
+        if let Some(text) = text {
+            field(name, &mut |json| write_json_text(text, json));
+        }
+    }
+    if let Some(properties) = event.properties {
+        let is_json = serde_json::from_str::<serde::de::IgnoredAny>(properties).is_ok();
+        field("properties", &mut |json| if is_json { json.push_str(properties) } else { write_json_text(properties, json) });
+    }
+    json.push('}');
+    json
+}
+
+/// Every reference table is small enough for 32-bit indexes.
+fn index(at: usize) -> u32 {
+    u32::try_from(at).unwrap_or(NO_PRICE)
+}
+
+/// Texts by number.
+#[derive(Debug, Default)]
+pub struct Interner {
+    numbers: FxHashMap<Text, u32>,
+    texts: Vec<Text>,
+}
+
+impl Interner {
+    fn intern(&mut self, text: &str) -> u32 {
+        if let Some(number) = self.numbers.get(text) {
+            return *number;
+        }
+        let number = index(self.texts.len());
+        let text: Text = Arc::from(text);
+        self.texts.push(Arc::clone(&text));
+        self.numbers.insert(text, number);
+        number
+    }
+
+    pub fn text(&self, number: u32) -> Text {
+        self.texts.get(number as usize).cloned().unwrap_or_else(|| Arc::from(""))
+    }
+}
+
+/// Windows found before: calendar arithmetic in a zone costs more than a look-up.
+#[derive(Debug, Default)]
+struct WindowCache {
+    slots: FxHashMap<(WindowSize, i64), Span>,
+}
+
+impl WindowCache {
+    fn window(&mut self, size: WindowSize, t: Timestamp, timezone: chrono_tz::Tz) -> Span {
+        let slot = (size, t.nanos().div_euclid(size.nominal_nanos()));
+        match self.slots.get(&slot) {
+            Some(window) if window.contains(t) => *window,
+            _ => {
+                let window = size.window(t, timezone);
+                self.slots.insert(slot, window);
+                window
+            }
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! Enrichment: what an event means. Its meters by name and filters, its customer
+//! and subscription by time, its price by plan, time and dimensions.
+
+use std::borrow::Cow;
+
+use rustc_hash::FxHashMap;
+
+use crate::model::aggregate::Reason;
+use crate::model::decimal::{Decimal, DecimalError};
+use crate::model::meter::{Aggregation, FilterTest, Meter};
+use crate::model::properties::{Property, PropertyPlan, write_json_text};
+use crate::model::timestamp::Timestamp;
+use crate::reference::{Reference, Subscription, Unbound, Unpriced};
+
+/// What part of a job is computed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Scope {
+    pub tenant: Option<String>,
+    /// A customer id, not an external one.
+    pub customer: Option<String>,
+    pub meter: Option<String>,
+}
+
+impl Scope {
+    pub fn is_whole(&self) -> bool {
+        *self == Scope::default()
+    }
+
+    /// Whether rows of this tenant, customer and meter belong to the scope.
+    pub fn holds(&self, tenant: &str, customer: &str, meter: &str) -> bool {
+        let wants = |wanted: &Option<String>, value: &str| wanted.as_ref().is_none_or(|wanted| wanted == value);
+        wants(&self.tenant, tenant) && wants(&self.customer, customer) && wants(&self.meter, meter)
+    }
+}
+
+/// The reference tables, arranged for looking up events.
+pub struct Enricher<'r> {
+    pub reference: &'r Reference,
+    events: FxHashMap<&'r str, EventPlan<'r>>,
+    /// By subscription, then meter: indexes of prices.
+    candidates: Vec<Vec<&'r [usize]>>,
+    scope: Scope,
+}
+
+/// What to do with the events of one name.
+pub struct EventPlan<'r> {
+    pub properties: PropertyPlan,
+    pub meters: Vec<MeterPlan<'r>>,
+    /// A meter outside of the scope knows the name too.
+    pub known_outside: bool,
+}
+
+/// A meter with the slots of its properties.
+pub struct MeterPlan<'r> {
+    pub index: usize,
+    pub meter: &'r Meter,
+    filters: Vec<(usize, &'r FilterTest)>,
+    property: Option<usize>,
+    /// Slot, name, and `{"name":` or `,"name":`.
+    dimensions: Vec<(usize, &'r str, String)>,
+}
+
+/// A value to aggregate.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value<'a> {
+    /// The event itself counts.
+    Event,
+    Number(Decimal),
+    Distinct(Cow<'a, str>),
+}
+
+/// A match of an event with a meter that cannot count.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejection {
+    pub reason: Reason,
+    pub detail: String,
+}
+
+impl Rejection {
+    fn new(reason: Reason, detail: String) -> Self {
+        Rejection { reason, detail }
+    }
+}
+
+impl<'r> Enricher<'r> {
+    pub fn new(reference: &'r Reference, scope: Scope) -> Self {
+        let mut events: FxHashMap<&str, EventPlan<'r>> = FxHashMap::default();
+        for (index, meter) in reference.meters.iter().enumerate() {
+            let plan = events.entry(&meter.event_name).or_insert_with(|| EventPlan {
+                properties: PropertyPlan::default(),
+                meters: Vec::new(),
+                known_outside: false,
+            });
+            if scope.meter.as_ref().is_some_and(|wanted| *wanted != meter.id) {
+                plan.known_outside = true;
+            } else {
+                let meter = MeterPlan::new(index, meter, &mut plan.properties);
+                plan.meters.push(meter);
+            }
+        }
+        let by_meter = |subscription: &Subscription| {
+            let meters = 0..reference.meters.len();
+            meters.map(|meter| reference.candidates(&subscription.plan_id, meter)).collect()
+        };
+        let candidates = reference.subscriptions.iter().map(by_meter).collect();
+        Enricher { reference, events, candidates, scope }
+    }
+
+    /// Whether events of this tenant belong to the scope.
+    pub fn wants_tenant(&self, tenant: &str) -> bool {
+        self.scope.tenant.as_ref().is_none_or(|wanted| wanted == tenant)
+    }
+
+    /// Whether events of this subscription belong to the scope; `None` stands for
+    /// an event whose customer is not known.
+    pub fn wants_customer(&self, subscription: Option<&Subscription>) -> bool {
+        let Some(wanted) = &self.scope.customer else { return true };
+        subscription.is_some_and(|subscription| subscription.customer_id == *wanted)
+    }
+
+    /// What to do with events of this name; `None` where no meter knows it.
+    pub fn plan(&self, event_name: &str) -> Option<&EventPlan<'r>> {
+        self.events.get(event_name)
+    }
+
+    /// The subscription that pays for an event.
+    ///
+    /// # Errors
+    /// The reason for a dead letter where there is not exactly one.
+    pub fn subscription(&self, tenant: &str, external_id: &str, t: Timestamp) -> Result<usize, Rejection> {
+        self.reference.subscription(tenant, external_id, t).map_err(|unbound| match unbound {
+            Unbound::CustomerNotFound => Rejection::new(
+                Reason::CustomerNotFound,
+                format!("no customer has external id `{external_id}` at {t}: add it to the customers table"),
+            ),
+            Unbound::NoActiveSubscription => Rejection::new(
+                Reason::NoActiveSubscription,
+                format!("customer `{external_id}` has no active subscription at {t}: check started_at and ended_at"),
+            ),
+            Unbound::Ambiguous => Rejection::new(
+                Reason::AmbiguousReference,
+                format!("customer `{external_id}` has several active subscriptions at {t}: end all but one"),
+            ),
+        })
+    }
+
+    /// The price of a match; `None` where its meter may go without.
+    ///
+    /// # Errors
+    /// The reason for a dead letter where there is not exactly one.
+    pub fn price(&self, subscription: usize, plan: &MeterPlan<'r>, t: Timestamp, slots: &[Property<'_>]) -> Result<Option<usize>, Rejection> {
+        let candidates = self.candidates.get(subscription).and_then(|meters| meters.get(plan.index)).copied().unwrap_or_default();
+        let Some(of) = self.reference.subscriptions.get(subscription) else { return Ok(None) };
+        let by_dimension = candidates.iter().filter_map(|index| self.reference.prices.get(*index)).any(|price| !price.matches.is_empty());
+        let dimensions = if by_dimension { plan.dimension_values(slots) } else { Vec::new() };
+        match self.reference.price(candidates, &of.currency, t, &dimensions) {
+            Ok(price) => Ok(Some(price)),
+            Err(Unpriced::NotFound) if plan.meter.unpriced => Ok(None),
+            Err(Unpriced::NotFound) => Err(Rejection::new(
+                Reason::PriceNotFound,
+                format!(
+                    "plan `{}` has no price in {} for meter `{}` at {t}: add one, or declare the meter unpriced",
+                    of.plan_id, of.currency, plan.meter.id
+                ),
+            )),
+            Err(Unpriced::Ambiguous) => Err(Rejection::new(
+                Reason::AmbiguousReference,
+                format!("several prices of plan `{}` match meter `{}` equally well at {t}", of.plan_id, plan.meter.id),
+            )),
+        }
+    }
+}
+
+impl<'r> MeterPlan<'r> {
+    fn new(index: usize, meter: &'r Meter, properties: &mut PropertyPlan) -> Self {
+        let mut dimensions = Vec::new();
+        for name in &meter.dimensions {
+            let mut prefix = String::from(if dimensions.is_empty() { "{" } else { "," });
+            write_json_text(name, &mut prefix);
+            prefix.push(':');
+            dimensions.push((properties.slot(name), name.as_str(), prefix));
+        }
+        MeterPlan {
+            index,
+            meter,
+            filters: meter.filters.iter().map(|filter| (properties.slot(&filter.property), &filter.test)).collect(),
+            property: meter.property.as_ref().map(|property| properties.slot(property)),
+            dimensions,
+        }
+    }
+
+    /// Whether the event passes every filter.
+    pub fn accepts(&self, slots: &[Property<'_>]) -> bool {
+        self.filters.iter().all(|(slot, test)| slots.get(*slot).is_some_and(|property| test.passes(property)))
+    }
+
+    /// The value to aggregate; `None` where the property is absent or null.
+    ///
+    /// # Errors
+    /// The reason for a dead letter where the property is no number.
+    pub fn value<'s>(&self, slots: &'s [Property<'_>]) -> Result<Option<Value<'s>>, Rejection> {
+        let Some(property) = self.property.and_then(|slot| slots.get(slot)) else { return Ok(Some(Value::Event)) };
+        if !property.is_present() {
+            return Ok(None);
+        }
+        if self.meter.aggregation == Aggregation::CountUnique {
+            return Ok(Some(Value::Distinct(property.text())));
+        }
+        let name = self.meter.property.as_deref().unwrap_or_default();
+        match property.decimal() {
+            Ok(number) => Ok(Some(Value::Number(number))),
+            Err(DecimalError::Syntax) => {
+                Err(Rejection::new(Reason::InvalidProperty, format!("property `{name}` is `{}`, not a decimal number", shorten(&property.text()))))
+            }
+            Err(DecimalError::Overflow) => Err(Rejection::new(
+                Reason::ValueOutOfRange,
+                format!("property `{name}` is {}, beyond 38 digits at 18 decimal places", shorten(&property.text())),
+            )),
+        }
+    }
+
+    /// Appends the dimensions as canonical JSON.
+    pub fn write_dimensions(&self, slots: &[Property<'_>], out: &mut String) {
+        for (slot, _, prefix) in &self.dimensions {
+            out.push_str(prefix);
+            slots.get(*slot).unwrap_or(&Property::Absent).write_json(out);
+        }
+        out.push_str(if self.dimensions.is_empty() { "{}" } else { "}" });
+    }
+
+    fn dimension_values(&self, slots: &[Property<'_>]) -> Vec<(&'r str, String)> {
+        let value = |(slot, name, _): &(usize, &'r str, String)| {
+            let mut text = String::new();
+            slots.get(*slot).unwrap_or(&Property::Absent).write_json(&mut text);
+            (*name, text)
+        };
+        self.dimensions.iter().map(value).collect()
+    }
+}
+
+/// Enough of a value to recognise it.
+fn shorten(text: &str) -> String {
+    let start: String = text.chars().take(60).collect();
+    if start.len() < text.len() { start + "…" } else { start }
+}

@@ -1,0 +1,220 @@
+//! The meters table.
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+
+use super::definitions::{self, Located};
+use crate::model::decimal::Decimal;
+use crate::model::digest::Digest;
+use crate::model::meter::{Aggregation, ChargeOn, Comparison, Filter, FilterTest, FilterValue, Meter};
+use crate::model::window::WindowSize;
+
+/// A meter as people write it. Unknown keys are errors.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawMeter {
+    meter_id: String,
+    event_name: String,
+    aggregation: String,
+    property: Option<String>,
+    #[serde(default)]
+    filters: Vec<RawFilter>,
+    #[serde(default)]
+    dimensions: Vec<String>,
+    window: Option<Value>,
+    charge_on: Option<String>,
+    #[serde(default, deserialize_with = "boolean")]
+    unpriced: bool,
+    expression: Option<Value>,
+    multiplier: Option<Value>,
+    operation_property: Option<Value>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawFilter {
+    property: String,
+    op: String,
+    #[serde(default, deserialize_with = "some_value")]
+    value: Option<FilterValue>,
+    #[serde(default)]
+    values: Vec<FilterValue>,
+}
+
+const NESTED: [&str; 2] = ["filters", "dimensions"];
+
+/// Reads and validates all meters. `window` is for those that name none.
+pub(super) fn read(path: &Path, window: WindowSize) -> Result<Vec<Meter>> {
+    let rows: Vec<Located<RawMeter>> = definitions::read(path, "meters", &NESTED)?;
+    let mut meters: Vec<Meter> = Vec::new();
+    for row in &rows {
+        let meter = validate(row, window)?;
+        if let Some(first) = rows.iter().zip(&meters).find(|(_, known)| known.id == meter.id).map(|(row, _)| row) {
+            return Err(row.error(format!("meter_id `{}` is already used by {}", meter.id, first.place())));
+        }
+        meters.push(meter);
+    }
+    if meters.is_empty() {
+        return Err(crate::fault::configuration(format!("{}: has no meter", path.display())));
+    }
+    Ok(meters)
+}
+
+fn validate(row: &Located<RawMeter>, default_window: WindowSize) -> Result<Meter> {
+    let raw = &row.value;
+    for (key, value) in
+        [("expression", &raw.expression), ("multiplier", &raw.multiplier), ("operation_property", &raw.operation_property)]
+    {
+        if value.is_some() {
+            return Err(row.error(format!("`{key}` of meter `{}` is not available in this version", raw.meter_id)));
+        }
+    }
+    let aggregation = named(&Aggregation::NAMES, &raw.aggregation)
+        .ok_or_else(|| row.error(unknown("aggregation", &raw.aggregation, &Aggregation::NAMES)))?;
+    let property = raw.property.clone().filter(|property| !property.is_empty());
+    match (aggregation, &property) {
+        (Aggregation::Count, Some(_)) => {
+            return Err(row.error("aggregation count counts events: remove `property`, or filter with op exists"));
+        }
+        (Aggregation::Count, None) | (_, Some(_)) => {}
+        (_, None) => return Err(row.error(format!("aggregation {} needs `property`", raw.aggregation))),
+    }
+    let window = match &raw.window {
+        None => default_window,
+        Some(Value::String(name)) => {
+            WindowSize::parse(name).ok_or_else(|| row.error(unknown("window", name, WindowSize::NAMES.get(..9).unwrap_or_default())))?
+        }
+        Some(other) => return Err(row.error(format!("window {other} is not available in this version: use a tumbling one, such as hour"))),
+    };
+    let charge_on = match raw.charge_on.as_deref() {
+        None => ChargeOn::Period,
+        Some(name) => named(&ChargeOn::NAMES, name).ok_or_else(|| row.error(unknown("charge_on", name, &ChargeOn::NAMES)))?,
+    };
+    let filters = raw.filters.iter().map(|filter| validate_filter(row, filter)).collect::<Result<Vec<_>>>()?;
+    let mut dimensions = raw.dimensions.clone();
+    dimensions.sort();
+    if let Some(twice) = dimensions.iter().zip(dimensions.iter().skip(1)).find(|(a, b)| a == b) {
+        return Err(row.error(format!("dimension `{}` is named twice", twice.0)));
+    }
+    let digest = Digest::new("meter")
+        .text(&raw.event_name)
+        .text(&format!("{aggregation:?} {property:?} {filters:?} {dimensions:?} {window:?} {charge_on:?}"))
+        .hex();
+    Ok(Meter {
+        id: raw.meter_id.clone(),
+        event_name: raw.event_name.clone(),
+        aggregation,
+        property,
+        filters,
+        dimensions,
+        window,
+        charge_on,
+        unpriced: raw.unpriced,
+        digest,
+    })
+}
+
+fn validate_filter(row: &Located<RawMeter>, raw: &RawFilter) -> Result<Filter> {
+    let values: Vec<FilterValue> = raw.value.iter().chain(&raw.values).cloned().collect();
+    let single = || match values.as_slice() {
+        [value] => Ok(value.clone()),
+        _ => Err(row.error(format!("filter {} on `{}` needs one value", raw.op, raw.property))),
+    };
+    let compare = |comparison: Comparison| {
+        let bound: Option<Decimal> = match single()? {
+            FilterValue::Number(number) => Some(number),
+            FilterValue::Text(text) => text.parse().ok(),
+            FilterValue::Bool(_) => None,
+        };
+        let bound = bound.ok_or_else(|| row.error(format!("filter {} on `{}` needs a number", raw.op, raw.property)))?;
+        Ok::<_, anyhow::Error>(FilterTest::Compare(comparison, bound))
+    };
+    let some = || {
+        if values.is_empty() {
+            return Err(row.error(format!("filter {} on `{}` needs values", raw.op, raw.property)));
+        }
+        Ok(values.clone())
+    };
+    let test = match raw.op.as_str() {
+        "eq" => FilterTest::In(vec![single()?]),
+        "ne" => FilterTest::NotIn(vec![single()?]),
+        "in" => FilterTest::In(some()?),
+        "not_in" => FilterTest::NotIn(some()?),
+        "exists" | "not_exists" if !values.is_empty() => {
+            return Err(row.error(format!("filter {} on `{}` takes no value", raw.op, raw.property)));
+        }
+        "exists" => FilterTest::Exists(true),
+        "not_exists" => FilterTest::Exists(false),
+        "gt" => compare(Comparison::Greater)?,
+        "gte" => compare(Comparison::GreaterOrEqual)?,
+        "lt" => compare(Comparison::Less)?,
+        "lte" => compare(Comparison::LessOrEqual)?,
+        "contains" => match single()? {
+            FilterValue::Text(text) => FilterTest::Contains(text),
+            FilterValue::Number(number) => FilterTest::Contains(number.to_string()),
+            FilterValue::Bool(value) => FilterTest::Contains(value.to_string()),
+        },
+        other => {
+            return Err(row.error(format!(
+                "filter op `{other}` is unknown: use eq, ne, in, not_in, exists, not_exists, gt, gte, lt, lte or contains"
+            )));
+        }
+    };
+    Ok(Filter { property: raw.property.clone(), test })
+}
+
+pub(super) fn named<T: Copy>(names: &[(&str, T)], name: &str) -> Option<T> {
+    names.iter().find(|(known, _)| *known == name).map(|(_, value)| *value)
+}
+
+pub(super) fn unknown<T>(key: &str, name: &str, names: &[(&str, T)]) -> String {
+    let names: Vec<_> = names.iter().map(|(known, _)| *known).collect();
+    format!("{key} `{name}` is unknown: use one of {}", names.join(", "))
+}
+
+/// `true`, or the text of it, as tables have it.
+pub(super) fn boolean<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    match FilterValue::deserialize(deserializer)? {
+        FilterValue::Bool(value) => Ok(value),
+        FilterValue::Text(text) if text.eq_ignore_ascii_case("true") || text == "1" => Ok(true),
+        FilterValue::Text(text) if text.eq_ignore_ascii_case("false") || text == "0" || text.is_empty() => Ok(false),
+        other => Err(serde::de::Error::custom(format!("{other:?} is neither true nor false"))),
+    }
+}
+
+fn some_value<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<FilterValue>, D::Error> {
+    FilterValue::deserialize(deserializer).map(Some)
+}
+
+impl<'de> Deserialize<'de> for FilterValue {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Scalar;
+        impl serde::de::Visitor<'_> for Scalar {
+            type Value = FilterValue;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a text, a number, or true or false")
+            }
+            fn visit_str<E>(self, text: &str) -> Result<FilterValue, E> {
+                Ok(FilterValue::Text(text.to_owned()))
+            }
+            fn visit_bool<E>(self, value: bool) -> Result<FilterValue, E> {
+                Ok(FilterValue::Bool(value))
+            }
+            fn visit_u64<E>(self, value: u64) -> Result<FilterValue, E> {
+                Ok(FilterValue::Number(Decimal::from_u64(value)))
+            }
+            fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<FilterValue, E> {
+                value.to_string().parse().map(FilterValue::Number).map_err(E::custom)
+            }
+            fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<FilterValue, E> {
+                // The shortest text that reads back as this float is what was written,
+                // for any number of up to 15 digits.
+                value.to_string().parse().map(FilterValue::Number).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(Scalar)
+    }
+}

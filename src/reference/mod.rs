@@ -1,0 +1,180 @@
+//! Reference tables: loaded, checked, and joined into what events are matched with.
+//!
+//! The tables are Polars frames; [`customers::bind`] joins customers with their
+//! subscriptions, and events look their binding up by external id and time.
+
+mod customers;
+mod definitions;
+mod meters;
+mod prices;
+mod table;
+
+use std::collections::BTreeSet;
+
+use anyhow::Result;
+use rustc_hash::FxHashMap;
+
+use crate::config::Job;
+use crate::model::digest::Digest;
+use crate::model::meter::Meter;
+use crate::model::price::Price;
+use crate::model::timestamp::Timestamp;
+use crate::model::window::{BillingCycle, Span};
+
+/// All reference tables of a job, checked.
+#[derive(Debug)]
+pub struct Reference {
+    pub subscriptions: Vec<Subscription>,
+    pub meters: Vec<Meter>,
+    pub prices: Vec<Price>,
+    /// Tenant, then external customer id.
+    customers: FxHashMap<String, FxHashMap<String, ExternalCustomer>>,
+    /// Plan and meter index, then indexes of prices.
+    price_index: FxHashMap<(String, usize), Vec<usize>>,
+    pub digests: ReferenceDigests,
+    /// What is odd but no error.
+    pub warnings: Vec<String>,
+}
+
+/// A digest of each table, over its content.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ReferenceDigests {
+    pub customers: String,
+    pub subscriptions: String,
+    pub meters: String,
+    pub prices: String,
+}
+
+/// A subscription of a customer to a plan.
+#[derive(Debug, Clone)]
+pub struct Subscription {
+    pub tenant_id: String,
+    pub id: String,
+    pub customer_id: String,
+    pub plan_id: String,
+    pub currency: String,
+    pub cycle: BillingCycle,
+    pub active: Span,
+    /// Changes when this row changes.
+    pub digest: String,
+    /// Changes when a row of its customer changes.
+    pub customer_digest: String,
+}
+
+/// What an external customer id stands for, over time.
+#[derive(Debug, Default)]
+struct ExternalCustomer {
+    validity: Vec<Span>,
+    /// While the customer is valid and the subscription active: its index.
+    bindings: Vec<(Span, usize)>,
+}
+
+/// Why no subscription could be found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unbound {
+    CustomerNotFound,
+    NoActiveSubscription,
+    /// Several subscriptions are active.
+    Ambiguous,
+}
+
+/// Why no price could be found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unpriced {
+    NotFound,
+    /// Several prices match equally well.
+    Ambiguous,
+}
+
+impl Reference {
+    /// Loads and checks every table.
+    ///
+    /// # Errors
+    /// A configuration fault that names file, row, reason and remedy.
+    pub fn load(job: &Job) -> Result<Reference> {
+        let customers = customers::Customers::read(&job.reference.customers)?;
+        let subscriptions = customers::Subscriptions::read(&job.reference.subscriptions, job.timezone, &customers)?;
+        let meters = meters::read(&job.reference.meters, job.window)?;
+        let prices = prices::read(&job.reference.prices, &meters)?;
+        let bound = customers::bind(&customers, &subscriptions)?;
+
+        let mut price_index: FxHashMap<_, Vec<usize>> = FxHashMap::default();
+        for (index, price) in prices.iter().enumerate() {
+            if let Some(meter) = meters.iter().position(|meter| meter.id == price.meter_id) {
+                price_index.entry((price.plan_id.clone(), meter)).or_default().push(index);
+            }
+        }
+        let digests = ReferenceDigests {
+            customers: customers.digest(),
+            subscriptions: list_digest("subscriptions", subscriptions.list.iter().map(|s| s.digest.clone())),
+            meters: list_digest("meters", meters.iter().map(|m| m.id.clone() + &m.digest)),
+            prices: list_digest("prices", prices.iter().map(|p| format!("{}{}{:?}", p.id, p.digest, p.valid))),
+        };
+        let warnings = [bound.warnings, plan_warnings(&subscriptions.list, &prices)].concat();
+        let customers = bound.customers;
+        Ok(Reference { subscriptions: subscriptions.list, meters, prices, customers, price_index, digests, warnings })
+    }
+
+    /// The index of the subscription that an event of `external_id` at `t` belongs to.
+    ///
+    /// # Errors
+    /// [`Unbound`] where there is not exactly one.
+    pub fn subscription(&self, tenant: &str, external_id: &str, t: Timestamp) -> Result<usize, Unbound> {
+        let customer = self.customers.get(tenant).and_then(|ids| ids.get(external_id)).ok_or(Unbound::CustomerNotFound)?;
+        if !customer.validity.iter().any(|span| span.contains(t)) {
+            return Err(Unbound::CustomerNotFound);
+        }
+        let mut active = customer.bindings.iter().filter(|(span, _)| span.contains(t)).map(|(_, index)| *index);
+        match (active.next(), active.next()) {
+            (Some(index), None) => Ok(index),
+            (None, _) => Err(Unbound::NoActiveSubscription),
+            (Some(_), Some(_)) => Err(Unbound::Ambiguous),
+        }
+    }
+
+    /// Prices of a meter on a plan.
+    pub fn candidates(&self, plan_id: &str, meter: usize) -> &[usize] {
+        self.price_index.get(&(plan_id.to_owned(), meter)).map_or(&[], Vec::as_slice)
+    }
+
+    /// The one of `candidates` that is valid at `t`, in `currency`, and matches the
+    /// dimensions best: the price with the most matching values.
+    ///
+    /// # Errors
+    /// [`Unpriced`] where there is not exactly one.
+    pub fn price(&self, candidates: &[usize], currency: &str, t: Timestamp, dimensions: &[(&str, String)]) -> Result<usize, Unpriced> {
+        let holds = |(name, value): &(String, String)| dimensions.iter().any(|(n, v)| n == name && v == value);
+        let mut best: Option<(usize, usize)> = None;
+        let mut tie = false;
+        for &index in candidates {
+            let Some(price) = self.prices.get(index) else { continue };
+            if price.currency.code != currency || !price.valid.contains(t) || !price.matches.iter().all(holds) {
+                continue;
+            }
+            let rank = price.matches.len();
+            match best {
+                Some((_, best_rank)) if rank < best_rank => {}
+                Some((_, best_rank)) if rank == best_rank => tie = true,
+                _ => (best, tie) = (Some((index, rank)), false),
+            }
+        }
+        match best {
+            None => Err(Unpriced::NotFound),
+            Some(_) if tie => Err(Unpriced::Ambiguous),
+            Some((index, _)) => Ok(index),
+        }
+    }
+}
+
+/// A digest that does not depend on the order of rows.
+fn list_digest(domain: &str, rows: impl Iterator<Item = String>) -> String {
+    let mut rows: Vec<_> = rows.collect();
+    rows.sort();
+    rows.iter().fold(Digest::new(domain), |digest, row| digest.text(row)).hex()
+}
+
+fn plan_warnings(subscriptions: &[Subscription], prices: &[Price]) -> Vec<String> {
+    let priced: BTreeSet<_> = prices.iter().map(|price| price.plan_id.as_str()).collect();
+    let plans: BTreeSet<_> = subscriptions.iter().map(|s| s.plan_id.as_str()).collect();
+    plans.difference(&priced).map(|plan| format!("plan `{plan}` has subscriptions but no price")).collect()
+}

@@ -1,0 +1,221 @@
+//! Events in columns, a batch at a time.
+
+use arrow::array::{Array, BooleanArray, BooleanBuilder, Int64Array, Int64Builder, StringArray, StringBuilder};
+
+use crate::model::timestamp::Timestamp;
+
+/// Rows a reader puts into one batch.
+pub const BATCH_ROWS: usize = 8192;
+
+/// A batch of events. Every column has one entry a row; instants are nanoseconds.
+#[derive(Debug)]
+pub struct EventBatch {
+    pub tenant_id: StringArray,
+    pub id: StringArray,
+    pub event_name: StringArray,
+    pub external_customer_id: StringArray,
+    pub timestamp: Int64Array,
+    pub ingested_at: Int64Array,
+    pub properties: StringArray,
+    pub deleted: BooleanArray,
+    /// Rows with something wrong, in order.
+    pub problems: Vec<Problem>,
+}
+
+/// Why a row is no event.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    pub row: usize,
+    /// Names the file, the line or row, and what is wrong.
+    pub detail: String,
+    /// The text of a row that could not be taken apart at all.
+    pub raw: Option<String>,
+}
+
+/// One row of a batch.
+#[derive(Debug, Clone, Copy)]
+pub struct EventRef<'a> {
+    pub tenant_id: Option<&'a str>,
+    pub id: Option<&'a str>,
+    pub event_name: Option<&'a str>,
+    pub external_customer_id: Option<&'a str>,
+    pub timestamp: Option<Timestamp>,
+    pub ingested_at: Option<Timestamp>,
+    pub properties: Option<&'a str>,
+    pub deleted: bool,
+    pub problem: Option<&'a Problem>,
+}
+
+impl EventBatch {
+    pub fn len(&self) -> usize {
+        self.id.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.id.is_empty()
+    }
+
+    /// The rows in order, each with its problem if it has one.
+    pub fn rows(&self) -> impl Iterator<Item = EventRef<'_>> {
+        let mut problems = self.problems.iter().peekable();
+        (0..self.len()).map(move |row| {
+            EventRef {
+                tenant_id: value(&self.tenant_id, row),
+                id: value(&self.id, row),
+                event_name: value(&self.event_name, row),
+                external_customer_id: value(&self.external_customer_id, row),
+                timestamp: instant(&self.timestamp, row),
+                ingested_at: instant(&self.ingested_at, row),
+                properties: value(&self.properties, row),
+                deleted: !self.deleted.is_null(row) && self.deleted.value(row),
+                problem: problems.next_if(|problem| problem.row == row),
+            }
+        })
+    }
+}
+
+fn value(column: &StringArray, row: usize) -> Option<&str> {
+    (!column.is_null(row)).then(|| column.value(row))
+}
+
+fn instant(column: &Int64Array, row: usize) -> Option<Timestamp> {
+    (!column.is_null(row)).then(|| Timestamp::from_nanos(column.value(row)))
+}
+
+impl EventRef<'_> {
+    /// A row of nothing.
+    pub const EMPTY: EventRef<'static> = EventRef {
+        tenant_id: None,
+        id: None,
+        event_name: None,
+        external_customer_id: None,
+        timestamp: None,
+        ingested_at: None,
+        properties: None,
+        deleted: false,
+        problem: None,
+    };
+
+    /// What is missing of the fields that every event needs; a void needs only its key.
+    pub fn missing_field(&self) -> Option<&'static str> {
+        let absent = |text: Option<&str>| text.is_none_or(str::is_empty);
+        if absent(self.tenant_id) {
+            Some("tenant_id")
+        } else if absent(self.id) {
+            Some("id")
+        } else if self.deleted {
+            None
+        } else if absent(self.event_name) {
+            Some("event_name")
+        } else if absent(self.external_customer_id) {
+            Some("external_customer_id")
+        } else if self.timestamp.is_none() {
+            Some("timestamp")
+        } else {
+            None
+        }
+    }
+}
+
+/// One event as a text format delivers it.
+#[derive(Debug, Default)]
+pub struct TextEvent<'a> {
+    pub tenant_id: Option<&'a str>,
+    pub id: Option<&'a str>,
+    pub event_name: Option<&'a str>,
+    pub external_customer_id: Option<&'a str>,
+    pub timestamp: Option<&'a str>,
+    pub ingested_at: Option<&'a str>,
+    pub properties: Option<&'a str>,
+    pub deleted: Option<&'a str>,
+}
+
+/// Collects the rows of text formats into batches.
+#[derive(Debug, Default)]
+pub struct BatchBuilder {
+    tenant_id: StringBuilder,
+    id: StringBuilder,
+    event_name: StringBuilder,
+    external_customer_id: StringBuilder,
+    timestamp: Int64Builder,
+    ingested_at: Int64Builder,
+    properties: StringBuilder,
+    deleted: BooleanBuilder,
+    problems: Vec<Problem>,
+    rows: usize,
+}
+
+impl BatchBuilder {
+    pub fn is_full(&self) -> bool {
+        self.rows >= BATCH_ROWS
+    }
+
+    /// Adds a row. `place` says where it stands, for what is wrong with it.
+    pub fn push(&mut self, event: &TextEvent<'_>, place: impl Fn() -> String) {
+        let mut problem = None;
+        let mut instant = |field: &str, text: Option<&str>| {
+            let text = text.filter(|text| !text.is_empty())?;
+            match text.parse::<Timestamp>() {
+                Ok(instant) => Some(instant.nanos()),
+                Err(error) => {
+                    problem = Some(format!("{}: {field} {error}", place()));
+                    None
+                }
+            }
+        };
+        self.timestamp.append_option(instant("timestamp", event.timestamp));
+        self.ingested_at.append_option(instant("ingested_at", event.ingested_at));
+        let deleted = match event.deleted {
+            None | Some("" | "false" | "False" | "0" | "null") => false,
+            Some("true" | "True" | "TRUE" | "1") => true,
+            Some(other) => {
+                problem = Some(format!("{}: deleted `{other}` is neither true nor false", place()));
+                false
+            }
+        };
+        self.deleted.append_value(deleted);
+        self.tenant_id.append_option(event.tenant_id);
+        self.id.append_option(event.id);
+        self.event_name.append_option(event.event_name);
+        self.external_customer_id.append_option(event.external_customer_id);
+        self.properties.append_option(event.properties);
+        if let Some(detail) = problem {
+            self.problems.push(Problem { row: self.rows, detail, raw: None });
+        }
+        self.rows += 1;
+    }
+
+    /// Adds a row that could not be taken apart.
+    pub fn push_unreadable(&mut self, raw: String, detail: String) {
+        self.problems.push(Problem { row: self.rows, detail, raw: Some(raw) });
+        for column in [
+            &mut self.tenant_id,
+            &mut self.id,
+            &mut self.event_name,
+            &mut self.external_customer_id,
+            &mut self.properties,
+        ] {
+            column.append_null();
+        }
+        self.timestamp.append_null();
+        self.ingested_at.append_null();
+        self.deleted.append_value(false);
+        self.rows += 1;
+    }
+
+    /// The rows so far; the builder starts anew.
+    pub fn finish(&mut self) -> EventBatch {
+        self.rows = 0;
+        EventBatch {
+            tenant_id: self.tenant_id.finish(),
+            id: self.id.finish(),
+            event_name: self.event_name.finish(),
+            external_customer_id: self.external_customer_id.finish(),
+            timestamp: self.timestamp.finish(),
+            ingested_at: self.ingested_at.finish(),
+            properties: self.properties.finish(),
+            deleted: self.deleted.finish(),
+            problems: std::mem::take(&mut self.problems),
+        }
+    }
+}

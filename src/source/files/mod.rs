@@ -1,0 +1,138 @@
+//! Event files: Parquet, NDJSON and CSV, plain, gzip or zstd.
+
+mod columns;
+mod csv;
+mod ndjson;
+mod parquet;
+
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use anyhow::{Context, Result, bail};
+
+pub(crate) use self::parquet::reference_texts;
+pub use columns::{ColumnMap, Field};
+
+use super::{EventBatch, EventSource, Split, Wanted};
+
+/// Event files by glob patterns.
+#[derive(Debug)]
+pub struct FileSource {
+    patterns: Vec<String>,
+    columns: ColumnMap,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Parquet,
+    Ndjson,
+    Csv,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Compression {
+    Plain,
+    Gzip,
+    Zstd,
+}
+
+impl FileSource {
+    /// Files that match any of the absolute glob `patterns`.
+    pub fn new(patterns: Vec<String>, columns: ColumnMap) -> Self {
+        Self { patterns, columns }
+    }
+
+    /// The files, sorted, each once.
+    ///
+    /// # Errors
+    /// Where a pattern matches nothing.
+    fn files(&self) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        for pattern in &self.patterns {
+            let before = files.len();
+            for entry in glob::glob(pattern).with_context(|| format!("source path `{pattern}` is no glob pattern"))? {
+                let path = entry.with_context(|| format!("reading what `{pattern}` matches"))?;
+                if path.is_file() {
+                    files.push(path);
+                }
+            }
+            if files.len() == before {
+                bail!("source path `{pattern}` matches no file: check source.paths in the job file (paths are relative to it)");
+            }
+        }
+        files.sort();
+        files.dedup();
+        Ok(files)
+    }
+}
+
+impl EventSource for FileSource {
+    fn splits(&self) -> Result<Vec<Split>> {
+        let mut splits = Vec::new();
+        for path in self.files()? {
+            let (format, compression) = format_of(&path)?;
+            let metadata = path.metadata().with_context(|| format!("events file {}", path.display()))?;
+            let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+            let split = Split {
+                name: path.display().to_string(),
+                identity: path.canonicalize().unwrap_or_else(|_| path.clone()).display().to_string(),
+                fingerprint: format!("{}:{}", metadata.len(), modified.map_or(0, |since| since.as_nanos())),
+                announced_rows: None,
+                unit: splits.len(),
+                part: None,
+            };
+            if format == Format::Parquet && compression == Compression::Plain {
+                parquet::splits(&path, &split, &mut splits)?;
+            } else {
+                splits.push(split);
+            }
+        }
+        Ok(splits)
+    }
+
+    fn read(&self, split: &Split, wanted: Wanted, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<()> {
+        let path = Path::new(&split.name);
+        let (format, compression) = format_of(path)?;
+        match format {
+            Format::Parquet => parquet::read(path, compression, split, &self.columns, wanted, sink),
+            Format::Ndjson => ndjson::read(path, open(path, compression)?, &self.columns, sink),
+            Format::Csv => csv::read(path, open(path, compression)?, &self.columns, sink),
+        }
+    }
+}
+
+/// Format and compression by the file's name.
+fn format_of(path: &Path) -> Result<(Format, Compression)> {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_ascii_lowercase();
+    let (stem, compression) = match name.rsplit_once('.') {
+        Some((stem, "gz")) => (stem, Compression::Gzip),
+        Some((stem, "zst" | "zstd")) => (stem, Compression::Zstd),
+        _ => (name.as_str(), Compression::Plain),
+    };
+    let format = match stem.rsplit_once('.') {
+        Some((_, "parquet")) => Format::Parquet,
+        Some((_, "ndjson" | "jsonl")) => Format::Ndjson,
+        Some((_, "csv")) => Format::Csv,
+        _ => bail!(
+            "events file {}: the name does not end in .parquet, .ndjson, .jsonl or .csv (also with .gz or .zst): \
+             rename it or narrow source.paths",
+            path.display()
+        ),
+    };
+    Ok((format, compression))
+}
+
+/// The decompressed bytes of a file.
+fn open(path: &Path, compression: Compression) -> Result<Box<dyn Read>> {
+    const BUFFER: usize = 256 * 1024;
+    let file = File::open(path).with_context(|| format!("events file {}", path.display()))?;
+    let file = BufReader::with_capacity(BUFFER, file);
+    Ok(match compression {
+        Compression::Plain => Box::new(file),
+        // Members may be concatenated, as `cat a.gz b.gz` and log rotation leave them.
+        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
+        Compression::Zstd => Box::new(zstd::Decoder::with_buffer(file).with_context(|| format!("events file {}", path.display()))?),
+    })
+}

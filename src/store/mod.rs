@@ -1,0 +1,113 @@
+//! Where aggregates, corrections and runs are kept.
+
+pub mod sqlite;
+
+use anyhow::Result;
+
+use crate::model::aggregate::{Correction, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, Values, WindowKey, WindowRow};
+use crate::model::run::RunRecord;
+use crate::model::timestamp::Timestamp;
+use crate::model::window::Span;
+
+/// Everything that one run writes, at once or not at all.
+#[derive(Debug)]
+pub struct Publication {
+    pub run: RunRecord,
+    pub upserts: Vec<WindowRow>,
+    pub retractions: Vec<WindowKey>,
+    pub corrections: Vec<Correction>,
+    pub period_upserts: Vec<PeriodRow>,
+    pub period_deletions: Vec<PeriodKey>,
+    /// Dead letters of the events that the run covers.
+    pub dead_letters: Vec<DeadLetter>,
+    /// Dead letters of earlier runs that did not come up again.
+    pub resolved: Vec<DeadLetterKey>,
+}
+
+/// A dead letter as the store has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredDeadLetter {
+    pub letter: DeadLetter,
+    pub occurrences: u64,
+    pub first_run_id: String,
+    pub last_run_id: String,
+    pub resolved_run_id: Option<String>,
+}
+
+/// A correction as the ledger has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LedgerEntry {
+    pub correction_id: String,
+    pub run_id: String,
+    pub key: WindowKey,
+    pub kind: String,
+    /// JSON, as written.
+    pub causes: String,
+    pub before: Option<Values>,
+    pub after: Option<Values>,
+}
+
+/// A value of an exported row.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Cell {
+    Null,
+    Text(String),
+    Integer(i64),
+}
+
+/// The tables of the contract.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Table {
+    UsageWindows,
+    UsagePeriods,
+    Corrections,
+    DeadLetters,
+    Runs,
+}
+
+impl Table {
+    pub const NAMES: [(&'static str, Table); 5] = [
+        ("usage_windows", Table::UsageWindows),
+        ("usage_periods", Table::UsagePeriods),
+        ("corrections", Table::Corrections),
+        ("dead_letters", Table::DeadLetters),
+        ("runs", Table::Runs),
+    ];
+
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, table)| *table == self).map_or("", |(name, _)| name)
+    }
+}
+
+/// A store of aggregates. Reads see one consistent state.
+pub trait AggregateStore {
+    /// Finished runs of a job, oldest first.
+    fn runs(&self, job: &str) -> Result<Vec<RunRecord>>;
+
+    /// From the start of the first to the end of the last stored window.
+    fn extent(&self, job: &str) -> Result<Option<Span>>;
+
+    /// Aggregates whose window touches `span`, sorted by key.
+    fn windows(&self, job: &str, span: Span) -> Result<Vec<StoredWindow>>;
+
+    /// Period rows whose period touches `span`, sorted by key.
+    fn periods(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>>;
+
+    /// Dead letters, resolved ones too, oldest run first.
+    fn dead_letters(&self, job: &str) -> Result<Vec<StoredDeadLetter>>;
+
+    /// Corrections in the order they were written.
+    fn ledger(&self, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()>;
+
+    /// Rows of a table, in the order of its key, with the names of its columns.
+    fn export(&self, job: &str, table: Table, each: &mut dyn FnMut(&[&str], &[Cell]) -> Result<()>) -> Result<Vec<String>>;
+
+    /// Writes everything, or nothing.
+    fn publish(&mut self, publication: &Publication) -> Result<()>;
+}
+
+/// The version of the run after `runs`: greater than all before it.
+pub fn next_version(runs: &[RunRecord], now: Timestamp) -> i64 {
+    let last = runs.iter().map(|run| run.version).max().unwrap_or_default();
+    (now.nanos() / 1_000_000).max(last + 1)
+}

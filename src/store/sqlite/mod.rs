@@ -1,0 +1,100 @@
+//! The embedded store: one SQLite file, one transaction a run.
+
+mod migrate;
+mod read;
+mod write;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rusqlite::{Connection, OpenFlags};
+
+use super::{AggregateStore, Cell, LedgerEntry, Publication, StoredDeadLetter, Table};
+use crate::model::aggregate::{PeriodRow, StoredWindow};
+use crate::model::run::RunRecord;
+use crate::model::window::Span;
+
+/// A SQLite database with the tables of the contract.
+#[derive(Debug)]
+pub struct SqliteStore {
+    connection: Connection,
+}
+
+impl SqliteStore {
+    /// Opens the store for writing; creates it and brings it up to date as needed.
+    ///
+    /// # Errors
+    /// Where the file cannot be written, or was written by a newer version.
+    pub fn open(path: &Path) -> Result<SqliteStore> {
+        let unwritable = || format!("store {}: cannot be written; check the path and its permissions", path.display());
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            std::fs::create_dir_all(folder).with_context(unwritable)?;
+        }
+        let mut connection = Connection::open(path).with_context(unwritable)?;
+        connection.busy_timeout(std::time::Duration::from_secs(30))?;
+        // A version check comes first: a newer store is left as it is.
+        migrate::check_version(&connection, path)?;
+        connection.pragma_update(None, "journal_mode", "WAL").with_context(unwritable)?;
+        connection.pragma_update(None, "synchronous", "FULL")?;
+        migrate::migrate(&mut connection, path).with_context(unwritable)?;
+        Ok(SqliteStore { connection })
+    }
+
+    /// Opens the store for reading; `None` where there is none yet.
+    ///
+    /// # Errors
+    /// Where the file is no store, or was written by a newer version.
+    pub fn open_read_only(path: &Path) -> Result<Option<SqliteStore>> {
+        if !path.exists() {
+            return Ok(None);
+        }
+        let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)
+            .with_context(|| format!("store {}: cannot be read", path.display()))?;
+        connection.busy_timeout(std::time::Duration::from_secs(30))?;
+        match migrate::check_version(&connection, path)? {
+            0 => Ok(None),
+            _ => Ok(Some(SqliteStore { connection })),
+        }
+    }
+
+    /// The file whose lock guards `job` in the store at `path`.
+    pub fn lock_path(path: &Path, job: &str) -> PathBuf {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".{job}.lock"));
+        path.with_file_name(name)
+    }
+}
+
+impl AggregateStore for SqliteStore {
+    fn runs(&self, job: &str) -> Result<Vec<RunRecord>> {
+        read::runs(&self.connection, job).context("reading runs")
+    }
+
+    fn extent(&self, job: &str) -> Result<Option<Span>> {
+        read::extent(&self.connection, job).context("reading the extent of usage_windows")
+    }
+
+    fn windows(&self, job: &str, span: Span) -> Result<Vec<StoredWindow>> {
+        read::windows(&self.connection, job, span).context("reading usage_windows")
+    }
+
+    fn periods(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
+        read::periods(&self.connection, job, span).context("reading usage_periods")
+    }
+
+    fn dead_letters(&self, job: &str) -> Result<Vec<StoredDeadLetter>> {
+        read::dead_letters(&self.connection, job).context("reading dead_letters")
+    }
+
+    fn ledger(&self, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
+        read::ledger(&self.connection, job, each).context("reading corrections")
+    }
+
+    fn export(&self, job: &str, table: Table, each: &mut dyn FnMut(&[&str], &[Cell]) -> Result<()>) -> Result<Vec<String>> {
+        read::export(&self.connection, job, table, each).with_context(|| format!("reading {}", table.name()))
+    }
+
+    fn publish(&mut self, publication: &Publication) -> Result<()> {
+        write::publish(&mut self.connection, publication).context("publishing; the store is as it was before")
+    }
+}

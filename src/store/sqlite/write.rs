@@ -1,0 +1,220 @@
+//! Publishing: one transaction for aggregates, ledger, dead letters and the run.
+
+use anyhow::Result;
+use rusqlite::{Connection, Transaction, TransactionBehavior, params};
+
+use crate::model::aggregate::{Correction, PeriodKey, Values, WindowKey};
+use crate::model::run::causes_json;
+use crate::store::Publication;
+
+pub(super) fn publish(connection: &mut Connection, publication: &Publication) -> Result<()> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    write_windows(&transaction, publication)?;
+    write_periods(&transaction, publication)?;
+    write_corrections(&transaction, publication)?;
+    write_dead_letters(&transaction, publication)?;
+    write_run(&transaction, publication)?;
+    transaction.commit()?;
+    Ok(())
+}
+
+fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
+    let run = &publication.run;
+    let mut delete = transaction.prepare(
+        "DELETE FROM usage_windows WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 AND meter_id = ?4 \
+         AND price_id = ?5 AND dimensions = ?6 AND period_start = ?7 AND window_start = ?8",
+    )?;
+    for WindowKey { period, window_start } in &publication.retractions {
+        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = period;
+        delete.execute(params![
+            run.job,
+            tenant_id,
+            subscription_id,
+            meter_id,
+            price_id,
+            dimensions,
+            period_start.to_string(),
+            window_start.to_string()
+        ])?;
+    }
+    let mut upsert = transaction.prepare(
+        "INSERT OR REPLACE INTO usage_windows (job, tenant_id, customer_id, subscription_id, meter_id, price_id, dimensions, \
+         window_start, window_end, period_start, period_end, quantity, event_count, cost, currency, events_digest, \
+         meter_digest, price_digest, subscription_digest, customer_digest, version, run_id, updated_at) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23)",
+    )?;
+    let updated_at = run.finished_at.to_string();
+    for row in &publication.upserts {
+        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = &row.key.period;
+        upsert.execute(params![
+            run.job,
+            tenant_id,
+            row.customer_id,
+            subscription_id,
+            meter_id,
+            price_id,
+            dimensions,
+            row.key.window_start.to_string(),
+            row.window_end.to_string(),
+            period_start.to_string(),
+            row.period_end.to_string(),
+            row.quantity.to_string(),
+            i64::try_from(row.event_count)?,
+            row.cost.to_string(),
+            row.currency,
+            row.events_digest,
+            row.basis.meter,
+            row.basis.price,
+            row.basis.subscription,
+            row.basis.customer,
+            run.version,
+            run.run_id,
+            updated_at
+        ])?;
+    }
+    Ok(())
+}
+
+fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
+    let run = &publication.run;
+    let mut delete = transaction.prepare(
+        "DELETE FROM usage_periods WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 AND meter_id = ?4 \
+         AND price_id = ?5 AND dimensions = ?6 AND period_start = ?7",
+    )?;
+    for PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } in &publication.period_deletions {
+        delete.execute(params![run.job, tenant_id, subscription_id, meter_id, price_id, dimensions, period_start.to_string()])?;
+    }
+    // An upsert, not a replacement: closed_at stays.
+    let mut upsert = transaction.prepare(
+        "INSERT INTO usage_periods (job, tenant_id, customer_id, subscription_id, meter_id, price_id, dimensions, period_start, \
+         period_end, quantity, cost, minimum_adjustment, commitment_adjustment, amount, currency, version, run_id, updated_at) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18) \
+         ON CONFLICT DO UPDATE SET customer_id = excluded.customer_id, period_end = excluded.period_end, \
+         quantity = excluded.quantity, cost = excluded.cost, minimum_adjustment = excluded.minimum_adjustment, \
+         commitment_adjustment = excluded.commitment_adjustment, amount = excluded.amount, currency = excluded.currency, \
+         version = excluded.version, run_id = excluded.run_id, updated_at = excluded.updated_at",
+    )?;
+    let updated_at = run.finished_at.to_string();
+    for row in &publication.period_upserts {
+        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = &row.key;
+        upsert.execute(params![
+            run.job,
+            tenant_id,
+            row.customer_id,
+            subscription_id,
+            meter_id,
+            price_id,
+            dimensions,
+            period_start.to_string(),
+            row.period_end.to_string(),
+            row.quantity.to_string(),
+            row.cost.to_string(),
+            row.minimum_adjustment.to_string(),
+            row.commitment_adjustment.to_string(),
+            row.amount.to_string(),
+            row.currency,
+            run.version,
+            run.run_id,
+            updated_at
+        ])?;
+    }
+    Ok(())
+}
+
+fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
+    let run = &publication.run;
+    let mut insert = transaction.prepare(
+        "INSERT INTO corrections (correction_id, run_id, job, tenant_id, customer_id, subscription_id, meter_id, price_id, \
+         dimensions, period_start, window_start, currency, kind, causes, quantity_before, quantity_after, cost_before, \
+         cost_after, event_count_before, event_count_after, recorded_at) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21)",
+    )?;
+    let recorded_at = run.finished_at.to_string();
+    for (sequence, correction) in (1u64..).zip(&publication.corrections) {
+        let Correction { key: WindowKey { period, window_start }, customer_id, currency, kind, causes, before, after } = correction;
+        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = period;
+        let quantity = |values: &Option<Values>| values.map(|values| values.quantity.to_string());
+        let cost = |values: &Option<Values>| values.map(|values| values.cost.to_string());
+        let event_count = |values: &Option<Values>| values.map(|values| i64::try_from(values.event_count)).transpose();
+        insert.execute(params![
+            format!("{}-{sequence:09}", run.run_id),
+            run.run_id,
+            run.job,
+            tenant_id,
+            customer_id,
+            subscription_id,
+            meter_id,
+            price_id,
+            dimensions,
+            period_start.to_string(),
+            window_start.to_string(),
+            currency,
+            kind.name(),
+            causes_json(causes),
+            quantity(before),
+            quantity(after),
+            cost(before),
+            cost(after),
+            event_count(before)?,
+            event_count(after)?,
+            recorded_at
+        ])?;
+    }
+    Ok(())
+}
+
+fn write_dead_letters(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
+    let run = &publication.run;
+    let mut upsert = transaction.prepare(
+        "INSERT INTO dead_letters (job, tenant_id, event_id, meter_id, reason, detail, event, event_time, occurrences, \
+         first_run_id, last_run_id) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 1, ?9, ?9) \
+         ON CONFLICT DO UPDATE SET detail = excluded.detail, event = excluded.event, event_time = excluded.event_time, \
+         occurrences = CASE WHEN last_run_id = excluded.last_run_id THEN occurrences + 1 ELSE 1 END, \
+         last_run_id = excluded.last_run_id, resolved_run_id = NULL",
+    )?;
+    for letter in &publication.dead_letters {
+        upsert.execute(params![
+            run.job,
+            letter.key.tenant_id,
+            letter.key.event_id,
+            letter.key.meter_id,
+            letter.key.reason,
+            letter.detail,
+            letter.event,
+            letter.event_time.map(|t| t.to_string()),
+            run.run_id
+        ])?;
+    }
+    let mut resolve = transaction.prepare(
+        "UPDATE dead_letters SET resolved_run_id = ?1 \
+         WHERE job = ?2 AND tenant_id = ?3 AND event_id = ?4 AND meter_id = ?5 AND reason = ?6",
+    )?;
+    for key in &publication.resolved {
+        resolve.execute(params![run.run_id, run.job, key.tenant_id, key.event_id, key.meter_id, key.reason])?;
+    }
+    Ok(())
+}
+
+fn write_run(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
+    let run = &publication.run;
+    transaction.execute(
+        "INSERT INTO runs (run_id, job, mode, status, range_start, range_end, started_at, finished_at, version, counts, input, \
+         basis, ledger_digest) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+        params![
+            run.run_id,
+            run.job,
+            run.mode,
+            run.status,
+            run.range.map(|range| range.start.to_string()),
+            run.range.map(|range| range.end.to_string()),
+            run.started_at.to_string(),
+            run.finished_at.to_string(),
+            run.version,
+            run.counts.to_string(),
+            serde_json::to_string(&run.input)?,
+            serde_json::to_string(&run.basis)?,
+            run.ledger_digest
+        ],
+    )?;
+    Ok(())
+}
