@@ -1,0 +1,5 @@
+//! Everything that users see, tested through the binary, and the promises on
+//! made-up histories. One test binary, so that linking stays fast.
+
+mod golden;
+mod support;

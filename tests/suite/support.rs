@@ -1,0 +1,139 @@
+//! A folder of its own for each test, and the binary in it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rusqlite::types::ValueRef;
+
+/// A temporary folder that vanishes with the test.
+pub struct Workspace {
+    folder: tempfile::TempDir,
+}
+
+/// What a command left behind.
+#[derive(Debug)]
+pub struct Outcome {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Outcome {
+    /// The JSON document on stdout.
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        assert_eq!(self.code, 0, "{self:?}");
+        serde_json::from_str(&self.stdout).expect("one JSON document")
+    }
+
+    /// Fails unless the command ended with `code` and said every one of `parts` on stderr.
+    #[track_caller]
+    pub fn fails_with(&self, code: i32, parts: &[&str]) {
+        assert_eq!(self.code, code, "{self:?}");
+        assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
+        for part in parts {
+            assert!(self.stderr.contains(part), "`{part}` is missing in: {}", self.stderr);
+        }
+    }
+}
+
+impl Workspace {
+    pub fn new() -> Self {
+        Workspace { folder: tempfile::tempdir().unwrap() }
+    }
+
+    /// A copy of a folder of `fixtures/`.
+    pub fn of(fixture: &str) -> Self {
+        let workspace = Workspace::new();
+        workspace.overlay(&fixtures().join(fixture));
+        workspace
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Copies a folder over this one.
+    pub fn overlay(&self, from: &Path) {
+        copy(from, self.folder.path());
+    }
+
+    pub fn write(&self, name: &str, content: &str) {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+
+    pub fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).unwrap()
+    }
+
+    /// Replaces a text that must be there.
+    #[track_caller]
+    pub fn edit(&self, name: &str, from: &str, to: &str) {
+        let text = self.read(name);
+        assert!(text.contains(from), "{name} has no `{from}`");
+        self.write(name, &text.replace(from, to));
+    }
+
+    pub fn trueup(&self, arguments: &[&str]) -> Outcome {
+        let output = Command::new(env!("CARGO_BIN_EXE_trueup"))
+            .args(arguments)
+            .current_dir(self.folder.path())
+            .output()
+            .expect("the binary runs");
+        Outcome {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8(output.stdout).expect("UTF-8"),
+            stderr: String::from_utf8(output.stderr).expect("UTF-8"),
+        }
+    }
+
+    /// Runs job.yaml; must succeed.
+    #[track_caller]
+    pub fn run(&self, arguments: &[&str]) -> serde_json::Value {
+        let mut all = vec!["run", "job.yaml", "--output", "json"];
+        all.extend(arguments);
+        self.trueup(&all).json()
+    }
+
+    /// Rows of a query on the store, each column as text; NULL is empty.
+    pub fn query(&self, sql: &str) -> Vec<BTreeMap<String, String>> {
+        let connection = rusqlite::Connection::open(self.path("trueup.db")).unwrap();
+        let mut statement = connection.prepare(sql).unwrap();
+        let names: Vec<String> = statement.column_names().map(str::to_owned).collect();
+        let mut rows = statement.query([]).unwrap();
+        let mut result = Vec::new();
+        while let Some(row) = rows.next().unwrap() {
+            let cell = |(at, name): (usize, &String)| {
+                let text = match row.get_ref(at).unwrap() {
+                    ValueRef::Null => String::new(),
+                    ValueRef::Integer(value) => value.to_string(),
+                    other => other.as_str().unwrap().to_owned(),
+                };
+                (name.clone(), text)
+            };
+            result.push(names.iter().enumerate().map(cell).collect());
+        }
+        result
+    }
+}
+
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            fs::create_dir_all(&target).unwrap();
+            copy(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
