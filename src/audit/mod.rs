@@ -100,7 +100,10 @@ fn compare_with_table(
     for stored in store.windows(job, everything)? {
         let problem = match replayed.remove(&stored.row.key) {
             Some(values) if values == Values::from(&stored.row) => continue,
-            Some(values) => format!("holds quantity {} and cost {}, the ledger says {} and {}", stored.row.quantity, stored.row.cost, values.quantity, values.cost),
+            Some(values) => format!(
+                "holds quantity {} and cost {}, the ledger says {} and {}",
+                stored.row.quantity, stored.row.cost, values.quantity, values.cost
+            ),
             None => "is not in the ledger".to_owned(),
         };
         findings.push(Finding { table: "usage_windows", row: describe(&stored.row.key), problem });

@@ -55,7 +55,7 @@ pub fn execute(arguments: &ExportArguments) -> Result<u8> {
     let store = read_store(&job)?;
     let store = store.with_context(|| format!("job {} has no store yet: run it first", job.name))?;
     let mut rows: Vec<Vec<Cell>> = Vec::new();
-    let columns = store.export(&job.name, table, &mut |_, cells| {
+    let columns = store.export(&job.name, table, &mut |cells| {
         rows.push(cells.to_vec());
         Ok(())
     })?;

@@ -32,7 +32,10 @@ const FILES: [(&str, &str); 6] = [
 pub fn execute(_: &Session, arguments: &InitArguments) -> Result<u8> {
     let folder = &arguments.folder;
     if let Some((name, _)) = FILES.iter().find(|(name, _)| folder.join(name).exists()) {
-        return Err(configuration(format!("{} exists already: nothing was written; name another folder", folder.join(name).display())));
+        return Err(configuration(format!(
+            "{} exists already: nothing was written; name another folder",
+            folder.join(name).display()
+        )));
     }
     let style = Style::for_stdout();
     let mut out = String::new();

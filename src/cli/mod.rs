@@ -27,9 +27,14 @@ use crate::store::sqlite::SqliteStore;
 /// Recomputes usage and cost windows from raw events, writes only what differs,
 /// and keeps a ledger of every correction and its cause.
 #[derive(Debug, Parser)]
-#[command(name = "trueup", version, max_term_width = 100, after_help = "\
+#[command(
+    name = "trueup",
+    version,
+    max_term_width = 100,
+    after_help = "\
 Exit codes: 0 done, 1 runtime error, 2 usage or configuration, 3 differences found,
-4 invariant failed and nothing published, 6 another run holds the lock, 8 guard tripped.")]
+4 invariant failed and nothing published, 6 another run holds the lock, 8 guard tripped."
+)]
 pub struct Arguments {
     #[command(subcommand)]
     command: Command,

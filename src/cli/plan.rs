@@ -224,7 +224,10 @@ impl Report<'_> {
             if let Err(refusal) = self.plan.check_guard(self.job) {
                 writeln!(out, "\n{} {refusal}", self.style.yellow("note:"))?;
             }
-            self.next(&mut out, &[(format!("trueup run {}", self.job.path.display()), "publish exactly this, if nothing changes meanwhile")])?;
+            self.next(
+                &mut out,
+                &[(format!("trueup run {}", self.job.path.display()), "publish exactly this, if nothing changes meanwhile")],
+            )?;
         }
         Ok(out)
     }
@@ -252,24 +255,32 @@ impl Report<'_> {
             self.line(out, "priced", &format!("{} to {}, the billing periods that the range touches", reach.start, reach.end))?;
         }
         let e = self.plan.events;
-        self.line(out, "events", &self.sum(e.read, "read", &[
-            (e.metered, "metered"),
-            (e.duplicates, "duplicates"),
-            (e.voided, "voided"),
-            (e.unmatched, "unmatched"),
-            (e.dead_lettered, "dead-lettered"),
-            (e.out_of_range, "out of range"),
-        ]))?;
+        self.line(
+            out,
+            "events",
+            &self.sum(
+                e.read,
+                "read",
+                &[
+                    (e.metered, "metered"),
+                    (e.duplicates, "duplicates"),
+                    (e.voided, "voided"),
+                    (e.unmatched, "unmatched"),
+                    (e.dead_lettered, "dead-lettered"),
+                    (e.out_of_range, "out of range"),
+                ],
+            ),
+        )?;
         let u = self.plan.usage;
-        self.line(out, "matches", &self.sum(u.matches, "with meters", &[
-            (u.counted, "counted"),
-            (u.skipped, "skipped"),
-            (u.rejected, "rejected"),
-        ]))?;
+        self.line(
+            out,
+            "matches",
+            &self.sum(u.matches, "with meters", &[(u.counted, "counted"), (u.skipped, "skipped"), (u.rejected, "rejected")]),
+        )?;
         self.rows(out)?;
         for (at, (currency, totals)) in self.plan.changes.totals.iter().enumerate() {
             let (before, after) = (totals.before.total()?, totals.after.total()?);
-            let change = after.sub(before)?;
+            let change = after.checked_sub(before)?;
             let change = match change {
                 change if change.is_zero() => self.style.dim("unchanged"),
                 change if change.is_negative() => self.style.red(&change.to_string()),
@@ -292,7 +303,11 @@ impl Report<'_> {
         }
         if self.plan.changes.stale_outside > 0 {
             let stale = counted(self.plan.changes.stale_outside, "window");
-            self.line(out, "outside", &format!("{stale} out of the range no longer say what the events say: run their range too"))?;
+            self.line(
+                out,
+                "outside",
+                &format!("{stale} out of the range no longer say what the events say: run their range too"),
+            )?;
         }
         for warning in &self.plan.warnings {
             self.line(out, "warning", &self.style.yellow(warning))?;
@@ -323,7 +338,8 @@ impl Report<'_> {
 
     /// `12 read = 10 metered + 2 voided`: zeros are left out, the sum stays whole.
     fn sum(&self, total: u64, name: &str, parts: &[(u64, &str)]) -> String {
-        let shown: Vec<_> = parts.iter().filter(|(count, _)| *count > 0).map(|(count, name)| format!("{} {name}", number(*count))).collect();
+        let shown: Vec<_> =
+            parts.iter().filter(|(count, _)| *count > 0).map(|(count, name)| format!("{} {name}", number(*count))).collect();
         let shown = if shown.is_empty() { String::new() } else { format!(" = {}", shown.join(" + ")) };
         format!("{} {name}{shown}", number(total))
     }
@@ -334,7 +350,7 @@ impl Report<'_> {
         let cost = |values: Option<Values>| values.map_or(Decimal::ZERO, |values| values.cost);
         let mut changes = Vec::new();
         for correction in &self.plan.changes.corrections {
-            changes.push((cost(correction.after).sub(cost(correction.before))?, correction));
+            changes.push((cost(correction.after).checked_sub(cost(correction.before))?, correction));
         }
         changes.sort_by(|(a, left), (b, right)| b.abs().cmp(&a.abs()).then_with(|| left.key.cmp(&right.key)));
         if changes.is_empty() {

@@ -65,7 +65,8 @@ impl RangeArguments {
             let first = first.ok_or_else(|| configuration(format!("--month {month} is no month such as 2026-01")))?;
             Some(WindowSize::Month.window(midnight(first, timezone), timezone))
         } else if let Some(last) = &self.last {
-            let length = duration(last).ok_or_else(|| configuration(format!("--last {last} is no duration such as 12h, 3d or 2w")))?;
+            let length =
+                duration(last).ok_or_else(|| configuration(format!("--last {last} is no duration such as 12h, 3d or 2w")))?;
             let now = clock::now();
             Some(Span { start: Timestamp::from_utc(now.utc() - length), end: now })
         } else {

@@ -75,7 +75,8 @@ fn text(job: &Job, plan: &Plan, periods_differing: u64, findings: &[Finding]) ->
     let rows = plan.changes.rows;
     let mut out = String::new();
     if rows.changed() == 0 && periods_differing == 0 && findings.is_empty() {
-        let sound = format!("{} recomputed and equal, the ledger is whole and gives the stored table", counted(rows.unchanged, "window"));
+        let sound =
+            format!("{} recomputed and equal, the ledger is whole and gives the stored table", counted(rows.unchanged, "window"));
         writeln!(out, "{} {}", style.bold(&format!("trueup verify {}:", job.name)), style.green(&sound))?;
         return Ok(out);
     }

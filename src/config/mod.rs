@@ -114,6 +114,7 @@ pub struct Schedule {
 }
 
 /// Whether the environment asks for output without colour (<https://no-color.org>).
+#[allow(clippy::disallowed_methods)]
 pub fn no_color() -> bool {
     std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
 }
@@ -141,7 +142,9 @@ impl Validator<'_> {
 
     fn job(&self, raw: RawJob) -> Result<Job> {
         if raw.version.value != 1 {
-            return Err(self.error(&raw.version, format!("version {} is unknown: this trueup reads version 1", raw.version.value)));
+            return Err(
+                self.error(&raw.version, format!("version {} is unknown: this trueup reads version 1", raw.version.value))
+            );
         }
         let name = &raw.job.value;
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
@@ -175,11 +178,7 @@ impl Validator<'_> {
                 Some(Schedule { cron: schedule.cron.value, timezone: zone })
             }
         };
-        let digest = Digest::new("job")
-            .text(timezone.name())
-            .text(window.name())
-            .text(&format!("{:?}", deduplicate))
-            .hex();
+        let digest = Digest::new("job").text(timezone.name()).text(window.name()).text(&format!("{:?}", deduplicate)).hex();
         Ok(Job {
             path: self.path.to_owned(),
             name: raw.job.value,
@@ -206,9 +205,8 @@ impl Validator<'_> {
     }
 
     fn limit(&self, key: &str, limit: &Placed<String>) -> Result<Limit> {
-        Limit::parse(&limit.value).ok_or_else(|| {
-            self.error(limit, format!("{key} `{}` must be a share such as \"10%\" or a number", limit.value))
-        })
+        Limit::parse(&limit.value)
+            .ok_or_else(|| self.error(limit, format!("{key} `{}` must be a share such as \"10%\" or a number", limit.value)))
     }
 
     fn field(&self, name: &Placed<String>, key: &str) -> Result<Field> {
@@ -223,7 +221,9 @@ impl Validator<'_> {
             None => vec![Field::TenantId, Field::Id],
             Some(names) => names.iter().map(|name| self.field(name, "deduplicate.key")).collect::<Result<Vec<_>>>()?,
         };
-        if let Some(position) = key.iter().position(|field| matches!(field, Field::Properties | Field::Deleted | Field::IngestedAt)) {
+        if let Some(position) =
+            key.iter().position(|field| matches!(field, Field::Properties | Field::Deleted | Field::IngestedAt))
+        {
             let name = key.get(position).map_or("", |field| field.name());
             return Err(configuration(format!("{}: deduplicate.key cannot use `{name}`", self.path.display())));
         }
@@ -243,7 +243,9 @@ impl Validator<'_> {
 
     fn source(&self, raw: RawSource) -> Result<Source> {
         if raw.kind.value != "files" {
-            return Err(self.error(&raw.kind, format!("source kind `{}` is not available: this version reads `files`", raw.kind.value)));
+            return Err(
+                self.error(&raw.kind, format!("source kind `{}` is not available: this version reads `files`", raw.kind.value))
+            );
         }
         let paths = raw.paths.filter(|paths| !paths.is_empty());
         let Some(paths) = paths else {
@@ -263,7 +265,9 @@ impl Validator<'_> {
 
     fn store(&self, raw: &RawStore) -> Result<Store> {
         if raw.kind.value != "sqlite" {
-            return Err(self.error(&raw.kind, format!("store kind `{}` is not available: this version writes `sqlite`", raw.kind.value)));
+            return Err(
+                self.error(&raw.kind, format!("store kind `{}` is not available: this version writes `sqlite`", raw.kind.value))
+            );
         }
         match &raw.path {
             Some(path) => Ok(Store::Sqlite { path: self.resolve(path) }),

@@ -15,8 +15,8 @@ pub type Placed<T> = serde_saphyr::Spanned<T>;
 /// # Errors
 /// A configuration fault with the file, the line and an excerpt.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| configuration(format!("cannot read {}: {error}", path.display())))?;
+    let text =
+        std::fs::read_to_string(path).map_err(|error| configuration(format!("cannot read {}: {error}", path.display())))?;
     serde_saphyr::from_str(&text).map_err(|error| {
         let line = error.location().map_or(String::new(), |location| format!(":{}", location.line()));
         configuration(format!("{}{line}: {}", path.display(), error.render().trim_end()))

@@ -72,13 +72,13 @@ impl Decimal {
 
     /// # Errors
     /// [`DecimalError::Overflow`] beyond 38 digits, as for all arithmetic here.
-    pub fn add(self, other: Self) -> Result<Self> {
+    pub fn checked_add(self, other: Self) -> Result<Self> {
         Self::from_units(self.0.checked_add(other.0).ok_or(DecimalError::Overflow)?)
     }
 
     /// # Errors
     /// [`DecimalError::Overflow`].
-    pub fn sub(self, other: Self) -> Result<Self> {
+    pub fn checked_sub(self, other: Self) -> Result<Self> {
         Self::from_units(self.0.checked_sub(other.0).ok_or(DecimalError::Overflow)?)
     }
 
@@ -86,7 +86,7 @@ impl Decimal {
     ///
     /// # Errors
     /// [`DecimalError::Overflow`].
-    pub fn mul(self, other: Self) -> Result<Self> {
+    pub fn checked_mul(self, other: Self) -> Result<Self> {
         self.mul_div(other, Decimal::ONE)
     }
 
@@ -94,7 +94,7 @@ impl Decimal {
     ///
     /// # Errors
     /// [`DecimalError::Overflow`], also for a division by zero.
-    pub fn div(self, other: Self) -> Result<Self> {
+    pub fn checked_div(self, other: Self) -> Result<Self> {
         self.mul_div(Decimal::ONE, other)
     }
 
@@ -376,18 +376,18 @@ mod tests {
         assert_eq!(d("-2.5").round(0), Ok(d("-3")));
         assert_eq!(d("2.4999").round(0), Ok(d("2")));
         assert_eq!(d("1.005").round(2), Ok(d("1.01")));
-        assert_eq!(d("1").div(d("3")).unwrap().to_string(), "0.333333333333333333");
-        assert_eq!(d("-2").div(d("3")).unwrap().to_string(), "-0.666666666666666667");
-        assert_eq!(d("0.000000001").mul(d("0.0000000005")).unwrap().to_string(), "0.000000000000000001");
+        assert_eq!(d("1").checked_div(d("3")).unwrap().to_string(), "0.333333333333333333");
+        assert_eq!(d("-2").checked_div(d("3")).unwrap().to_string(), "-0.666666666666666667");
+        assert_eq!(d("0.000000001").checked_mul(d("0.0000000005")).unwrap().to_string(), "0.000000000000000001");
     }
 
     #[test]
     fn multiplies_in_256_bits() {
-        assert_eq!(d("12345678901234567").mul(d("1000.5")).unwrap().to_string(), "12351851740685184283.5");
-        assert_eq!(d("-99999999999999999999").mul(d("1")).unwrap().to_string(), "-99999999999999999999");
-        assert_eq!(d("99999999999999999999").mul(d("1.1")), Err(DecimalError::Overflow));
-        assert_eq!(d("99999999999999999999").add(d("1")), Err(DecimalError::Overflow));
-        assert_eq!(d("5").div(d("0")), Err(DecimalError::Overflow));
+        assert_eq!(d("12345678901234567").checked_mul(d("1000.5")).unwrap().to_string(), "12351851740685184283.5");
+        assert_eq!(d("-99999999999999999999").checked_mul(d("1")).unwrap().to_string(), "-99999999999999999999");
+        assert_eq!(d("99999999999999999999").checked_mul(d("1.1")), Err(DecimalError::Overflow));
+        assert_eq!(d("99999999999999999999").checked_add(d("1")), Err(DecimalError::Overflow));
+        assert_eq!(d("5").checked_div(d("0")), Err(DecimalError::Overflow));
     }
 
     #[test]

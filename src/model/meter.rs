@@ -1,5 +1,6 @@
 //! Meters: which events count, and how.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 
 use super::decimal::Decimal;
@@ -133,16 +134,19 @@ impl FilterTest {
             FilterTest::In(values) => values.iter().any(|value| value.equals(property)),
             FilterTest::NotIn(values) => !values.iter().any(|value| value.equals(property)),
             FilterTest::Exists(wanted) => property.is_present() == *wanted,
-            FilterTest::Compare(comparison, bound) => {
-                property.decimal().is_ok_and(|value| comparison.holds(value.cmp(bound)))
-            }
+            FilterTest::Compare(comparison, bound) => property.decimal().is_ok_and(|value| comparison.holds(value.cmp(bound))),
             FilterTest::Contains(part) => match property {
                 Property::Composite(raw) => serde_json::from_str::<Vec<serde_json::Value>>(raw)
-                    .is_ok_and(|items| items.iter().any(|item| item.as_str() == Some(part) || item.to_string() == *part)),
+                    .is_ok_and(|items| items.iter().any(|item| element_text(item) == *part)),
                 property => property.is_present() && property.text().contains(part.as_str()),
             },
         }
     }
+}
+
+/// An array's element as it would be written in a filter.
+fn element_text(item: &serde_json::Value) -> Cow<'_, str> {
+    item.as_str().map_or_else(|| Cow::Owned(item.to_string()), Cow::Borrowed)
 }
 
 #[cfg(test)]

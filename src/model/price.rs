@@ -71,13 +71,13 @@ impl Price {
         let charged = if quantity.is_negative() || self.free_units.is_zero() {
             quantity
         } else {
-            quantity.sub(self.free_units)?.max(Decimal::ZERO)
+            quantity.checked_sub(self.free_units)?.max(Decimal::ZERO)
         };
         match &self.model {
-            PriceModel::PerUnit { unit_amount } => charged.mul(*unit_amount),
+            PriceModel::PerUnit { unit_amount } => charged.checked_mul(*unit_amount),
             PriceModel::Package { size, amount, round_up } => {
                 let rounding = if *round_up { Rounding::Up } else { Rounding::Down };
-                charged.divide_to_integer(*size, rounding)?.mul(*amount)
+                charged.divide_to_integer(*size, rounding)?.checked_mul(*amount)
             }
             PriceModel::Graduated(tiers) => graduated(tiers, charged),
             PriceModel::Volume(tiers) => volume(tiers, charged),
@@ -96,8 +96,8 @@ fn graduated(tiers: &[Tier], quantity: Decimal) -> Result<Decimal, DecimalError>
             break;
         }
         let upper = tier.up_to.map_or(quantity, |up_to| up_to.min(quantity));
-        let inside = upper.sub(lower.unwrap_or(Decimal::ZERO))?;
-        cost = cost.add(inside.mul(tier.unit_amount)?)?.add(tier.flat_amount)?;
+        let inside = upper.checked_sub(lower.unwrap_or(Decimal::ZERO))?;
+        cost = cost.checked_add(inside.checked_mul(tier.unit_amount)?)?.checked_add(tier.flat_amount)?;
         lower = tier.up_to;
     }
     Ok(cost)
@@ -106,7 +106,7 @@ fn graduated(tiers: &[Tier], quantity: Decimal) -> Result<Decimal, DecimalError>
 fn volume(tiers: &[Tier], quantity: Decimal) -> Result<Decimal, DecimalError> {
     let reached = tiers.iter().find(|tier| tier.up_to.is_none_or(|up_to| quantity <= up_to));
     match reached {
-        Some(tier) => quantity.mul(tier.unit_amount)?.add(tier.flat_amount),
+        Some(tier) => quantity.checked_mul(tier.unit_amount)?.checked_add(tier.flat_amount),
         None => Ok(Decimal::ZERO),
     }
 }
@@ -141,7 +141,13 @@ mod tests {
 
     #[test]
     fn graduated_charges_each_part_in_its_tier() {
-        let tiers = || PriceModel::Graduated(vec![tier(Some("1000"), "0.01", "0"), tier(Some("2000"), "0.005", "1"), tier(None, "0.001", "0")]);
+        let tiers = || {
+            PriceModel::Graduated(vec![
+                tier(Some("1000"), "0.01", "0"),
+                tier(Some("2000"), "0.005", "1"),
+                tier(None, "0.001", "0"),
+            ])
+        };
         assert_eq!(cost(tiers(), "0", "1000"), "10");
         assert_eq!(cost(tiers(), "0", "1000.5"), "11.0025");
         assert_eq!(cost(tiers(), "0", "3000"), "17");

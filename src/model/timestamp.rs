@@ -118,8 +118,7 @@ fn parse(text: &[u8]) -> Option<i64> {
 /// Seconds east of UTC.
 fn offset(text: &[u8]) -> Option<i64> {
     let sign = match text {
-        [] | [b'Z' | b'z'] => return Some(0),
-        b" UTC" => return Some(0),
+        [] | [b'Z' | b'z'] | b" UTC" => return Some(0),
         [b'+', ..] => 1,
         [b'-', ..] => -1,
         _ => return None,
@@ -176,7 +175,16 @@ mod tests {
         ] {
             assert_eq!(text.parse::<Timestamp>().unwrap().to_string(), shown);
         }
-        for text in ["", "2026-02-30", "2026-01-31T25:00:00Z", "2026-01-31T09:30:00.Z", "yesterday", "9999-01-01", "2026-01-31T09:30:00+1", "1767225600"] {
+        for text in [
+            "",
+            "2026-02-30",
+            "2026-01-31T25:00:00Z",
+            "2026-01-31T09:30:00.Z",
+            "yesterday",
+            "9999-01-01",
+            "2026-01-31T09:30:00+1",
+            "1767225600",
+        ] {
             assert!(text.parse::<Timestamp>().is_err(), "{text}");
         }
     }

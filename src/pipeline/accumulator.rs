@@ -94,11 +94,7 @@ impl Accumulator {
             }
             (Accumulator::Min(a), Accumulator::Min(b)) => *a = [*a, *b].into_iter().flatten().min(),
             (Accumulator::Max(a), Accumulator::Max(b)) => *a = (*a).max(*b),
-            (Accumulator::Latest(a), Accumulator::Latest(b)) => {
-                if *a < *b {
-                    a.clone_from(b);
-                }
-            }
+            (Accumulator::Latest(a), Accumulator::Latest(b)) if *a < *b => a.clone_from(b),
             (Accumulator::CountUnique(a), Accumulator::CountUnique(b)) => a.extend(b),
             _ => {}
         }

@@ -96,7 +96,9 @@ pub enum Arrival {
 enum Purpose {
     Count(Arrival),
     /// It no longer counts: only note which windows lose it.
-    Withdraw { voided: bool },
+    Withdraw {
+        voided: bool,
+    },
 }
 
 /// What one thread has seen.
@@ -211,9 +213,10 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     fn take<'e>(&mut self, event: &EventRef<'e>, purpose: Purpose, hash: u64, slots: &mut Vec<Property<'e>>) {
         let context = self.context;
         let counting = matches!(purpose, Purpose::Count(_));
-        let problem = event.problem.map(|problem| problem.detail.clone()).or_else(|| {
-            event.missing_field().map(|field| format!("`{field}` is missing"))
-        });
+        let problem = event
+            .problem
+            .map(|problem| problem.detail.clone())
+            .or_else(|| event.missing_field().map(|field| format!("`{field}` is missing")));
         if let Some(detail) = problem {
             let outside = event.timestamp.is_some_and(|t| !context.range.contains(t));
             return self.reject_event(event, counting, !outside, &Rejection { reason: Reason::MalformedEvent, detail });
@@ -285,7 +288,6 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     }
 
     /// One match of an event with a meter. False where it is skipped.
-    #[allow(clippy::too_many_arguments)]
     fn take_match(
         &mut self,
         event: &EventRef<'_>,
@@ -375,7 +377,8 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     /// Adds what another thread has seen.
     pub fn merge(&mut self, other: Aggregator<'c, 'r>) {
         let renamed: Vec<u32> = other.dimensions.texts.iter().map(|text| self.dimensions.intern(text)).collect();
-        let rename = |key: StateKey| StateKey { dimensions: renamed.get(key.dimensions as usize).copied().unwrap_or_default(), ..key };
+        let rename =
+            |key: StateKey| StateKey { dimensions: renamed.get(key.dimensions as usize).copied().unwrap_or_default(), ..key };
         for (key, theirs) in other.windows {
             match self.windows.entry(rename(key)) {
                 std::collections::hash_map::Entry::Vacant(entry) => {

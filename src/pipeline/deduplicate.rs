@@ -238,7 +238,8 @@ impl Held {
         let deleted = copy.deleted;
         match self.copies.get_mut(key) {
             None => {
-                let copies = Copies { kept: copy, counted_before: None, any_deleted: deleted, any_known_deleted: deleted && known };
+                let copies =
+                    Copies { kept: copy, counted_before: None, any_deleted: deleted, any_known_deleted: deleted && known };
                 self.copies.insert(key.into(), copies);
             }
             Some(copies) => {

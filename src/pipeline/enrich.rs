@@ -148,10 +148,17 @@ impl<'r> Enricher<'r> {
     ///
     /// # Errors
     /// The reason for a dead letter where there is not exactly one.
-    pub fn price(&self, subscription: usize, plan: &MeterPlan<'r>, t: Timestamp, slots: &[Property<'_>]) -> Result<Option<usize>, Rejection> {
+    pub fn price(
+        &self,
+        subscription: usize,
+        plan: &MeterPlan<'r>,
+        t: Timestamp,
+        slots: &[Property<'_>],
+    ) -> Result<Option<usize>, Rejection> {
         let candidates = self.candidates.get(subscription).and_then(|meters| meters.get(plan.index)).copied().unwrap_or_default();
         let Some(of) = self.reference.subscriptions.get(subscription) else { return Ok(None) };
-        let by_dimension = candidates.iter().filter_map(|index| self.reference.prices.get(*index)).any(|price| !price.matches.is_empty());
+        let by_dimension =
+            candidates.iter().filter_map(|index| self.reference.prices.get(*index)).any(|price| !price.matches.is_empty());
         let dimensions = if by_dimension { plan.dimension_values(slots) } else { Vec::new() };
         match self.reference.price(candidates, &of.currency, t, &dimensions) {
             Ok(price) => Ok(Some(price)),
@@ -209,9 +216,10 @@ impl<'r> MeterPlan<'r> {
         let name = self.meter.property.as_deref().unwrap_or_default();
         match property.decimal() {
             Ok(number) => Ok(Some(Value::Number(number))),
-            Err(DecimalError::Syntax) => {
-                Err(Rejection::new(Reason::InvalidProperty, format!("property `{name}` is `{}`, not a decimal number", shorten(&property.text()))))
-            }
+            Err(DecimalError::Syntax) => Err(Rejection::new(
+                Reason::InvalidProperty,
+                format!("property `{name}` is `{}`, not a decimal number", shorten(&property.text())),
+            )),
             Err(DecimalError::Overflow) => Err(Rejection::new(
                 Reason::ValueOutOfRange,
                 format!("property `{name}` is {}, beyond 38 digits at 18 decimal places", shorten(&property.text())),

@@ -24,7 +24,11 @@ pub fn check(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliation) -
         let base = Decimal::from_u64(stored.len() as u64);
         if exceeds(changed, base, limit)? {
             return Err(refused(
-                &format!("{} of {} stored rows would change, more than max_changed_rows {limit}", corrections.len(), stored.len()),
+                &format!(
+                    "{} of {} stored rows would change, more than max_changed_rows {limit}",
+                    corrections.len(),
+                    stored.len()
+                ),
                 &corrections,
             ));
         }
@@ -32,7 +36,7 @@ pub fn check(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliation) -
     if let Some(limit) = guard.max_cost_change {
         for (currency, moved) in moved_by_currency(&corrections)? {
             let costs = stored.iter().filter(|stored| stored.row.currency == currency).map(|stored| stored.row.cost.abs());
-            let base = costs.into_iter().try_fold(Decimal::ZERO, Decimal::add)?;
+            let base = costs.into_iter().try_fold(Decimal::ZERO, Decimal::checked_add)?;
             if exceeds(moved, base, limit)? {
                 return Err(refused(
                     &format!("{moved} {currency} of {base} {currency} stored would move, more than max_cost_change {limit}"),
@@ -56,13 +60,14 @@ fn moved_by_currency(corrections: &[&Correction]) -> Result<BTreeMap<Text, Decim
     let mut by_customer: BTreeMap<(&Text, &Text, &Text), Decimal> = BTreeMap::new();
     for correction in corrections {
         let cost = |values: &Option<crate::model::aggregate::Values>| values.map_or(Decimal::ZERO, |values| values.cost);
-        let net = by_customer.entry((&correction.currency, &correction.key.period.tenant_id, &correction.customer_id)).or_default();
-        *net = net.add(cost(&correction.after))?.sub(cost(&correction.before))?;
+        let net =
+            by_customer.entry((&correction.currency, &correction.key.period.tenant_id, &correction.customer_id)).or_default();
+        *net = net.checked_add(cost(&correction.after))?.checked_sub(cost(&correction.before))?;
     }
     let mut moved: BTreeMap<Text, Decimal> = BTreeMap::new();
     for ((currency, _, _), net) in by_customer {
         let total = moved.entry(currency.clone()).or_default();
-        *total = total.add(net.abs())?;
+        *total = total.checked_add(net.abs())?;
     }
     Ok(moved)
 }

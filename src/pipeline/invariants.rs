@@ -38,7 +38,10 @@ impl Invariant {
     fn broken(self, detail: impl std::fmt::Display) -> anyhow::Error {
         fault(
             FaultKind::Invariant,
-            format!("invariant {} failed: {detail}; nothing was published. This is a bug in trueup: please report it", self.name()),
+            format!(
+                "invariant {} failed: {detail}; nothing was published. This is a bug in trueup: please report it",
+                self.name()
+            ),
         )
     }
 }
@@ -69,7 +72,12 @@ pub fn telescoping_cost(priced: &Priced) -> anyhow::Result<()> {
         // Periods without usage have no windows.
         let Some(sum) = sums.remove(&period.key) else { continue };
         if sum.total() != Ok(period.cost) {
-            return Err(Invariant::TelescopingCost.broken(format!("{:?} costs {}, its windows {:?}", period.key, period.cost, sum.total())));
+            return Err(Invariant::TelescopingCost.broken(format!(
+                "{:?} costs {}, its windows {:?}",
+                period.key,
+                period.cost,
+                sum.total()
+            )));
         }
     }
     match sums.keys().next() {

@@ -35,8 +35,8 @@ use deduplicate::{KeyScan, RepeatedKeys, key_hash, write_key};
 use enrich::{Enricher, Scope};
 use price::{Names, Priced};
 pub use range::Request;
-use reconcile::{CurrentDigests, Evidence, PeriodChanges, Reconciliation};
 pub use reconcile::Totals;
+use reconcile::{CurrentDigests, Evidence, PeriodChanges, Reconciliation};
 use scan::Progress;
 
 /// What a run would do: everything is computed, nothing is written.
@@ -129,7 +129,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             batch.rows().for_each(|event| scan.visit(&job.deduplicate.key, &event));
             Ok(())
         };
-        let (scans, rows) = scan::scan(source, &splits, Wanted::Keys, threads, count_rows, KeyScan::default, visit)?;
+        let (scans, rows) = scan::scan(source, &splits, Wanted::Keys(&job.deduplicate.key), threads, count_rows, KeyScan::default, visit)?;
         let (repeated, extent) = KeyScan::finish(scans);
         let total = rows.iter().sum();
         Ok((Keys { repeated, extent, rows }, total))

@@ -34,7 +34,12 @@ pub struct PricedWindow {
 ///
 /// # Errors
 /// Where a quantity or a cost overflows; names the window.
-pub fn price(windows: FxHashMap<StateKey, WindowState>, dimensions: &Interner, reference: &Reference, names: &Names) -> Result<Priced> {
+pub fn price(
+    windows: FxHashMap<StateKey, WindowState>,
+    dimensions: &Interner,
+    reference: &Reference,
+    names: &Names,
+) -> Result<Priced> {
     let mut states: Vec<_> = windows.into_iter().collect();
     states.sort_unstable_by_key(|(key, _)| (period_of(key), key.window_start));
     let mut priced = Priced::default();
@@ -58,18 +63,13 @@ fn period_of(key: &StateKey) -> (u32, u32, u32, u32, crate::model::timestamp::Ti
 /// The reference rows of one accumulation.
 #[derive(Clone, Copy)]
 struct Parts<'r> {
-    subscription: &'r Subscription,
     meter: &'r Meter,
     price: Option<&'r Price>,
 }
 
 impl<'r> Parts<'r> {
     fn of(key: &StateKey, reference: &'r Reference) -> Option<Self> {
-        Some(Parts {
-            subscription: reference.subscriptions.get(key.subscription as usize)?,
-            meter: reference.meters.get(key.meter as usize)?,
-            price: reference.prices.get(key.price as usize),
-        })
+        Some(Parts { meter: reference.meters.get(key.meter as usize)?, price: reference.prices.get(key.price as usize) })
     }
 }
 
@@ -90,10 +90,10 @@ impl Accumulation<'_> {
         let before = self.cost;
         self.cost = match (self.parts.price, self.parts.meter.charge_on) {
             (None, _) => Decimal::ZERO,
-            (Some(price), ChargeOn::Window) => before.add(price.cost(quantity)?)?,
+            (Some(price), ChargeOn::Window) => before.checked_add(price.cost(quantity)?)?,
             (Some(price), ChargeOn::Period | ChargeOn::WindowSum) => price.cost(self.quantity()?)?,
         };
-        Ok((quantity, self.cost.sub(before)?))
+        Ok((quantity, self.cost.checked_sub(before)?))
     }
 
     /// The quantity of the period to date.
@@ -105,7 +105,13 @@ impl Accumulation<'_> {
     }
 }
 
-fn price_period(states: &[(StateKey, WindowState)], parts: Parts<'_>, key: PeriodKey, names: &Names, priced: &mut Priced) -> Result<()> {
+fn price_period(
+    states: &[(StateKey, WindowState)],
+    parts: Parts<'_>,
+    key: PeriodKey,
+    names: &Names,
+    priced: &mut Priced,
+) -> Result<()> {
     let Some((first, last_state)) = states.first() else { return Ok(()) };
     let mut accumulation = Accumulation {
         parts,
@@ -137,7 +143,8 @@ fn price_period(states: &[(StateKey, WindowState)], parts: Parts<'_>, key: Perio
             news: state.news,
         });
     }
-    let describe = || format!("pricing the period {} of subscription `{}`, meter `{}`", key.period_start, key.subscription_id, key.meter_id);
+    let describe =
+        || format!("pricing the period {} of subscription `{}`, meter `{}`", key.period_start, key.subscription_id, key.meter_id);
     let quantity = accumulation.quantity().with_context(describe)?;
     let minor_digits = parts.price.map_or(0, |price| price.currency.minor_digits);
     priced.periods.push(PeriodRow {
@@ -148,7 +155,7 @@ fn price_period(states: &[(StateKey, WindowState)], parts: Parts<'_>, key: Perio
         minimum_adjustment: Decimal::ZERO,
         commitment_adjustment: Decimal::ZERO,
         amount: accumulation.cost.round(minor_digits).with_context(describe)?,
-        currency: names.currency.clone(),
+        currency: names.currency,
         key,
     });
     Ok(())
@@ -191,7 +198,8 @@ pub fn add_periods_without_usage(
                     window_start: period.start,
                 };
                 let key = PeriodKey { dimensions: matched_dimensions(price), ..names.period_key(&state, &Interner::default()) };
-                let is_used = used.contains(&(key.tenant_id.clone(), key.subscription_id.clone(), key.price_id.clone(), key.period_start));
+                let is_used =
+                    used.contains(&(key.tenant_id.clone(), key.subscription_id.clone(), key.price_id.clone(), key.period_start));
                 if !is_due || is_used {
                     continue;
                 }

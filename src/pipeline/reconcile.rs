@@ -290,11 +290,20 @@ impl Judge<'_> {
 
     /// Definitions that changed since a run; where a row's own digest is known, it
     /// decides, otherwise that of the whole table.
-    fn changed_definitions(&self, then: &RunBasis, meter: Option<bool>, subscription: Option<bool>, customer: Option<bool>) -> Causes {
+    fn changed_definitions(
+        &self,
+        then: &RunBasis,
+        meter: Option<bool>,
+        subscription: Option<bool>,
+        customer: Option<bool>,
+    ) -> Causes {
         let now = self.evidence.basis;
         let tables = [
             (Cause::MeterChanged, then.reference.meters != now.reference.meters && meter.unwrap_or(true)),
-            (Cause::SubscriptionChanged, then.reference.subscriptions != now.reference.subscriptions && subscription.unwrap_or(true)),
+            (
+                Cause::SubscriptionChanged,
+                then.reference.subscriptions != now.reference.subscriptions && subscription.unwrap_or(true),
+            ),
             (Cause::CustomerChanged, then.reference.customers != now.reference.customers && customer.unwrap_or(true)),
             (Cause::PriceChanged, then.reference.prices != now.reference.prices),
             (Cause::JobChanged, then.job_digest != now.job_digest),

@@ -23,7 +23,7 @@ struct Finished<W> {
 pub fn scan<W: Send>(
     source: &dyn EventSource,
     splits: &[Split],
-    wanted: Wanted,
+    wanted: Wanted<'_>,
     threads: usize,
     progress: Progress<'_>,
     new_worker: impl Fn() -> W + Sync,

@@ -5,9 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use chrono::NaiveDate;
 use chrono_tz::Tz;
-use polars::prelude::{
-    Column, DataFrame, DataFrameJoinOps, JoinArgs, JoinType, NamedFrom, Series, SortMultipleOptions,
-};
+use polars::prelude::{Column, DataFrame, DataFrameJoinOps, JoinArgs, JoinType, NamedFrom, Series, SortMultipleOptions};
 use rustc_hash::FxHashMap;
 
 use super::table::Table;
@@ -171,7 +169,12 @@ pub(super) fn bind(customers: &Customers, subscriptions: &Subscriptions) -> Resu
     let orphans = subscriptions.frame.join(&customers.frame, KEY, KEY, JoinArgs::new(JoinType::Anti), None)?;
     let orphans = orphans.column("subscription")?.u32()?.iter().flatten().filter_map(|at| subscriptions.list.get(at as usize));
     let warnings = orphans
-        .map(|s| format!("subscription `{}` belongs to customer `{}` of tenant `{}`, who is not in the customers table", s.id, s.customer_id, s.tenant_id))
+        .map(|s| {
+            format!(
+                "subscription `{}` belongs to customer `{}` of tenant `{}`, who is not in the customers table",
+                s.id, s.customer_id, s.tenant_id
+            )
+        })
         .collect();
     Ok(Bound { customers: by_tenant, warnings })
 }
@@ -240,21 +243,31 @@ fn validity(table: &Table, from: &str, to: &str) -> Result<Vec<Span>> {
     starts.iter().zip(&ends).enumerate().map(span).collect()
 }
 
-fn cycle(table: &Table, row: usize, period: &str, anchor: Option<String>, zone: Option<String>, default: Tz) -> Result<BillingCycle> {
+fn cycle(
+    table: &Table,
+    row: usize,
+    period: &str,
+    anchor: Option<String>,
+    zone: Option<String>,
+    default: Tz,
+) -> Result<BillingCycle> {
     let length = PeriodLength::parse(period).ok_or_else(|| {
         table.error(row, format!("billing_period `{period}` is unknown: use day, week, month, quarter or year"))
     })?;
     let timezone = match zone {
         None => default,
-        Some(zone) => zone.parse().map_err(|_| {
-            table.error(row, format!("timezone `{zone}` is unknown: use an IANA name such as Europe/Berlin"))
-        })?,
+        Some(zone) => zone
+            .parse()
+            .map_err(|_| table.error(row, format!("timezone `{zone}` is unknown: use an IANA name such as Europe/Berlin")))?,
     };
     let anchor = match anchor {
         None => None,
-        Some(text) => Some(text.get(..10).unwrap_or(&text).parse::<NaiveDate>().map_err(|_| {
-            table.error(row, format!("anchor `{text}` is no date such as 2026-01-31"))
-        })?),
+        Some(text) => Some(
+            text.get(..10)
+                .unwrap_or(&text)
+                .parse::<NaiveDate>()
+                .map_err(|_| table.error(row, format!("anchor `{text}` is no date such as 2026-01-31")))?,
+        ),
     };
     Ok(BillingCycle { length, anchor, timezone })
 }

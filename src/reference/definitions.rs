@@ -54,11 +54,6 @@ fn read_yaml<T: DeserializeOwned>(path: &Path, key: &str) -> Result<Vec<Located<
     let Some(rows) = rows else {
         return Err(configuration(format!("{}: has no list `{key}`", path.display())));
     };
-    let located = |row: Placed<T>| Located {
-        number: row.defined.line(),
-        value: row.value,
-        path: path.to_owned(),
-        unit: "line",
-    };
+    let located = |row: Placed<T>| Located { number: row.defined.line(), value: row.value, path: path.to_owned(), unit: "line" };
     Ok(rows.into_iter().map(located).collect())
 }

@@ -84,10 +84,11 @@ fn validate(row: &Located<RawMeter>, default_window: WindowSize) -> Result<Meter
     }
     let window = match &raw.window {
         None => default_window,
-        Some(Value::String(name)) => {
-            WindowSize::parse(name).ok_or_else(|| row.error(unknown("window", name, WindowSize::NAMES.get(..9).unwrap_or_default())))?
+        Some(Value::String(name)) => WindowSize::parse(name)
+            .ok_or_else(|| row.error(unknown("window", name, WindowSize::NAMES.get(..9).unwrap_or_default())))?,
+        Some(other) => {
+            return Err(row.error(format!("window {other} is not available in this version: use a tumbling one, such as hour")));
         }
-        Some(other) => return Err(row.error(format!("window {other} is not available in this version: use a tumbling one, such as hour"))),
     };
     let charge_on = match raw.charge_on.as_deref() {
         None => ChargeOn::Period,

@@ -142,7 +142,13 @@ impl Reference {
     ///
     /// # Errors
     /// [`Unpriced`] where there is not exactly one.
-    pub fn price(&self, candidates: &[usize], currency: &str, t: Timestamp, dimensions: &[(&str, String)]) -> Result<usize, Unpriced> {
+    pub fn price(
+        &self,
+        candidates: &[usize],
+        currency: &str,
+        t: Timestamp,
+        dimensions: &[(&str, String)],
+    ) -> Result<usize, Unpriced> {
         let holds = |(name, value): &(String, String)| dimensions.iter().any(|(n, v)| n == name && v == value);
         let mut best: Option<(usize, usize)> = None;
         let mut tie = false;

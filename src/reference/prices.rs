@@ -91,7 +91,9 @@ fn validate(row: &Located<RawPrice>, meters: &[Meter]) -> Result<Price> {
     let raw = &row.value;
     reject_unavailable(row)?;
     let Some(meter) = meters.iter().find(|meter| meter.id == raw.meter_id) else {
-        return Err(row.error(format!("price `{}` names meter `{}`, which is not in the meters table", raw.price_id, raw.meter_id)));
+        return Err(
+            row.error(format!("price `{}` names meter `{}`, which is not in the meters table", raw.price_id, raw.meter_id))
+        );
     };
     let currency = Currency::from_code(&raw.currency)
         .ok_or_else(|| row.error(format!("currency `{}` is unknown: use an ISO 4217 code such as USD", raw.currency)))?;
@@ -209,7 +211,9 @@ fn tiers(row: &Located<RawPrice>) -> Result<Vec<Tier>> {
         }
         match tier.up_to {
             Some(up_to) if up_to <= below => {
-                return Err(row.error(format!("tiers are out of order: tier {number} ends at {up_to}, which is not above {below}")));
+                return Err(
+                    row.error(format!("tiers are out of order: tier {number} ends at {up_to}, which is not above {below}"))
+                );
             }
             Some(up_to) => below = up_to,
             None if number < raw.len() => {

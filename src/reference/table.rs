@@ -185,9 +185,11 @@ impl Columns {
     }
 
     fn frame(&mut self) -> Result<DataFrame> {
-        let columns = self.names.iter().zip(&self.texts).map(|(name, texts)| {
-            Column::from(Series::new(name.as_str().into(), texts.as_slice()))
-        });
+        let columns = self
+            .names
+            .iter()
+            .zip(&self.texts)
+            .map(|(name, texts)| Column::from(Series::new(name.as_str().into(), texts.as_slice())));
         Ok(DataFrame::new(self.rows.len(), columns.collect())?)
     }
 }

@@ -58,18 +58,16 @@ impl EventBatch {
     /// The rows in order, each with its problem if it has one.
     pub fn rows(&self) -> impl Iterator<Item = EventRef<'_>> {
         let mut problems = self.problems.iter().peekable();
-        (0..self.len()).map(move |row| {
-            EventRef {
-                tenant_id: value(&self.tenant_id, row),
-                id: value(&self.id, row),
-                event_name: value(&self.event_name, row),
-                external_customer_id: value(&self.external_customer_id, row),
-                timestamp: instant(&self.timestamp, row),
-                ingested_at: instant(&self.ingested_at, row),
-                properties: value(&self.properties, row),
-                deleted: !self.deleted.is_null(row) && self.deleted.value(row),
-                problem: problems.next_if(|problem| problem.row == row),
-            }
+        (0..self.len()).map(move |row| EventRef {
+            tenant_id: value(&self.tenant_id, row),
+            id: value(&self.id, row),
+            event_name: value(&self.event_name, row),
+            external_customer_id: value(&self.external_customer_id, row),
+            timestamp: instant(&self.timestamp, row),
+            ingested_at: instant(&self.ingested_at, row),
+            properties: value(&self.properties, row),
+            deleted: !self.deleted.is_null(row) && self.deleted.value(row),
+            problem: problems.next_if(|problem| problem.row == row),
         })
     }
 }
@@ -188,13 +186,9 @@ impl BatchBuilder {
     /// Adds a row that could not be taken apart.
     pub fn push_unreadable(&mut self, raw: String, detail: String) {
         self.problems.push(Problem { row: self.rows, detail, raw: Some(raw) });
-        for column in [
-            &mut self.tenant_id,
-            &mut self.id,
-            &mut self.event_name,
-            &mut self.external_customer_id,
-            &mut self.properties,
-        ] {
+        for column in
+            [&mut self.tenant_id, &mut self.id, &mut self.event_name, &mut self.external_customer_id, &mut self.properties]
+        {
             column.append_null();
         }
         self.timestamp.append_null();

@@ -5,6 +5,8 @@ pub mod files;
 
 use anyhow::Result;
 
+use files::Field;
+
 pub use batch::{BatchBuilder, EventBatch, EventRef, Problem};
 
 /// A part of a source that one thread reads from start to end.
@@ -36,9 +38,9 @@ impl Split {
 
 /// Which columns a scan needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wanted {
-    /// The columns that identify an event, and its time.
-    Keys,
+pub enum Wanted<'f> {
+    /// These fields, and the time of the event.
+    Keys(&'f [Field]),
     /// Everything.
     Whole,
 }
@@ -53,5 +55,5 @@ pub trait EventSource: Sync {
     /// # Errors
     /// Where the split cannot be delivered as a whole. Rows that are no events
     /// are not errors: they are delivered as [`Problem`]s.
-    fn read(&self, split: &Split, wanted: Wanted, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<()>;
+    fn read(&self, split: &Split, wanted: Wanted<'_>, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<()>;
 }

@@ -4,7 +4,9 @@ pub mod sqlite;
 
 use anyhow::Result;
 
-use crate::model::aggregate::{Correction, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, Values, WindowKey, WindowRow};
+use crate::model::aggregate::{
+    Correction, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, Values, WindowKey, WindowRow,
+};
 use crate::model::run::RunRecord;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
@@ -55,6 +57,9 @@ pub enum Cell {
     Integer(i64),
 }
 
+/// Takes the rows of an export, one at a time.
+pub type RowSink<'s> = &'s mut dyn FnMut(&[Cell]) -> Result<()>;
+
 /// The tables of the contract.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Table {
@@ -99,8 +104,8 @@ pub trait AggregateStore {
     /// Corrections in the order they were written.
     fn ledger(&self, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()>;
 
-    /// Rows of a table, in the order of its key, with the names of its columns.
-    fn export(&self, job: &str, table: Table, each: &mut dyn FnMut(&[&str], &[Cell]) -> Result<()>) -> Result<Vec<String>>;
+    /// Rows of a table, in the order of its key; returns the names of its columns.
+    fn export(&self, job: &str, table: Table, each: RowSink<'_>) -> Result<Vec<String>>;
 
     /// Writes everything, or nothing.
     fn publish(&mut self, publication: &Publication) -> Result<()>;

@@ -57,7 +57,12 @@ fn check_step(workspace: &Workspace, step: &Path, name: &str, problems: &mut Str
     ] {
         let path = expected.join(format!("{file}.csv"));
         if path.exists() {
-            compare_rows(&format!("{name}: {file}"), &path, &workspace.query(&format!("SELECT * FROM {file}{condition}")), problems);
+            compare_rows(
+                &format!("{name}: {file}"),
+                &path,
+                &workspace.query(&format!("SELECT * FROM {file}{condition}")),
+                problems,
+            );
         }
     }
     // Whatever the case is about, the ledger is whole and gives the table.
@@ -72,7 +77,11 @@ fn check_step(workspace: &Workspace, step: &Path, name: &str, problems: &mut Str
 /// Every key of `expected` must be in `actual` with the same value.
 fn compare_json(name: &str, expected: &Value, actual: &Value, problems: &mut String) {
     match expected {
-        Value::Object(keys) => keys.iter().for_each(|(key, value)| compare_json(&format!("{name}.{key}"), value, &actual[key], problems)),
+        Value::Object(keys) => {
+            for (key, value) in keys {
+                compare_json(&format!("{name}.{key}"), value, &actual[key], problems);
+            }
+        }
         value if value == actual => {}
         value => {
             let _ = writeln!(problems, "{name}: expected {value}, got {actual}");
@@ -88,7 +97,9 @@ fn compare_rows(name: &str, path: &Path, actual: &[BTreeMap<String, String>], pr
         reader.records().map(|record| record.unwrap().iter().map(str::to_owned).collect()).collect();
     let mut actual: Vec<Vec<String>> = actual
         .iter()
-        .map(|row| header.iter().map(|column| row.get(column).cloned().unwrap_or_else(|| format!("<no column {column}>"))).collect())
+        .map(|row| {
+            header.iter().map(|column| row.get(column).cloned().unwrap_or_else(|| format!("<no column {column}>"))).collect()
+        })
         .collect();
     expected.sort();
     actual.sort();

@@ -1,3 +1,4 @@
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::disallowed_methods)]
 //! Everything that users see, tested through the binary, and the promises on
 //! made-up histories. One test binary, so that linking stays fast.
 

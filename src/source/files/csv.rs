@@ -74,5 +74,6 @@ fn push_record(
         }
     }
     let [tenant_id, id, event_name, external_customer_id, timestamp, ingested_at, properties, deleted] = fields;
-    builder.push(&TextEvent { tenant_id, id, event_name, external_customer_id, timestamp, ingested_at, properties, deleted }, place);
+    builder
+        .push(&TextEvent { tenant_id, id, event_name, external_customer_id, timestamp, ingested_at, properties, deleted }, place);
 }

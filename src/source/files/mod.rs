@@ -92,7 +92,7 @@ impl EventSource for FileSource {
         Ok(splits)
     }
 
-    fn read(&self, split: &Split, wanted: Wanted, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<()> {
+    fn read(&self, split: &Split, wanted: Wanted<'_>, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<()> {
         let path = Path::new(&split.name);
         let (format, compression) = format_of(path)?;
         match format {
@@ -133,6 +133,8 @@ fn open(path: &Path, compression: Compression) -> Result<Box<dyn Read>> {
         Compression::Plain => Box::new(file),
         // Members may be concatenated, as `cat a.gz b.gz` and log rotation leave them.
         Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
-        Compression::Zstd => Box::new(zstd::Decoder::with_buffer(file).with_context(|| format!("events file {}", path.display()))?),
+        Compression::Zstd => {
+            Box::new(zstd::Decoder::with_buffer(file).with_context(|| format!("events file {}", path.display()))?)
+        }
     })
 }

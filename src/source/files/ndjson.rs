@@ -48,7 +48,10 @@ fn push_line(builder: &mut BatchBuilder, keys: &Keys<'_>, line: &[u8], place: im
     let mut parsed = Line::default();
     let result = std::str::from_utf8(line).map_err(|error| error.to_string()).and_then(|text| {
         let mut reader = serde_json::Deserializer::from_str(text);
-        LineReader { keys, line: &mut parsed }.deserialize(&mut reader).and_then(|()| reader.end()).map_err(|error| error.to_string())
+        LineReader { keys, line: &mut parsed }
+            .deserialize(&mut reader)
+            .and_then(|()| reader.end())
+            .map_err(|error| error.to_string())
     });
     match result.and_then(|()| parsed.fields(keys.columns)) {
         Ok(fields) => builder.push(&text_event(&fields), place),

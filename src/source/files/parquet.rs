@@ -40,7 +40,7 @@ pub(super) fn read(
     compression: Compression,
     split: &Split,
     columns: &ColumnMap,
-    wanted: Wanted,
+    wanted: Wanted<'_>,
     sink: &mut dyn FnMut(&EventBatch) -> Result<()>,
 ) -> Result<()> {
     let mut input = open(path, compression)?;
@@ -59,19 +59,24 @@ fn read_groups<R: ChunkReader + 'static>(
     builder: ParquetRecordBatchReaderBuilder<R>,
     part: Option<usize>,
     columns: &ColumnMap,
-    wanted: Wanted,
+    wanted: Wanted<'_>,
     sink: &mut dyn FnMut(&EventBatch) -> Result<()>,
 ) -> Result<()> {
     let schema = Arc::clone(builder.schema());
     let mut roots = Vec::new();
     for field in Field::ALL {
-        match schema.index_of(columns.name(field)) {
-            Ok(index) if wanted == Wanted::Whole || matches!(field, Field::TenantId | Field::Id | Field::Timestamp | Field::EventName | Field::ExternalCustomerId) => roots.push(index),
-            Ok(_) => {}
-            Err(_) if field.is_required() || columns.is_mapped(field) => {
+        let Ok(index) = schema.index_of(columns.name(field)) else {
+            if field.is_required() || columns.is_mapped(field) {
                 bail!("{}", missing_column(path, field, columns, schema.fields().iter().map(|f| f.name().as_str())));
             }
-            Err(_) => {}
+            continue;
+        };
+        let is_wanted = match wanted {
+            Wanted::Whole => true,
+            Wanted::Keys(fields) => field == Field::Timestamp || fields.contains(&field),
+        };
+        if is_wanted {
+            roots.push(index);
         }
     }
     let mask = ProjectionMask::roots(builder.parquet_schema(), roots);
@@ -120,7 +125,8 @@ fn convert(path: &Path, first_row: u64, batch: &RecordBatch, columns: &ColumnMap
     let mut instants = |field: Field| -> Result<Int64Array> {
         let Some(array) = column(field) else { return Ok(Int64Array::new_null(rows)) };
         let place = |row: usize| format!("{} row {}", path.display(), first_row + row as u64 + 1);
-        nanoseconds(array, field, &place, &mut problems).with_context(|| wrong_type(field, array, "a timestamp, or RFC 3339 text"))
+        nanoseconds(array, field, &place, &mut problems)
+            .with_context(|| wrong_type(field, array, "a timestamp, or RFC 3339 text"))
     };
     let (timestamp, ingested_at) = (instants(Field::Timestamp)?, instants(Field::IngestedAt)?);
     problems.sort_by_key(|problem: &Problem| problem.row);
@@ -164,7 +170,12 @@ fn texts(array: &ArrayRef) -> Result<StringArray> {
 }
 
 /// Instants in nanoseconds. Text that is none becomes null and a problem of its row.
-fn nanoseconds(array: &ArrayRef, field: Field, place: &dyn Fn(usize) -> String, problems: &mut Vec<Problem>) -> Result<Int64Array> {
+fn nanoseconds(
+    array: &ArrayRef,
+    field: Field,
+    place: &dyn Fn(usize) -> String,
+    problems: &mut Vec<Problem>,
+) -> Result<Int64Array> {
     let mut checked = |row: usize, instant: Result<Timestamp, String>| match instant {
         Ok(instant) => Some(instant.nanos()),
         Err(error) => {

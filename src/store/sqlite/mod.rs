@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use rusqlite::{Connection, OpenFlags};
 
-use super::{AggregateStore, Cell, LedgerEntry, Publication, StoredDeadLetter, Table};
+use super::{AggregateStore, LedgerEntry, Publication, RowSink, StoredDeadLetter, Table};
 use crate::model::aggregate::{PeriodRow, StoredWindow};
 use crate::model::run::RunRecord;
 use crate::model::window::Span;
@@ -90,7 +90,7 @@ impl AggregateStore for SqliteStore {
         read::ledger(&self.connection, job, each).context("reading corrections")
     }
 
-    fn export(&self, job: &str, table: Table, each: &mut dyn FnMut(&[&str], &[Cell]) -> Result<()>) -> Result<Vec<String>> {
+    fn export(&self, job: &str, table: Table, each: RowSink<'_>) -> Result<Vec<String>> {
         read::export(&self.connection, job, table, each).with_context(|| format!("reading {}", table.name()))
     }
 

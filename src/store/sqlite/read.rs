@@ -13,7 +13,7 @@ use crate::model::aggregate::{
 use crate::model::run::RunRecord;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
-use crate::store::{Cell, LedgerEntry, StoredDeadLetter, Table};
+use crate::store::{Cell, LedgerEntry, RowSink, StoredDeadLetter, Table};
 
 /// A cell that holds another type as text.
 fn parsed<T: FromStr>(row: &Row<'_>, column: &str) -> Result<T>
@@ -84,7 +84,8 @@ pub(super) fn runs(connection: &Connection, job: &str) -> Result<Vec<RunRecord>>
 }
 
 pub(super) fn extent(connection: &Connection, job: &str) -> Result<Option<Span>> {
-    let mut statement = connection.prepare("SELECT min(window_start) AS start, max(window_end) AS end FROM usage_windows WHERE job = ?1")?;
+    let mut statement =
+        connection.prepare("SELECT min(window_start) AS start, max(window_end) AS end FROM usage_windows WHERE job = ?1")?;
     let mut rows = statement.query([job])?;
     let Some(row) = rows.next()? else { return Ok(None) };
     let (start, end): (Option<Timestamp>, Option<Timestamp>) = (optional(row, "start")?, optional(row, "end")?);
@@ -93,7 +94,8 @@ pub(super) fn extent(connection: &Connection, job: &str) -> Result<Option<Span>>
 
 /// Window bounds are whole seconds, so their texts sort as they do.
 pub(super) fn windows(connection: &Connection, job: &str, span: Span) -> Result<Vec<StoredWindow>> {
-    let mut statement = connection.prepare("SELECT * FROM usage_windows WHERE job = ?1 AND window_start < ?2 AND window_end > ?3")?;
+    let mut statement =
+        connection.prepare("SELECT * FROM usage_windows WHERE job = ?1 AND window_start < ?2 AND window_end > ?3")?;
     let mut rows = statement.query([job, &span.end.to_string(), &span.start.to_string()])?;
     let mut windows = Vec::new();
     while let Some(row) = rows.next()? {
@@ -124,7 +126,8 @@ pub(super) fn windows(connection: &Connection, job: &str, span: Span) -> Result<
 }
 
 pub(super) fn periods(connection: &Connection, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
-    let mut statement = connection.prepare("SELECT * FROM usage_periods WHERE job = ?1 AND period_start < ?2 AND period_end > ?3")?;
+    let mut statement =
+        connection.prepare("SELECT * FROM usage_periods WHERE job = ?1 AND period_start < ?2 AND period_end > ?3")?;
     let mut rows = statement.query([job, &span.end.to_string(), &span.start.to_string()])?;
     let mut periods = Vec::new();
     while let Some(row) = rows.next()? {
@@ -195,12 +198,7 @@ pub(super) fn ledger(connection: &Connection, job: &str, each: &mut dyn FnMut(Le
     Ok(())
 }
 
-pub(super) fn export(
-    connection: &Connection,
-    job: &str,
-    table: Table,
-    each: &mut dyn FnMut(&[&str], &[Cell]) -> Result<()>,
-) -> Result<Vec<String>> {
+pub(super) fn export(connection: &Connection, job: &str, table: Table, each: RowSink<'_>) -> Result<Vec<String>> {
     let order = match table {
         Table::UsageWindows => "tenant_id, subscription_id, meter_id, price_id, dimensions, period_start, window_start",
         Table::UsagePeriods => "tenant_id, subscription_id, meter_id, price_id, dimensions, period_start",
@@ -210,7 +208,6 @@ pub(super) fn export(
     };
     let mut statement = connection.prepare(&format!("SELECT * FROM {} WHERE job = ?1 ORDER BY {order}", table.name()))?;
     let names: Vec<String> = statement.column_names().map(str::to_owned).collect();
-    let borrowed: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut rows = statement.query([job])?;
     let mut cells = Vec::with_capacity(names.len());
     while let Some(row) = rows.next()? {
@@ -222,7 +219,7 @@ pub(super) fn export(
                 other => Cell::Text(other.as_str()?.to_owned()),
             });
         }
-        each(&borrowed, &cells)?;
+        each(&cells)?;
     }
     Ok(names)
 }

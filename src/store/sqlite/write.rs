@@ -131,7 +131,8 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
     )?;
     let recorded_at = run.finished_at.to_string();
     for (sequence, correction) in (1u64..).zip(&publication.corrections) {
-        let Correction { key: WindowKey { period, window_start }, customer_id, currency, kind, causes, before, after } = correction;
+        let Correction { key: WindowKey { period, window_start }, customer_id, currency, kind, causes, before, after } =
+            correction;
         let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = period;
         let quantity = |values: &Option<Values>| values.map(|values| values.quantity.to_string());
         let cost = |values: &Option<Values>| values.map(|values| values.cost.to_string());
