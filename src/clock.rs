@@ -4,10 +4,11 @@ use std::time::Instant;
 
 use crate::model::timestamp::Timestamp;
 
-/// The current time.
+/// The current time, in whole milliseconds: enough to tell runs apart, and to read.
 #[allow(clippy::disallowed_methods)]
 pub fn now() -> Timestamp {
-    chrono::Utc::now().into()
+    let now = Timestamp::from(chrono::Utc::now());
+    Timestamp::from_nanos(now.nanos() / 1_000_000 * 1_000_000)
 }
 
 /// A stopwatch, started.
