@@ -129,7 +129,8 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             batch.rows().for_each(|event| scan.visit(&job.deduplicate.key, &event));
             Ok(())
         };
-        let (scans, rows) = scan::scan(source, &splits, Wanted::Keys(&job.deduplicate.key), threads, count_rows, KeyScan::default, visit)?;
+        let (scans, rows) =
+            scan::scan(source, &splits, Wanted::Keys(&job.deduplicate.key), threads, count_rows, KeyScan::default, visit)?;
         let (repeated, extent) = KeyScan::finish(scans);
         let total = rows.iter().sum();
         Ok((Keys { repeated, extent, rows }, total))
