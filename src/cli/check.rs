@@ -7,10 +7,9 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::output::{Style, counted, emit, emit_json};
-use super::{Format, Session, read_store, source_of, store_path};
-use crate::config::Job;
+use super::{Format, Session, read_store, source_of, store_name};
 use crate::reference::Reference;
-use crate::source::EventSource as _;
+use crate::source::Selection;
 
 #[derive(Debug, Serialize)]
 struct Document<'c> {
@@ -27,9 +26,9 @@ struct Document<'c> {
 }
 
 pub fn execute(session: &Session, path: &Path) -> Result<u8> {
-    let job = Job::load(path)?;
+    let job = session.job(path)?;
     let reference = Reference::load(&job)?;
-    let splits = source_of(&job).splits()?;
+    let splits = source_of(&job)?.splits(&Selection::default())?;
     let files: std::collections::BTreeSet<_> = splits.iter().map(|split| &split.name).collect();
     let store_exists = read_store(&job)?.is_some();
     if session.format == Format::Json {
@@ -41,7 +40,7 @@ pub fn execute(session: &Session, path: &Path) -> Result<u8> {
             prices: reference.prices.len(),
             subscriptions: reference.subscriptions.len(),
             files: files.len(),
-            store: store_path(&job).display().to_string(),
+            store: store_name(&job),
             store_exists,
             warnings: &reference.warnings,
         })?;
@@ -58,7 +57,7 @@ pub fn execute(session: &Session, path: &Path) -> Result<u8> {
     writeln!(out, "  reference    {}", reference_sizes.join(", "))?;
     writeln!(out, "  source       {}", counted(files.len() as u64, "file"))?;
     let state = if store_exists { "exists" } else { "will be created by the first run" };
-    writeln!(out, "  store        {} ({state})", store_path(&job).display())?;
+    writeln!(out, "  store        {} ({state})", store_name(&job))?;
     if let Some(schedule) = &job.schedule {
         writeln!(out, "  schedule     {} ({})", schedule.cron, schedule.timezone)?;
     }

@@ -9,7 +9,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::output::{Style, counted, emit, emit_json};
-use super::{Format, Session, as_store, read_store};
+use super::{Format, Session, read_store};
 use crate::config::Job;
 use crate::fault::configuration;
 use crate::model::aggregate::Reason;
@@ -56,12 +56,12 @@ struct Letter<'d> {
 }
 
 pub fn execute(session: &Session, arguments: &DeadLetterArguments) -> Result<u8> {
-    let job = Job::load(&arguments.job)?;
+    let job = session.job(&arguments.job)?;
     if let Some(reason) = arguments.reason.as_deref().filter(|reason| Reason::parse(reason).is_none()) {
         return Err(configuration(format!("--reason {reason}: there is no such reason")));
     }
     let store = read_store(&job)?;
-    let mut letters = as_store(&store).map_or(Ok(Vec::new()), |store| store.dead_letters(&job.name))?;
+    let mut letters = store.as_deref().map_or(Ok(Vec::new()), |store| store.dead_letters(&job.name))?;
     letters.retain(|stored| {
         let key = &stored.letter.key;
         (arguments.all || stored.resolved_run_id.is_none())

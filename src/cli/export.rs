@@ -14,10 +14,9 @@ use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
 use super::output::emit_bytes;
-use super::read_store;
-use crate::config::Job;
+use super::{Session, read_store};
 use crate::fault::configuration;
-use crate::store::{AggregateStore as _, Cell, Table};
+use crate::store::{Cell, Table};
 
 #[derive(Debug, Args)]
 pub struct ExportArguments {
@@ -45,8 +44,8 @@ enum ExportFormat {
 /// Columns that hold whole numbers; the others are text, as decimals must be.
 const INTEGERS: [&str; 5] = ["event_count", "event_count_before", "event_count_after", "version", "occurrences"];
 
-pub fn execute(arguments: &ExportArguments) -> Result<u8> {
-    let job = Job::load(&arguments.job)?;
+pub fn execute(session: &Session, arguments: &ExportArguments) -> Result<u8> {
+    let job = session.job(&arguments.job)?;
     let table = Table::NAMES.iter().find(|(name, _)| *name == arguments.table).map(|(_, table)| *table);
     let table = table.ok_or_else(|| {
         let names: Vec<_> = Table::NAMES.iter().map(|(name, _)| *name).collect();

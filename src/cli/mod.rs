@@ -19,7 +19,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::config::{Job, Source, Store};
+use crate::config::{Job, Source, Store, default_environment};
+use crate::source::EventSource;
 use crate::source::files::FileSource;
 use crate::store::AggregateStore;
 use crate::store::sqlite::SqliteStore;
@@ -46,6 +47,10 @@ pub struct Arguments {
     /// Threads that read and aggregate [default: one a core].
     #[arg(long, global = true, value_name = "N")]
     threads: Option<NonZeroUsize>,
+
+    /// Connections of environments/NAME.yaml beside the job [default: $TRUEUP_ENVIRONMENT].
+    #[arg(long, global = true, value_name = "NAME")]
+    environment: Option<String>,
 
     /// More logs on stderr; twice for still more.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
@@ -95,6 +100,13 @@ struct Session {
     format: Format,
     threads: usize,
     quiet: bool,
+    environment: Option<String>,
+}
+
+impl Session {
+    fn job(&self, path: &Path) -> Result<Job> {
+        Job::load_in(path, self.environment.as_deref())
+    }
 }
 
 /// Runs a command; returns its exit code.
@@ -104,7 +116,12 @@ struct Session {
 pub fn dispatch(arguments: Arguments) -> Result<u8> {
     crate::telemetry::start(arguments.verbose, arguments.quiet);
     let threads = arguments.threads.or_else(|| std::thread::available_parallelism().ok());
-    let session = Session { format: arguments.output, threads: threads.map_or(1, NonZeroUsize::get), quiet: arguments.quiet };
+    let session = Session {
+        format: arguments.output,
+        threads: threads.map_or(1, NonZeroUsize::get),
+        quiet: arguments.quiet,
+        environment: arguments.environment.or_else(default_environment),
+    };
     match arguments.command {
         Command::Run(arguments) => run::execute(&session, &arguments),
         Command::Plan(arguments) => plan::execute(&session, &arguments),
@@ -112,26 +129,49 @@ pub fn dispatch(arguments: Arguments) -> Result<u8> {
         Command::Check(arguments) => check::execute(&session, &arguments.job),
         Command::Runs(arguments) => runs::execute(&session, &arguments.job),
         Command::DeadLetters(arguments) => dead_letters::execute(&session, &arguments),
-        Command::Export(arguments) => export::execute(&arguments),
+        Command::Export(arguments) => export::execute(&session, &arguments),
         Command::Init(arguments) => init::execute(&session, &arguments),
     }
 }
 
-fn source_of(job: &Job) -> FileSource {
-    let Source::Files { patterns, columns } = &job.source;
-    FileSource::new(patterns.clone(), columns.clone())
-}
-
-fn store_path(job: &Job) -> &Path {
-    let Store::Sqlite { path } = &job.store;
-    path
+fn source_of(job: &Job) -> Result<Box<dyn EventSource>> {
+    match &job.source {
+        Source::Files { patterns, columns } => Ok(Box::new(FileSource::new(patterns.clone(), columns.clone()))),
+        Source::ClickHouse { .. } | Source::Kafka { .. } => anyhow::bail!("not yet"),
+    }
 }
 
 /// The store for reading, if there is one.
-fn read_store(job: &Job) -> Result<Option<SqliteStore>> {
-    SqliteStore::open_read_only(store_path(job))
+fn read_store(job: &Job) -> Result<Option<Box<dyn AggregateStore>>> {
+    match &job.store {
+        Store::Sqlite { path } => Ok(SqliteStore::open_read_only(path)?.map(|store| Box::new(store) as Box<dyn AggregateStore>)),
+        Store::ClickHouse { .. } => anyhow::bail!("not yet"),
+    }
 }
 
-fn as_store(store: &Option<SqliteStore>) -> Option<&dyn AggregateStore> {
-    store.as_ref().map(|store| store as &dyn AggregateStore)
+/// The store for writing, created and brought up to date as needed.
+fn write_store(job: &Job) -> Result<Box<dyn AggregateStore>> {
+    match &job.store {
+        Store::Sqlite { path } => Ok(Box::new(SqliteStore::open(path)?)),
+        Store::ClickHouse { .. } => anyhow::bail!("not yet"),
+    }
+}
+
+/// The file whose lock keeps a second run of the job on this machine away.
+fn lock_path(job: &Job) -> PathBuf {
+    match &job.store {
+        Store::Sqlite { path } => SqliteStore::lock_path(path, &job.name),
+        Store::ClickHouse { connection } => {
+            let store = crate::model::digest::Digest::new("lock").text(&connection.url).text(&connection.database).hex();
+            std::env::temp_dir().join(format!("trueup-{store}-{}.lock", job.name))
+        }
+    }
+}
+
+/// What people call the store.
+fn store_name(job: &Job) -> String {
+    match &job.store {
+        Store::Sqlite { path } => path.display().to_string(),
+        Store::ClickHouse { connection } => format!("{} database {}", connection.url, connection.database),
+    }
 }

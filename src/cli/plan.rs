@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::output::{Style, counted, emit, emit_json, number, table};
 use super::progress::Progress;
 use super::range::RangeArguments;
-use super::{Format, Session, as_store, read_store, source_of};
+use super::{Format, Session, read_store, source_of};
 use crate::audit::describe;
 use crate::clock::Stopwatch;
 use crate::config::Job;
@@ -37,7 +37,7 @@ pub struct PlanArguments {
 
 pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
     let watch = Stopwatch::start();
-    let job = Job::load(&arguments.job)?;
+    let job = session.job(&arguments.job)?;
     let request = arguments.range.request(job.timezone)?;
     let reference = Reference::load(&job)?;
     let store = read_store(&job)?;
@@ -45,8 +45,8 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
     let inputs = Inputs {
         job: &job,
         reference: &reference,
-        source: &source_of(&job),
-        store: as_store(&store),
+        source: &*source_of(&job)?,
+        store: store.as_deref(),
         threads: session.threads,
         progress: &progress,
     };

@@ -9,12 +9,10 @@ use super::lock::Lock;
 use super::output::{Style, emit, emit_json};
 use super::progress::Progress;
 use super::range::RangeArguments;
-use super::{Format, Session, plan, source_of, store_path};
+use super::{Format, Session, lock_path, plan, source_of, write_store};
 use crate::clock::Stopwatch;
-use crate::config::Job;
 use crate::pipeline::{Inputs, plan as compute};
 use crate::reference::Reference;
-use crate::store::sqlite::SqliteStore;
 
 #[derive(Debug, Args)]
 pub struct RunArguments {
@@ -31,17 +29,17 @@ pub struct RunArguments {
 
 pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
     let watch = Stopwatch::start();
-    let job = Job::load(&arguments.job)?;
+    let job = session.job(&arguments.job)?;
     let request = arguments.range.request(job.timezone)?;
     let reference = Reference::load(&job)?;
-    let _lock = Lock::take(&SqliteStore::lock_path(store_path(&job), &job.name), &job.name)?;
-    let mut store = SqliteStore::open(store_path(&job))?;
+    let _lock = Lock::take(&lock_path(&job), &job.name)?;
+    let mut store = write_store(&job)?;
     let progress = Progress::new(session.quiet);
     let inputs = Inputs {
         job: &job,
         reference: &reference,
-        source: &source_of(&job),
-        store: Some(&store),
+        source: &*source_of(&job)?,
+        store: Some(&*store),
         threads: session.threads,
         progress: &progress,
     };
@@ -50,7 +48,7 @@ pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
         plan.check_guard(&job)?;
     }
     let run_id = uuid::Uuid::now_v7().to_string();
-    let published = plan.publish(&job, &mut store, &run_id)?;
+    let published = plan.publish(&job, &mut *store, &run_id)?;
     drop(progress);
     match session.format {
         Format::Json => emit_json(&plan::Document::new("trueup.run/1", Some(&published.run), &published.plan)?)?,

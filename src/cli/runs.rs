@@ -6,8 +6,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::output::{Style, emit, emit_json, number, table};
-use super::{Format, Session, as_store, read_store};
-use crate::config::Job;
+use super::{Format, Session, read_store};
 use crate::model::run::RunRecord;
 
 #[derive(Debug, Serialize)]
@@ -31,9 +30,9 @@ struct RunDocument<'r> {
 }
 
 pub fn execute(session: &Session, path: &Path) -> Result<u8> {
-    let job = Job::load(path)?;
+    let job = session.job(path)?;
     let store = read_store(&job)?;
-    let runs = as_store(&store).map_or(Ok(Vec::new()), |store| store.runs(&job.name))?;
+    let runs = store.as_deref().map_or(Ok(Vec::new()), |store| store.runs(&job.name))?;
     if session.format == Format::Json {
         let runs = runs.iter().map(document).collect();
         emit_json(&Document { schema: "trueup.runs/1", job: &job.name, runs })?;

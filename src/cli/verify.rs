@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::output::{Style, counted, emit, emit_json};
 use super::progress::Progress;
 use super::range::RangeArguments;
-use super::{Format, Session, as_store, read_store, source_of};
+use super::{Format, Session, read_store, source_of};
 use crate::audit::{Finding, check_ledger, describe};
 use crate::config::Job;
 use crate::model::counts::RowCounts;
@@ -37,7 +37,7 @@ struct Document<'v> {
 }
 
 pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
-    let job = Job::load(&arguments.job)?;
+    let job = session.job(&arguments.job)?;
     let request = arguments.range.request(job.timezone)?;
     let reference = Reference::load(&job)?;
     let store = read_store(&job)?;
@@ -45,14 +45,14 @@ pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
     let inputs = Inputs {
         job: &job,
         reference: &reference,
-        source: &source_of(&job),
-        store: as_store(&store),
+        source: &*source_of(&job)?,
+        store: store.as_deref(),
         threads: session.threads,
         progress: &progress,
     };
     let plan = compute(&inputs, &request)?;
     drop(progress);
-    let findings = as_store(&store).map_or(Ok(Vec::new()), |store| check_ledger(store, &job.name))?;
+    let findings = store.as_deref().map_or(Ok(Vec::new()), |store| check_ledger(store, &job.name))?;
     let periods_differing = (plan.periods.upserts.len() + plan.periods.deletions.len()) as u64;
     let sound = plan.changes.rows.changed() == 0 && periods_differing == 0 && findings.is_empty();
     match session.format {

@@ -2,11 +2,13 @@
 //!
 //! The only module that reads the environment.
 
+mod connection;
 mod raw;
 pub mod yaml;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Result;
 use chrono_tz::Tz;
@@ -16,7 +18,9 @@ use crate::model::decimal::Decimal;
 use crate::model::digest::Digest;
 use crate::model::window::WindowSize;
 use crate::source::files::{ColumnMap, Field};
-use raw::{RawJob, RawSource, RawStore};
+use connection::Connections;
+pub use connection::{ClickHouseConnection, KafkaConnection, Secret, default_environment};
+use raw::{RawJob, RawSource, RawStore, RawTable};
 use yaml::Placed;
 
 /// A job, validated: every path absolute or relative to the working directory,
@@ -28,7 +32,7 @@ pub struct Job {
     pub timezone: Tz,
     pub source: Source,
     pub deduplicate: Deduplicate,
-    pub reference: ReferencePaths,
+    pub reference: ReferenceTables,
     /// For meters that name none.
     pub window: WindowSize,
     pub store: Store,
@@ -41,11 +45,21 @@ pub struct Job {
 #[derive(Debug, Clone)]
 pub enum Source {
     Files { patterns: Vec<String>, columns: ColumnMap },
+    ClickHouse { connection: ClickHouseConnection, events: Relation, columns: ColumnMap },
+    Kafka { connection: KafkaConnection, topic: String, margin: Duration, tenant_id: Option<String>, columns: ColumnMap },
+}
+
+/// Rows of a database: a table by name, or a query.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Relation {
+    Table(String),
+    Query(String),
 }
 
 #[derive(Debug, Clone)]
 pub enum Store {
     Sqlite { path: PathBuf },
+    ClickHouse { connection: ClickHouseConnection },
 }
 
 /// Which copy of an event counts.
@@ -65,11 +79,18 @@ pub struct Deduplicate {
 }
 
 #[derive(Debug, Clone)]
-pub struct ReferencePaths {
-    pub customers: PathBuf,
-    pub subscriptions: PathBuf,
-    pub meters: PathBuf,
-    pub prices: PathBuf,
+pub struct ReferenceTables {
+    pub customers: ReferenceTable,
+    pub subscriptions: ReferenceTable,
+    pub meters: ReferenceTable,
+    pub prices: ReferenceTable,
+}
+
+/// Where a reference table comes from.
+#[derive(Debug, Clone)]
+pub enum ReferenceTable {
+    File(PathBuf),
+    Query { connection: ClickHouseConnection, sql: String },
 }
 
 /// Limits beyond which a run is refused unless told otherwise.
@@ -125,14 +146,24 @@ impl Job {
     /// # Errors
     /// A configuration fault that names the file, the line and the remedy.
     pub fn load(path: &Path) -> Result<Job> {
-        let raw: RawJob = yaml::read(path)?;
-        Validator { path }.job(raw)
+        Job::load_in(path, None)
+    }
+
+    /// Reads a job file with the connections of `environments/<environment>.yaml`.
+    ///
+    /// # Errors
+    /// As [`Job::load`].
+    pub fn load_in(path: &Path, environment: Option<&str>) -> Result<Job> {
+        let mut raw: RawJob = yaml::read(path)?;
+        let connections = Connections::load(path, environment, raw.connections.take())?;
+        Validator { path, connections }.job(raw)
     }
 }
 
 /// Validates the parts of one job file.
 struct Validator<'p> {
     path: &'p Path,
+    connections: Connections<'p>,
 }
 
 impl Validator<'_> {
@@ -160,11 +191,11 @@ impl Validator<'_> {
             })?,
         };
         let deduplicate = self.deduplicate(raw.deduplicate.unwrap_or_default())?;
-        let reference = ReferencePaths {
-            customers: self.resolve(&raw.reference.customers.path),
-            subscriptions: self.resolve(&raw.reference.subscriptions.path),
-            meters: self.resolve(&raw.reference.meters.path),
-            prices: self.resolve(&raw.reference.prices.path),
+        let reference = ReferenceTables {
+            customers: self.reference("customers", &raw.reference.customers)?,
+            subscriptions: self.reference("subscriptions", &raw.reference.subscriptions)?,
+            meters: self.reference("meters", &raw.reference.meters)?,
+            prices: self.reference("prices", &raw.reference.prices)?,
         };
         let guard = raw.guard.unwrap_or_default();
         let guard = Guard {
@@ -241,37 +272,119 @@ impl Validator<'_> {
         Ok(Deduplicate { key, keep })
     }
 
-    fn source(&self, raw: RawSource) -> Result<Source> {
-        if raw.kind.value != "files" {
-            return Err(
-                self.error(&raw.kind, format!("source kind `{}` is not available: this version reads `files`", raw.kind.value))
-            );
+    fn reference(&self, name: &str, raw: &RawTable) -> Result<ReferenceTable> {
+        match (&raw.path, &raw.query) {
+            (Some(path), None) => Ok(ReferenceTable::File(self.resolve(&path.value))),
+            (None, Some(query)) => {
+                Ok(ReferenceTable::Query { connection: self.connections.clickhouse()?, sql: query.value.clone() })
+            }
+            (Some(_), Some(query)) => Err(self.error(query, format!("reference.{name} has a path and a query: keep one"))),
+            (None, None) => Err(configuration(format!("{}: reference.{name} needs a path or a query", self.path.display()))),
         }
-        let paths = raw.paths.filter(|paths| !paths.is_empty());
-        let Some(paths) = paths else {
-            return Err(self.error(&raw.kind, "source.paths must list at least one file or glob pattern"));
+    }
+
+    fn source(&self, raw: RawSource) -> Result<Source> {
+        self.reject_foreign_keys(&raw)?;
+        let columns = self.columns(raw.columns.unwrap_or_default())?;
+        match raw.kind.value.as_str() {
+            "files" => {
+                let Some(paths) = raw.paths.filter(|paths| !paths.is_empty()) else {
+                    return Err(self.error(&raw.kind, "source.paths must list at least one file or glob pattern"));
+                };
+                let patterns = paths.iter().map(|path| self.resolve(path).display().to_string()).collect();
+                Ok(Source::Files { patterns, columns })
+            }
+            "clickhouse" => {
+                let events = match (raw.table, raw.query) {
+                    (Some(table), None) => Relation::Table(table.value),
+                    (None, Some(query)) => Relation::Query(query.value),
+                    _ => return Err(self.error(&raw.kind, "source needs either `table` or `query`")),
+                };
+                Ok(Source::ClickHouse { connection: self.connections.clickhouse()?, events, columns })
+            }
+            "kafka" => {
+                let Some(topic) = raw.topic else { return Err(self.error(&raw.kind, "source.topic must name the topic")) };
+                let margin = match &raw.margin {
+                    None => Duration::from_secs(3600),
+                    Some(margin) => duration(&margin.value).ok_or_else(|| {
+                        self.error(margin, format!("margin `{}` is no duration such as 30m, 1h or 2d", margin.value))
+                    })?,
+                };
+                let tenant_id = raw.tenant_id.map(|tenant| tenant.value);
+                Ok(Source::Kafka { connection: self.connections.kafka()?, topic: topic.value, margin, tenant_id, columns })
+            }
+            other => Err(self.error(&raw.kind, format!("source kind `{other}` is unknown: use files, clickhouse or kafka"))),
+        }
+    }
+
+    /// Keys that belong to another kind of source would silently do nothing.
+    fn reject_foreign_keys(&self, raw: &RawSource) -> Result<()> {
+        let keys: &[&str] = match raw.kind.value.as_str() {
+            "files" => &["paths"],
+            "clickhouse" => &["table", "query"],
+            _ => &["topic", "margin", "tenant_id"],
         };
+        let given = [
+            ("table", raw.table.as_ref()),
+            ("query", raw.query.as_ref()),
+            ("topic", raw.topic.as_ref()),
+            ("margin", raw.margin.as_ref()),
+            ("tenant_id", raw.tenant_id.as_ref()),
+        ];
+        for (key, value) in given {
+            if let Some(value) = value.filter(|_| !keys.contains(&key)) {
+                return Err(self.error(value, format!("source.{key} does not belong to kind {}", raw.kind.value)));
+            }
+        }
+        if raw.paths.is_some() && !keys.contains(&"paths") {
+            return Err(self.error(&raw.kind, format!("source.paths does not belong to kind {}", raw.kind.value)));
+        }
+        Ok(())
+    }
+
+    fn columns(&self, raw: BTreeMap<String, Placed<String>>) -> Result<ColumnMap> {
         let mut names = BTreeMap::new();
-        for (field, column) in raw.columns.unwrap_or_default() {
+        for (field, column) in raw {
             let known = Field::parse(&field).ok_or_else(|| {
                 let names: Vec<_> = Field::ALL.into_iter().map(Field::name).collect();
                 self.error(&column, format!("source.columns maps `{field}`, which is no event field: use {}", names.join(", ")))
             })?;
             names.insert(known, column.value);
         }
-        let patterns = paths.iter().map(|path| self.resolve(path).display().to_string()).collect();
-        Ok(Source::Files { patterns, columns: ColumnMap::new(names) })
+        Ok(ColumnMap::new(names))
     }
 
     fn store(&self, raw: &RawStore) -> Result<Store> {
-        if raw.kind.value != "sqlite" {
-            return Err(
-                self.error(&raw.kind, format!("store kind `{}` is not available: this version writes `sqlite`", raw.kind.value))
-            );
-        }
-        match &raw.path {
-            Some(path) => Ok(Store::Sqlite { path: self.resolve(path) }),
-            None => Err(self.error(&raw.kind, "store.path must name the database file")),
+        match raw.kind.value.as_str() {
+            "sqlite" => match &raw.path {
+                Some(path) => Ok(Store::Sqlite { path: self.resolve(path) }),
+                None => Err(self.error(&raw.kind, "store.path must name the database file")),
+            },
+            "clickhouse" => {
+                if raw.path.is_some() {
+                    return Err(self.error(&raw.kind, "store.path does not belong to kind clickhouse: use `database`"));
+                }
+                let mut connection = self.connections.clickhouse()?;
+                if let Some(database) = &raw.database {
+                    connection.database.clone_from(database);
+                }
+                Ok(Store::ClickHouse { connection })
+            }
+            other => Err(self.error(&raw.kind, format!("store kind `{other}` is not available: use sqlite or clickhouse"))),
         }
     }
+}
+
+/// `30m`, `1h`, `2d`.
+fn duration(text: &str) -> Option<Duration> {
+    let unit = text.chars().last()?;
+    let count: u64 = text.strip_suffix(unit)?.parse().ok()?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 86_400,
+        _ => return None,
+    };
+    count.checked_mul(seconds).map(Duration::from_secs)
 }

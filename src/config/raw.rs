@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
+use super::connection::RawConnections;
 use super::yaml::Placed;
 
 #[derive(Debug, Deserialize)]
@@ -12,6 +13,7 @@ pub struct RawJob {
     pub version: Placed<u32>,
     pub job: Placed<String>,
     pub timezone: Option<Placed<String>>,
+    pub connections: Option<RawConnections>,
     pub source: RawSource,
     pub deduplicate: Option<RawDeduplicate>,
     pub reference: RawReference,
@@ -26,6 +28,11 @@ pub struct RawJob {
 pub struct RawSource {
     pub kind: Placed<String>,
     pub paths: Option<Vec<String>>,
+    pub table: Option<Placed<String>>,
+    pub query: Option<Placed<String>>,
+    pub topic: Option<Placed<String>>,
+    pub margin: Option<Placed<String>>,
+    pub tenant_id: Option<Placed<String>>,
     pub columns: Option<BTreeMap<String, Placed<String>>>,
 }
 
@@ -48,7 +55,8 @@ pub struct RawReference {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RawTable {
-    pub path: String,
+    pub path: Option<Placed<String>>,
+    pub query: Option<Placed<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -56,6 +64,7 @@ pub struct RawTable {
 pub struct RawStore {
     pub kind: Placed<String>,
     pub path: Option<String>,
+    pub database: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -28,7 +28,7 @@ use crate::model::run::{InputFile, RunBasis, RunInput, RunRecord, ledger_digest}
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::reference::Reference;
-use crate::source::{EventRef, EventSource, Split, Wanted};
+use crate::source::{EventRef, EventSource, Part, Selection, Split, Wanted};
 use crate::store::{AggregateStore, Publication, StoredDeadLetter, next_version};
 use aggregate::{Aggregator, Context, News};
 use deduplicate::{KeyScan, RepeatedKeys, key_hash, write_key};
@@ -118,8 +118,11 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let started_at = now();
     let Inputs { job, reference, source, store, threads, progress } = *inputs;
     let mut timeline = Timeline { steps: Vec::new(), observer: progress };
-    let splits = source.splits()?;
     let past = Past::load(store, job)?;
+    // A range that was asked for is known before anything is read.
+    let asked = request.range.map(|_| range::resolve(request, job, reference, None, None)).transpose()?;
+    let span = asked.as_ref().and_then(|asked| asked.range).map(|range| range::reach(range, reference, &request.scope));
+    let splits = source.splits(&Selection { span, tenant: request.scope.tenant.clone() })?;
     let count_rows: Progress<'_> = &|rows| progress.rows(rows);
 
     // read (keys) -> deduplicate
@@ -392,7 +395,12 @@ impl Past {
     }
 
     fn knowledge(&self, split: &Split) -> Known {
-        match (self.files.get(&split.label()), self.runs.last().and_then(|run| run.input.ingested_until)) {
+        let cut_off = self.runs.last().and_then(|run| run.input.ingested_until);
+        if !matches!(split.part, Part::Whole | Part::RowGroup(_)) {
+            // Databases and topics grow in place: only ingestion times tell what is new.
+            return cut_off.map_or(Known::None, Known::Until);
+        }
+        match (self.files.get(&split.label()), cut_off) {
             (Some(fingerprint), _) if *fingerprint == split.fingerprint => Known::All,
             (Some(_), Some(cut_off)) => Known::Until(cut_off),
             _ => Known::None,

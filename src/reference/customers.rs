@@ -1,7 +1,5 @@
 //! Customers and subscriptions, and their join.
 
-use std::path::Path;
-
 use anyhow::{Context, Result};
 use chrono::NaiveDate;
 use chrono_tz::Tz;
@@ -10,6 +8,7 @@ use rustc_hash::FxHashMap;
 
 use super::table::Table;
 use super::{ExternalCustomer, Subscription, list_digest};
+use crate::config::ReferenceTable;
 use crate::model::digest::Digest;
 use crate::model::price::Currency;
 use crate::model::timestamp::Timestamp;
@@ -39,8 +38,8 @@ pub(super) struct Bound {
 }
 
 impl Customers {
-    pub fn read(path: &Path) -> Result<Customers> {
-        let table = Table::read(path)?;
+    pub fn read(table: &ReferenceTable) -> Result<Customers> {
+        let table = Table::read(table)?;
         let tenants = table.texts("tenant_id", true)?;
         let customers = table.texts("customer_id", true)?;
         let external = table.texts("external_customer_id", true)?;
@@ -78,8 +77,8 @@ impl Customers {
 
 impl Subscriptions {
     /// `timezone` is the job's, for subscriptions that name none.
-    pub fn read(path: &Path, timezone: Tz, customers: &Customers) -> Result<Subscriptions> {
-        let table = Table::read(path)?;
+    pub fn read(table: &ReferenceTable, timezone: Tz, customers: &Customers) -> Result<Subscriptions> {
+        let table = Table::read(table)?;
         let tenants = table.texts("tenant_id", true)?;
         let ids = table.texts("subscription_id", true)?;
         let owners = table.texts("customer_id", true)?;

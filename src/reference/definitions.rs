@@ -1,26 +1,25 @@
 //! Meters and prices come as YAML lists or as tables: both give located rows.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Result;
 use serde::de::DeserializeOwned;
 
 use super::table::Table;
+use crate::config::ReferenceTable;
 use crate::config::yaml::{self, Placed};
 use crate::fault::configuration;
 
 /// A row and the place where it stands.
 pub(super) struct Located<T> {
     pub value: T,
-    path: PathBuf,
-    unit: &'static str,
-    number: u64,
+    place: String,
 }
 
 impl<T> Located<T> {
-    pub fn place(&self) -> String {
-        format!("{} {} {}", self.path.display(), self.unit, self.number)
+    pub fn place(&self) -> &str {
+        &self.place
     }
 
     /// A configuration fault at this row.
@@ -30,17 +29,17 @@ impl<T> Located<T> {
 }
 
 /// Reads `{key: [rows]}` from YAML, or a table whose `nested` columns hold JSON.
-pub(super) fn read<T: DeserializeOwned>(path: &Path, key: &str, nested: &[&str]) -> Result<Vec<Located<T>>> {
-    let is_yaml = path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml");
-    if is_yaml {
+pub(super) fn read<T: DeserializeOwned>(table: &ReferenceTable, key: &str, nested: &[&str]) -> Result<Vec<Located<T>>> {
+    if let ReferenceTable::File(path) = table
+        && path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml")
+    {
         return read_yaml(path, key);
     }
-    let table = Table::read(path)?;
+    let table = Table::read(table)?;
     let mut rows = Vec::new();
     for row in 0..table.height() {
         let value = serde_json::from_value(table.json_row(row, nested)?).map_err(|error| table.error(row, error))?;
-        let (unit, number) = table.position(row);
-        rows.push(Located { value, path: path.to_owned(), unit, number });
+        rows.push(Located { value, place: table.place(row) });
     }
     Ok(rows)
 }
@@ -54,6 +53,9 @@ fn read_yaml<T: DeserializeOwned>(path: &Path, key: &str) -> Result<Vec<Located<
     let Some(rows) = rows else {
         return Err(configuration(format!("{}: has no list `{key}`", path.display())));
     };
-    let located = |row: Placed<T>| Located { number: row.defined.line(), value: row.value, path: path.to_owned(), unit: "line" };
+    let located = |row: Placed<T>| {
+        let place = format!("{} line {}", path.display(), row.defined.line());
+        Located { value: row.value, place }
+    };
     Ok(rows.into_iter().map(located).collect())
 }

@@ -1,12 +1,11 @@
 //! The meters table.
 
-use std::path::Path;
-
 use anyhow::Result;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::definitions::{self, Located};
+use crate::config::ReferenceTable;
 use crate::model::decimal::Decimal;
 use crate::model::digest::Digest;
 use crate::model::meter::{Aggregation, ChargeOn, Comparison, Filter, FilterTest, FilterValue, Meter};
@@ -47,8 +46,8 @@ struct RawFilter {
 const NESTED: [&str; 2] = ["filters", "dimensions"];
 
 /// Reads and validates all meters. `window` is for those that name none.
-pub(super) fn read(path: &Path, window: WindowSize) -> Result<Vec<Meter>> {
-    let rows: Vec<Located<RawMeter>> = definitions::read(path, "meters", &NESTED)?;
+pub(super) fn read(table: &ReferenceTable, window: WindowSize) -> Result<Vec<Meter>> {
+    let rows: Vec<Located<RawMeter>> = definitions::read(table, "meters", &NESTED)?;
     let mut meters: Vec<Meter> = Vec::new();
     for row in &rows {
         let meter = validate(row, window)?;
@@ -58,7 +57,7 @@ pub(super) fn read(path: &Path, window: WindowSize) -> Result<Vec<Meter>> {
         meters.push(meter);
     }
     if meters.is_empty() {
-        return Err(crate::fault::configuration(format!("{}: has no meter", path.display())));
+        return Err(crate::fault::configuration("the meters table has no meter: add at least one"));
     }
     Ok(meters)
 }

@@ -1,13 +1,13 @@
 //! The prices table.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use anyhow::Result;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::definitions::{self, Located};
+use crate::config::ReferenceTable;
 use crate::model::decimal::Decimal;
 use crate::model::digest::Digest;
 use crate::model::meter::{FilterValue, Meter};
@@ -62,8 +62,8 @@ struct RawTier {
 const NESTED: [&str; 4] = ["tiers", "match", "commitment", "transform"];
 
 /// Reads and validates all prices.
-pub(super) fn read(path: &Path, meters: &[Meter]) -> Result<Vec<Price>> {
-    let rows: Vec<Located<RawPrice>> = definitions::read(path, "prices", &NESTED)?;
+pub(super) fn read(table: &ReferenceTable, meters: &[Meter]) -> Result<Vec<Price>> {
+    let rows: Vec<Located<RawPrice>> = definitions::read(table, "prices", &NESTED)?;
     let mut prices: Vec<Price> = Vec::new();
     for row in &rows {
         let price = validate(row, meters)?;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use arrow::array::Array;
@@ -10,12 +10,15 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use polars::prelude::{Column, DataFrame, NamedFrom, Series};
 use serde_json::Value;
 
+use crate::clickhouse_client::Database;
+use crate::config::{ClickHouseConnection, ReferenceTable};
 use crate::fault::configuration;
 use crate::source::files::reference_texts;
 
 /// A table as it was read: text columns, and where each row stands.
 pub struct Table {
-    pub path: PathBuf,
+    /// What people call it: the file, or the query.
+    name: String,
     pub frame: DataFrame,
     rows: Vec<u64>,
     unit: &'static str,
@@ -26,7 +29,7 @@ impl Table {
     ///
     /// # Errors
     /// A configuration fault that names the file and, where it can, the row.
-    pub fn read(path: &Path) -> Result<Table> {
+    fn read_file(path: &Path) -> Result<Table> {
         let problem = |error: anyhow::Error| configuration(format!("reference table {}: {error:#}", path.display()));
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let mut columns = Columns::default();
@@ -38,7 +41,32 @@ impl Table {
         }
         .map_err(problem)?;
         let frame = columns.frame().map_err(problem)?;
-        Ok(Table { path: path.to_owned(), frame, rows: columns.rows, unit })
+        Ok(Table { name: path.display().to_string(), frame, rows: columns.rows, unit })
+    }
+
+    /// Rows of a ClickHouse query, every column as text.
+    fn query(connection: &ClickHouseConnection, sql: &str) -> Result<Table> {
+        let (names, cells) = Database::connect(connection)?.texts(sql).with_context(|| format!("reference query `{sql}`"))?;
+        let mut columns = Columns { texts: vec![Vec::new(); names.len()], names, rows: Vec::new() };
+        for (number, row) in (1u64..).zip(cells) {
+            for (column, cell) in columns.texts.iter_mut().zip(row) {
+                column.push(cell);
+            }
+            columns.rows.push(number);
+        }
+        let frame = columns.frame()?;
+        Ok(Table { name: format!("query `{}`", sql.trim()), frame, rows: columns.rows, unit: "row" })
+    }
+
+    /// Reads a reference table, wherever it is.
+    ///
+    /// # Errors
+    /// As [`Table::read_file`]; where the query fails.
+    pub fn read(table: &ReferenceTable) -> Result<Table> {
+        match table {
+            ReferenceTable::File(path) => Table::read_file(path),
+            ReferenceTable::Query { connection, sql } => Table::query(connection, sql),
+        }
     }
 
     pub fn height(&self) -> usize {
@@ -47,13 +75,7 @@ impl Table {
 
     /// For messages: file and line of a row.
     pub fn place(&self, row: usize) -> String {
-        let (unit, number) = self.position(row);
-        format!("{} {unit} {number}", self.path.display())
-    }
-
-    /// The line or row number of a row, and which of the two it is.
-    pub fn position(&self, row: usize) -> (&'static str, u64) {
-        (self.unit, self.rows.get(row).copied().unwrap_or_default())
+        format!("{} {} {}", self.name, self.unit, self.rows.get(row).copied().unwrap_or_default())
     }
 
     /// A configuration fault at a row.
@@ -71,7 +93,7 @@ impl Table {
                 let found: Vec<_> = self.frame.get_column_names().iter().map(|name| name.to_string()).collect();
                 return Err(configuration(format!(
                     "reference table {} has no column `{name}` (columns found: {})",
-                    self.path.display(),
+                    self.name,
                     found.join(", ")
                 )));
             }

@@ -5,6 +5,8 @@ pub mod files;
 
 use anyhow::Result;
 
+use crate::model::window::Span;
+
 use files::Field;
 
 pub use batch::{BatchBuilder, EventBatch, EventRef, Problem};
@@ -20,18 +22,44 @@ pub struct Split {
     pub fingerprint: String,
     /// Rows that the source itself announces, where it does.
     pub announced_rows: Option<u64>,
-    /// Index into the source's own list.
-    pub unit: usize,
-    /// The part of the unit, for units that are read in several splits.
-    pub part: Option<usize>,
+    pub part: Part,
+}
+
+/// The part of the named thing that a split is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    Whole,
+    /// Of a Parquet file.
+    RowGroup(usize),
+    /// Rows that a SQL condition selects.
+    Rows {
+        condition: String,
+    },
+    /// Of a Kafka partition, the end not included.
+    Offsets {
+        partition: i32,
+        start: i64,
+        end: i64,
+    },
+}
+
+/// What of a source a computation needs. A source may deliver more, and must
+/// deliver every copy of an event of which it delivers one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Selection {
+    /// Events of this span; `None` for all.
+    pub span: Option<Span>,
+    pub tenant: Option<String>,
 }
 
 impl Split {
     /// The identity, with the part where there are several.
     pub fn label(&self) -> String {
-        match self.part {
-            Some(part) => format!("{}#{part}", self.identity),
-            None => self.identity.clone(),
+        match &self.part {
+            Part::Whole => self.identity.clone(),
+            Part::RowGroup(group) => format!("{}#{group}", self.identity),
+            Part::Rows { condition } => format!("{}?{condition}", self.identity),
+            Part::Offsets { partition, .. } => format!("{}/{partition}", self.identity),
         }
     }
 }
@@ -48,7 +76,7 @@ pub enum Wanted<'f> {
 /// A set of raw events that can be read several times with the same result.
 pub trait EventSource: Sync {
     /// What there is to read, now.
-    fn splits(&self) -> Result<Vec<Split>>;
+    fn splits(&self, selection: &Selection) -> Result<Vec<Split>>;
 
     /// Reads one split in batches, in its own order.
     ///

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 pub(crate) use self::parquet::reference_texts;
 pub use columns::{ColumnMap, Field};
 
-use super::{EventBatch, EventSource, Split, Wanted};
+use super::{EventBatch, EventSource, Part, Selection, Split, Wanted};
 
 /// Event files by glob patterns.
 #[derive(Debug)]
@@ -69,7 +69,7 @@ impl FileSource {
 }
 
 impl EventSource for FileSource {
-    fn splits(&self) -> Result<Vec<Split>> {
+    fn splits(&self, _: &Selection) -> Result<Vec<Split>> {
         let mut splits = Vec::new();
         for path in self.files()? {
             let (format, compression) = format_of(&path)?;
@@ -80,8 +80,7 @@ impl EventSource for FileSource {
                 identity: path.canonicalize().unwrap_or_else(|_| path.clone()).display().to_string(),
                 fingerprint: format!("{}:{}", metadata.len(), modified.map_or(0, |since| since.as_nanos())),
                 announced_rows: None,
-                unit: splits.len(),
-                part: None,
+                part: Part::Whole,
             };
             if format == Format::Parquet && compression == Compression::Plain {
                 parquet::splits(&path, &split, &mut splits)?;

@@ -18,14 +18,14 @@ use super::columns::{ColumnMap, Field};
 use super::{Compression, open};
 use crate::model::timestamp::Timestamp;
 use crate::source::batch::{BATCH_ROWS, Problem};
-use crate::source::{EventBatch, Split, Wanted};
+use crate::source::{EventBatch, Part, Split, Wanted};
 
 /// Appends a split for every row group.
 pub(super) fn splits(path: &Path, whole: &Split, splits: &mut Vec<Split>) -> Result<()> {
     let file = File::open(path).with_context(|| format!("events file {}", path.display()))?;
     let builder = builder(path, file)?;
     for (part, group) in builder.metadata().row_groups().iter().enumerate() {
-        splits.push(Split { announced_rows: u64::try_from(group.num_rows()).ok(), part: Some(part), ..whole.clone() });
+        splits.push(Split { announced_rows: u64::try_from(group.num_rows()).ok(), part: Part::RowGroup(part), ..whole.clone() });
     }
     Ok(())
 }
@@ -45,8 +45,9 @@ pub(super) fn read(
 ) -> Result<()> {
     let mut input = open(path, compression)?;
     if compression == Compression::Plain {
+        let group = if let Part::RowGroup(group) = split.part { Some(group) } else { None };
         let file = File::open(path).with_context(|| format!("events file {}", path.display()))?;
-        return read_groups(path, builder(path, file)?, split.part, columns, wanted, sink);
+        return read_groups(path, builder(path, file)?, group, columns, wanted, sink);
     }
     // The footer is at the end: a compressed Parquet file is read as a whole.
     let mut bytes = Vec::new();

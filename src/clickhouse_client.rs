@@ -1,0 +1,169 @@
+//! The official ClickHouse client, behind blocking calls: the pipeline's threads
+//! wait for it, retries and their limits are here.
+
+use std::future::Future;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use clickhouse::Client;
+use clickhouse::error::Error;
+use tokio::runtime::Runtime;
+
+use crate::config::ClickHouseConnection;
+
+/// A database on a server.
+pub struct Database {
+    client: Client,
+    runtime: Runtime,
+    name: String,
+}
+
+/// Names of columns, and rows of text cells.
+type Texts = (Vec<String>, Vec<Vec<Option<String>>>);
+
+impl Database {
+    /// Nothing is sent yet.
+    ///
+    /// # Errors
+    /// Where no thread can be started.
+    pub fn connect(connection: &ClickHouseConnection) -> Result<Database> {
+        let mut client = Client::default().with_url(&connection.url).with_product_info("trueup", env!("CARGO_PKG_VERSION"));
+        if let Some(user) = &connection.user {
+            client = client.with_user(user);
+        }
+        if let Some(password) = &connection.password {
+            client = client.with_password(password.reveal());
+        }
+        for (name, value) in &connection.settings {
+            client = client.with_setting(name, value);
+        }
+        // Texts must read back as they were written, whatever the server's defaults.
+        for (name, value) in [
+            ("output_format_json_quote_decimals", "1"),
+            ("output_format_json_quote_64bit_integers", "1"),
+            ("date_time_input_format", "best_effort"),
+            ("date_time_output_format", "iso"),
+        ] {
+            client = client.with_setting(name, value);
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        Ok(Database { client, runtime, name: connection.database.clone() })
+    }
+
+    /// The database's name, quoted.
+    pub fn quoted_name(&self) -> String {
+        identifier(&self.name)
+    }
+
+    /// Runs a statement that gives no rows.
+    ///
+    /// # Errors
+    /// Where the server refuses it, or cannot be reached after retries.
+    pub fn execute(&self, sql: &str) -> Result<()> {
+        self.retry(sql, || async { self.client.query_raw(sql).execute().await })
+    }
+
+    /// Reads all rows as text, with the names of the columns.
+    ///
+    /// # Errors
+    /// As [`Database::execute`].
+    pub fn texts(&self, sql: &str) -> Result<Texts> {
+        let bytes = self.retry(sql, || async {
+            self.client.query_raw(sql).fetch_bytes("JSONCompactStringsEachRowWithNames")?.collect().await
+        })?;
+        let text = std::str::from_utf8(&bytes).context("the server's answer is no UTF-8")?;
+        let mut lines = text.lines();
+        let names: Vec<String> = serde_json::from_str(lines.next().unwrap_or("[]"))?;
+        // JSONCompactStrings writes NULL as the text ᴺᵁᴸᴸ.
+        let cell = |text: String| (text != "ᴺᵁᴸᴸ").then_some(text);
+        let row = |line: &str| -> Result<Vec<Option<String>>> {
+            Ok(serde_json::from_str::<Vec<String>>(line)?.into_iter().map(cell).collect())
+        };
+        Ok((names, lines.map(row).collect::<Result<_>>()?))
+    }
+
+    /// Streams an answer chunk by chunk. There is no retry: what was delivered
+    /// cannot be taken back.
+    ///
+    /// # Errors
+    /// Where the stream fails at any point, or `each` does.
+    pub fn stream(&self, sql: &str, format: &str, each: &mut dyn FnMut(bytes::Bytes) -> Result<()>) -> Result<()> {
+        let mut cursor = self.client.query_raw(sql).fetch_bytes(format).map_err(|error| explain(sql, error))?;
+        while let Some(chunk) = self.runtime.block_on(cursor.next()).map_err(|error| explain(sql, error))? {
+            each(chunk)?;
+        }
+        Ok(())
+    }
+
+    /// Inserts rows in one of the server's formats. `token` makes a repetition of
+    /// the same insert harmless.
+    ///
+    /// # Errors
+    /// As [`Database::execute`].
+    pub fn insert(&self, sql: &str, token: &str, data: &bytes::Bytes) -> Result<()> {
+        self.retry(sql, || async {
+            let mut insert = self
+                .client
+                .insert_formatted_with(sql.to_owned())
+                .with_setting("insert_deduplication_token", token)
+                .with_setting("insert_deduplicate", "1");
+            insert.send(data.clone()).await?;
+            insert.end().await
+        })
+    }
+
+    /// Tries again what may pass: network trouble, an overloaded server.
+    fn retry<T, F: Future<Output = std::result::Result<T, Error>>>(&self, sql: &str, work: impl Fn() -> F) -> Result<T> {
+        const PAUSES_MILLIS: [u64; 4] = [200, 800, 2_000, 5_000];
+        let mut pauses = PAUSES_MILLIS.iter();
+        loop {
+            match self.runtime.block_on(work()) {
+                Ok(result) => return Ok(result),
+                Err(error) => match pauses.next().filter(|_| is_transient(&error)) {
+                    Some(pause) => {
+                        tracing::warn!(%error, pause_ms = pause, "ClickHouse: trying again");
+                        std::thread::sleep(Duration::from_millis(*pause));
+                    }
+                    None => return Err(explain(sql, error)),
+                },
+            }
+        }
+    }
+}
+
+/// A server's error says its code in its text: `Code: 60. DB::Exception: …`.
+pub fn error_code(error: &Error) -> Option<u32> {
+    let Error::BadResponse(text) = error else { return None };
+    let (_, rest) = text.split_once("Code: ")?;
+    rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}
+
+/// HTTP 500 stands for final errors too: the server's own code decides.
+fn is_transient(error: &Error) -> bool {
+    // 159 timeout, 202 too many queries, 209/210 network, 241 memory, 242 read-only
+    // table, 252 too many parts, 285 too few replicas, 999 Keeper.
+    const TRANSIENT: [u32; 9] = [159, 202, 209, 210, 241, 242, 252, 285, 999];
+    match error {
+        Error::Network(_) | Error::TimedOut => true,
+        error => error_code(error).is_some_and(|code| TRANSIENT.contains(&code)),
+    }
+}
+
+fn explain(sql: &str, error: Error) -> anyhow::Error {
+    let start: String = sql.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(120).collect();
+    match error_code(&error) {
+        Some(516) => anyhow!("ClickHouse refused user or password: check connections.clickhouse ({error})"),
+        Some(60) => anyhow!("ClickHouse knows no such table: `{start}…`: {error}"),
+        _ => anyhow::Error::new(error).context(format!("ClickHouse: `{start}…`")),
+    }
+}
+
+/// An identifier, quoted.
+pub fn identifier(name: &str) -> String {
+    format!("`{}`", name.replace('\\', "\\\\").replace('`', "\\`"))
+}
+
+/// A text literal, quoted.
+pub fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'"))
+}
