@@ -2,6 +2,7 @@
 //! wait for it, retries and their limits are here.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
@@ -12,9 +13,10 @@ use tokio::runtime::Runtime;
 use crate::config::ClickHouseConnection;
 
 /// A database on a server.
+#[derive(Clone)]
 pub struct Database {
     client: Client,
-    runtime: Runtime,
+    runtime: Arc<Runtime>,
     name: String,
 }
 
@@ -27,7 +29,10 @@ impl Database {
     /// # Errors
     /// Where no thread can be started.
     pub fn connect(connection: &ClickHouseConnection) -> Result<Database> {
-        let mut client = Client::default().with_url(&connection.url).with_product_info("trueup", env!("CARGO_PKG_VERSION"));
+        let mut client = Client::default()
+            .with_url(&connection.url)
+            .with_database(&connection.database)
+            .with_product_info("trueup", env!("CARGO_PKG_VERSION"));
         if let Some(user) = &connection.user {
             client = client.with_user(user);
         }
@@ -47,12 +52,26 @@ impl Database {
             client = client.with_setting(name, value);
         }
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        Ok(Database { client, runtime, name: connection.database.clone() })
+        Ok(Database { client, runtime: Arc::new(runtime), name: connection.database.clone() })
     }
 
     /// The database's name, quoted.
     pub fn quoted_name(&self) -> String {
         identifier(&self.name)
+    }
+
+    /// The same server, outside of any database that may not exist yet.
+    #[must_use]
+    pub fn clone_for_server(&self) -> Database {
+        Database { client: self.client.clone().with_database("default"), ..self.clone() }
+    }
+
+    /// Creates the database.
+    ///
+    /// # Errors
+    /// As [`Database::execute`].
+    pub fn create_if_missing(&self) -> Result<()> {
+        self.clone_for_server().execute(&format!("CREATE DATABASE IF NOT EXISTS {}", self.quoted_name()))
     }
 
     /// Runs a statement that gives no rows.

@@ -21,8 +21,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::{Job, Source, Store, default_environment};
 use crate::source::EventSource;
+use crate::source::clickhouse::ClickHouseSource;
 use crate::source::files::FileSource;
 use crate::store::AggregateStore;
+use crate::store::clickhouse::ClickHouseStore;
 use crate::store::sqlite::SqliteStore;
 
 /// Recomputes usage and cost windows from raw events, writes only what differs,
@@ -137,7 +139,10 @@ pub fn dispatch(arguments: Arguments) -> Result<u8> {
 fn source_of(job: &Job) -> Result<Box<dyn EventSource>> {
     match &job.source {
         Source::Files { patterns, columns } => Ok(Box::new(FileSource::new(patterns.clone(), columns.clone()))),
-        Source::ClickHouse { .. } | Source::Kafka { .. } => anyhow::bail!("not yet"),
+        Source::ClickHouse { connection, events, columns } => {
+            Ok(Box::new(ClickHouseSource::new(connection, events, columns.clone(), job.deduplicate.key.clone())?))
+        }
+        Source::Kafka { .. } => anyhow::bail!("not yet"),
     }
 }
 
@@ -145,7 +150,9 @@ fn source_of(job: &Job) -> Result<Box<dyn EventSource>> {
 fn read_store(job: &Job) -> Result<Option<Box<dyn AggregateStore>>> {
     match &job.store {
         Store::Sqlite { path } => Ok(SqliteStore::open_read_only(path)?.map(|store| Box::new(store) as Box<dyn AggregateStore>)),
-        Store::ClickHouse { .. } => anyhow::bail!("not yet"),
+        Store::ClickHouse { connection } => {
+            Ok(ClickHouseStore::open_read_only(connection)?.map(|store| Box::new(store) as Box<dyn AggregateStore>))
+        }
     }
 }
 
@@ -153,7 +160,7 @@ fn read_store(job: &Job) -> Result<Option<Box<dyn AggregateStore>>> {
 fn write_store(job: &Job) -> Result<Box<dyn AggregateStore>> {
     match &job.store {
         Store::Sqlite { path } => Ok(Box::new(SqliteStore::open(path)?)),
-        Store::ClickHouse { .. } => anyhow::bail!("not yet"),
+        Store::ClickHouse { connection } => Ok(Box::new(ClickHouseStore::open(connection, &job.name)?)),
     }
 }
 

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::clickhouse_client::Database;
 use crate::config::{ClickHouseConnection, ReferenceTable};
 use crate::fault::configuration;
-use crate::source::files::reference_texts;
+use crate::source::arrow_batch::reference_texts;
 
 /// A table as it was read: text columns, and where each row stands.
 pub struct Table {

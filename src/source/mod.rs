@@ -1,6 +1,8 @@
 //! Where raw events come from.
 
+pub mod arrow_batch;
 pub mod batch;
+pub mod clickhouse;
 pub mod files;
 
 use anyhow::Result;

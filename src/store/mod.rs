@@ -1,5 +1,7 @@
 //! Where aggregates, corrections and runs are kept.
 
+pub mod clickhouse;
+pub mod rows;
 pub mod sqlite;
 
 use anyhow::Result;
@@ -81,6 +83,17 @@ impl Table {
 
     pub fn name(self) -> &'static str {
         Self::NAMES.iter().find(|(_, table)| *table == self).map_or("", |(name, _)| name)
+    }
+
+    /// The columns that order and identify its rows within a job.
+    pub fn key(self) -> &'static str {
+        match self {
+            Table::UsageWindows => "tenant_id, subscription_id, meter_id, price_id, dimensions, period_start, window_start",
+            Table::UsagePeriods => "tenant_id, subscription_id, meter_id, price_id, dimensions, period_start",
+            Table::Corrections => "correction_id",
+            Table::DeadLetters => "tenant_id, event_id, meter_id, reason",
+            Table::Runs => "version, run_id",
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use super::columns::{ColumnMap, Field};
+use crate::source::arrow_batch::missing_column;
 use crate::source::batch::TextEvent;
 use crate::source::{BatchBuilder, EventBatch};
 
@@ -40,7 +41,7 @@ fn locate(path: &Path, header: &::csv::StringRecord, columns: &ColumnMap) -> Res
     let places = Field::ALL.map(|field| header.iter().position(|name| name.trim() == columns.name(field)));
     for (field, place) in Field::ALL.into_iter().zip(places) {
         if place.is_none() && (field.is_required() || columns.is_mapped(field)) {
-            bail!("{}", super::parquet::missing_column(path, field, columns, header.iter()));
+            bail!("{}", missing_column(&format!("events file {}", path.display()), field, columns, header.iter()));
         }
     }
     Ok(places)

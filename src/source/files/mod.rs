@@ -12,7 +12,6 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail};
 
-pub(crate) use self::parquet::reference_texts;
 pub use columns::{ColumnMap, Field};
 
 use super::{EventBatch, EventSource, Part, Selection, Split, Wanted};

@@ -1,0 +1,202 @@
+//! Aggregates in ClickHouse, published in an order that survives a crash at any point.
+
+mod publish;
+mod rows;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail};
+
+use super::rows as read;
+use super::{AggregateStore, Cell, LedgerEntry, Publication, RowSink, StoredDeadLetter, Table};
+use crate::clickhouse_client::{Database, literal};
+use crate::config::ClickHouseConnection;
+use crate::model::aggregate::{PeriodRow, StoredWindow};
+use crate::model::run::RunRecord;
+use crate::model::window::Span;
+
+/// `sql/clickhouse/NNNN_name.sql`; the version of a store is how many of them it has.
+const MIGRATIONS: [&str; 1] = [include_str!("../../../sql/clickhouse/0001_initial.sql")];
+
+/// A database with the tables of the contract.
+pub struct ClickHouseStore {
+    database: Database,
+}
+
+impl ClickHouseStore {
+    /// Opens the store for writing: creates what is missing, and finishes or takes
+    /// back what a run of `job` left unfinished when it was killed.
+    ///
+    /// # Errors
+    /// Where the server cannot be reached, or the store was written by a newer version.
+    pub fn open(connection: &ClickHouseConnection, job: &str) -> Result<Self> {
+        let database = Database::connect(connection)?;
+        database.create_if_missing()?;
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS trueup_schema (version UInt32, applied_at DateTime DEFAULT now()) \
+             ENGINE = ReplacingMergeTree ORDER BY version",
+        )?;
+        let store = ClickHouseStore { database };
+        let found = store.version()?;
+        for (number, migration) in (1usize..).zip(MIGRATIONS).skip(found) {
+            for statement in statements(migration) {
+                store.database.execute(&statement).with_context(|| format!("migration {number} of the store"))?;
+            }
+            store.database.execute(&format!("INSERT INTO trueup_schema (version) VALUES ({number})"))?;
+        }
+        publish::recover(&store.database, job)?;
+        Ok(store)
+    }
+
+    /// Opens the store for reading; `None` where there is none yet.
+    ///
+    /// # Errors
+    /// As [`ClickHouseStore::open`].
+    pub fn open_read_only(connection: &ClickHouseConnection) -> Result<Option<Self>> {
+        let database = Database::connect(connection)?;
+        let exists = format!("EXISTS TABLE {}.trueup_schema", database.quoted_name());
+        let (_, rows) = database.clone_for_server().texts(&exists)?;
+        if rows.first().and_then(|row| row.first()).cloned().flatten().as_deref() != Some("1") {
+            return Ok(None);
+        }
+        let store = ClickHouseStore { database };
+        Ok(if store.version()? == 0 { None } else { Some(store) })
+    }
+
+    /// # Errors
+    /// Where the store is newer than this program.
+    fn version(&self) -> Result<usize> {
+        let (_, rows) = self.database.texts("SELECT max(version) FROM trueup_schema")?;
+        let text = rows.into_iter().next().and_then(|row| row.into_iter().next()).flatten().unwrap_or_default();
+        let version: usize = text.parse().with_context(|| format!("schema version `{text}`"))?;
+        if version > MIGRATIONS.len() {
+            bail!(
+                "the store was written by a newer trueup (schema version {version}, this one knows {}); upgrade trueup",
+                MIGRATIONS.len()
+            );
+        }
+        Ok(version)
+    }
+
+    /// Rows of a query, each through `of`.
+    fn query<T>(&self, sql: &str, of: impl Fn(&dyn read::Cells) -> Result<T>) -> Result<Vec<T>> {
+        // Conditions on columns outside of the key must not run before FINAL.
+        let sql = format!("{sql} SETTINGS optimize_move_to_prewhere_if_final = 0");
+        let (names, rows) = self.database.texts(&sql)?;
+        let names: BTreeMap<&str, usize> = names.iter().enumerate().map(|(at, name)| (name.as_str(), at)).collect();
+        rows.iter().map(|cells| of(&TextRow { names: &names, cells })).collect()
+    }
+}
+
+/// A row of an answer.
+struct TextRow<'r> {
+    names: &'r BTreeMap<&'r str, usize>,
+    cells: &'r [Option<String>],
+}
+
+impl read::Cells for TextRow<'_> {
+    fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>> {
+        let at = self.names.get(column).with_context(|| format!("column {column} is missing"))?;
+        Ok(self.cells.get(*at).and_then(Option::as_deref).map(Cow::Borrowed))
+    }
+}
+
+/// The statements of a migration, without comments.
+fn statements(migration: &str) -> Vec<String> {
+    let code: Vec<_> = migration.lines().filter(|line| !line.trim_start().starts_with("--")).collect();
+    code.join("\n")
+        .split(";\n")
+        .map(str::trim)
+        .filter(|sql| !sql.is_empty())
+        .map(|sql| sql.trim_end_matches(';').to_owned())
+        .collect()
+}
+
+/// Instants as the server reads them, exactly.
+fn instant(t: crate::model::timestamp::Timestamp) -> String {
+    format!("fromUnixTimestamp64Nano(toInt64({}), 'UTC')", t.nanos())
+}
+
+impl AggregateStore for ClickHouseStore {
+    fn runs(&self, job: &str) -> Result<Vec<RunRecord>> {
+        let sql = format!("SELECT * FROM runs FINAL WHERE job = {} AND stage = 2 ORDER BY version, run_id", literal(job));
+        self.query(&sql, read::run).context("reading runs")
+    }
+
+    fn extent(&self, job: &str) -> Result<Option<Span>> {
+        let sql = format!(
+            "SELECT count() AS rows, min(window_start) AS start, max(window_end) AS end FROM usage_windows FINAL WHERE job = {}",
+            literal(job)
+        );
+        let spans = self.query(&sql, |row| {
+            let text = |column| -> Result<String> { Ok(row.cell(column)?.unwrap_or_default().into_owned()) };
+            if text("rows")? == "0" {
+                return Ok(None);
+            }
+            Ok(Some(Span { start: text("start")?.parse()?, end: text("end")?.parse()? }))
+        })?;
+        Ok(spans.into_iter().next().flatten())
+    }
+
+    fn windows(&self, job: &str, span: Span) -> Result<Vec<StoredWindow>> {
+        let sql = format!(
+            "SELECT * FROM usage_windows FINAL WHERE job = {} AND window_start < {} AND window_end > {}",
+            literal(job),
+            instant(span.end),
+            instant(span.start)
+        );
+        let mut windows = self.query(&sql, read::window).context("reading usage_windows")?;
+        windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
+        Ok(windows)
+    }
+
+    fn periods(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
+        let sql = format!(
+            "SELECT * FROM usage_periods FINAL WHERE job = {} AND period_start < {} AND period_end > {}",
+            literal(job),
+            instant(span.end),
+            instant(span.start)
+        );
+        let mut periods = self.query(&sql, read::period).context("reading usage_periods")?;
+        periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+        Ok(periods)
+    }
+
+    fn dead_letters(&self, job: &str) -> Result<Vec<StoredDeadLetter>> {
+        let sql = format!(
+            "SELECT * FROM dead_letters FINAL WHERE job = {} ORDER BY first_run_id, tenant_id, event_time, event_id, meter_id, reason",
+            literal(job)
+        );
+        self.query(&sql, read::dead_letter).context("reading dead_letters")
+    }
+
+    fn ledger(&self, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
+        let sql = format!("SELECT * FROM corrections_current WHERE job = {} ORDER BY correction_id", literal(job));
+        self.query(&sql, read::ledger_entry).context("reading corrections")?.into_iter().try_for_each(each)
+    }
+
+    fn export(&self, job: &str, table: Table, each: RowSink<'_>) -> Result<Vec<String>> {
+        let from = match table {
+            Table::Runs => "(SELECT * EXCEPT (stage) FROM runs FINAL WHERE stage = 2)".to_owned(),
+            table => format!("{}_current", table.name()),
+        };
+        let sql = format!("SELECT * FROM {from} WHERE job = {} ORDER BY {}", literal(job), table.key());
+        let (names, rows) = self.database.texts(&sql).with_context(|| format!("reading {}", table.name()))?;
+        for row in rows {
+            let cell = |(name, cell): (&String, Option<String>)| match cell {
+                None => Cell::Null,
+                Some(text) if rows::INTEGERS.contains(&name.as_str()) => text.parse().map_or(Cell::Text(text), Cell::Integer),
+                Some(text) => Cell::Text(text),
+            };
+            let cells: Vec<_> = names.iter().zip(row).map(cell).collect();
+            each(&cells)?;
+        }
+        Ok(names)
+    }
+
+    fn publish(&mut self, publication: &Publication) -> Result<()> {
+        let known = self.dead_letters(&publication.run.job)?;
+        publish::publish(&self.database, publication, &known)
+    }
+}

@@ -1,0 +1,108 @@
+//! Publishing without transactions, and what to do after a crash.
+//!
+//! ```text
+//! corrections -> write_ahead -> run "publishing" -> windows, periods, dead letters -> run "succeeded"
+//! ```
+//!
+//! The ledger is written first. Once the run is marked as publishing, ledger and
+//! write-ahead rows are whole: whoever comes next finishes the work from them. A
+//! run without the mark has changed no aggregate: its rows are taken away. Every
+//! insert carries a token, so that repeating one does nothing.
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+
+use super::rows;
+use crate::clickhouse_client::{Database, literal};
+use crate::store::{Publication, StoredDeadLetter};
+
+/// Rows of one insert.
+const CHUNK: usize = 50_000;
+
+/// The tables that a publication fills from its write-ahead rows, in this order.
+const TARGETS: [&str; 3] = ["usage_windows", "usage_periods", "dead_letters"];
+
+pub(super) fn publish(database: &Database, publication: &Publication, known: &[StoredDeadLetter]) -> Result<()> {
+    let run = &publication.run;
+    let corrections: Vec<_> = (1usize..)
+        .zip(&publication.corrections)
+        .map(|(sequence, correction)| rows::correction(run, sequence, correction))
+        .collect();
+    insert(database, "corrections", &run.run_id, &corrections)?;
+
+    let windows = publication.upserts.iter().map(|row| rows::window(run, row));
+    let retracted = publication.retractions.iter().map(|key| rows::retracted_window(run, key));
+    let periods = publication.period_upserts.iter().map(|row| rows::period(run, row));
+    let removed = publication.period_deletions.iter().map(|key| rows::removed_period(run, key));
+    let targets: [Vec<String>; 3] =
+        [windows.chain(retracted).collect(), periods.chain(removed).collect(), rows::dead_letters(publication, known)];
+    for (target, lines) in TARGETS.iter().zip(&targets) {
+        let ahead = (0u64..).zip(lines).map(|(sequence, row)| {
+            serde_json::json!({"job": run.job, "run_id": run.run_id, "target": target, "sequence": sequence, "row": row})
+                .to_string()
+        });
+        insert(database, "write_ahead", &format!("{}:{target}", run.run_id), &ahead.collect::<Vec<_>>())?;
+    }
+    insert(database, "runs", &format!("{}:1", run.run_id), &[rows::run(run, 1)])?;
+
+    for (target, lines) in TARGETS.iter().zip(&targets) {
+        insert(database, target, &run.run_id, lines)?;
+    }
+    insert(database, "runs", &format!("{}:2", run.run_id), &[rows::run(run, 2)])?;
+    forget(database, &run.job)
+}
+
+/// Finishes or takes back what a killed run left.
+pub(super) fn recover(database: &Database, job: &str) -> Result<()> {
+    let job_literal = literal(job);
+    let marked = format!("SELECT run_id FROM runs FINAL WHERE job = {job_literal} AND stage = 1 ORDER BY version");
+    for run in first_column(database, &marked)? {
+        tracing::warn!(run, "finishing the publication of a run that was interrupted");
+        for target in TARGETS {
+            let sql = format!(
+                "SELECT row FROM write_ahead FINAL WHERE job = {job_literal} AND run_id = {} AND target = '{target}' ORDER BY sequence",
+                literal(&run)
+            );
+            insert(database, target, &run, &first_column(database, &sql)?)?;
+        }
+        database
+            .execute(&format!(
+                "INSERT INTO runs SELECT * REPLACE ('succeeded' AS status, 2 AS stage) FROM runs FINAL WHERE job = {job_literal} AND run_id = {}",
+                literal(&run)
+            ))
+            .with_context(|| format!("finishing run {run}"))?;
+    }
+    let published = format!("SELECT run_id FROM runs FINAL WHERE job = {job_literal}");
+    let orphans = format!("SELECT DISTINCT run_id FROM corrections WHERE job = {job_literal} AND run_id NOT IN ({published})");
+    for run in first_column(database, &orphans)? {
+        tracing::warn!(run, "taking back the ledger rows of a run that was interrupted before it published");
+        database.execute(&format!(
+            "DELETE FROM corrections WHERE job = {job_literal} AND run_id = {} SETTINGS lightweight_deletes_sync = 2",
+            literal(&run)
+        ))?;
+    }
+    forget(database, job)
+}
+
+/// Write-ahead rows are of use only while their run publishes.
+fn forget(database: &Database, job: &str) -> Result<()> {
+    let left = format!("SELECT 1 FROM write_ahead WHERE job = {} LIMIT 1", literal(job));
+    if first_column(database, &left)?.is_empty() {
+        return Ok(());
+    }
+    database.execute(&format!("DELETE FROM write_ahead WHERE job = {} SETTINGS lightweight_deletes_sync = 2", literal(job)))
+}
+
+fn first_column(database: &Database, sql: &str) -> Result<Vec<String>> {
+    Ok(database.texts(sql)?.1.into_iter().filter_map(|row| row.into_iter().next().flatten()).collect())
+}
+
+/// Inserts lines of JSON in chunks. `token` and the chunk's place name each of them.
+fn insert(database: &Database, table: &str, token: &str, lines: &[String]) -> Result<()> {
+    for (at, chunk) in lines.chunks(CHUNK).enumerate() {
+        let sql = format!("INSERT INTO {table} FORMAT JSONEachRow");
+        let data = Bytes::from(chunk.join("\n"));
+        database.insert(&sql, &format!("{token}:{table}:{at}"), &data).with_context(|| format!("writing {table}"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,166 @@
+//! Rows of the contract's tables from cells of text: every store reads them back
+//! the same way.
+
+use std::borrow::Cow;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+
+use super::{LedgerEntry, StoredDeadLetter};
+use crate::model::aggregate::{
+    Basis, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, Reason, StoredWindow, Text, Values, WindowKey, WindowRow,
+};
+use crate::model::run::RunRecord;
+use crate::model::window::Span;
+
+/// A row whose cells are found by the name of their column.
+pub trait Cells {
+    /// The text of a cell; `None` for NULL.
+    fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>>;
+}
+
+fn required<'r>(row: &'r dyn Cells, column: &str) -> Result<Cow<'r, str>> {
+    row.cell(column)?.with_context(|| format!("column {column} is NULL"))
+}
+
+fn optional<T: FromStr>(row: &dyn Cells, column: &str) -> Result<Option<T>>
+where
+    T::Err: std::error::Error + Send + Sync + 'static,
+{
+    let Some(text) = row.cell(column)? else { return Ok(None) };
+    text.parse().map(Some).with_context(|| format!("column {column} holds `{text}`"))
+}
+
+fn parsed<T: FromStr>(row: &dyn Cells, column: &str) -> Result<T>
+where
+    T::Err: std::error::Error + Send + Sync + 'static,
+{
+    optional(row, column)?.with_context(|| format!("column {column} is NULL"))
+}
+
+fn string(row: &dyn Cells, column: &str) -> Result<String> {
+    required(row, column).map(Cow::into_owned)
+}
+
+fn text(row: &dyn Cells, column: &str) -> Result<Text> {
+    required(row, column).map(|text| Arc::from(&*text))
+}
+
+fn json<T: serde::de::DeserializeOwned>(row: &dyn Cells, column: &str) -> Result<T> {
+    serde_json::from_str(&required(row, column)?).with_context(|| format!("column {column}"))
+}
+
+fn period_key(row: &dyn Cells) -> Result<PeriodKey> {
+    Ok(PeriodKey {
+        tenant_id: text(row, "tenant_id")?,
+        subscription_id: text(row, "subscription_id")?,
+        meter_id: text(row, "meter_id")?,
+        price_id: text(row, "price_id")?,
+        dimensions: text(row, "dimensions")?,
+        period_start: parsed(row, "period_start")?,
+    })
+}
+
+fn window_key(row: &dyn Cells) -> Result<WindowKey> {
+    Ok(WindowKey { period: period_key(row)?, window_start: parsed(row, "window_start")? })
+}
+
+/// A row of `usage_windows`.
+pub fn window(row: &dyn Cells) -> Result<StoredWindow> {
+    Ok(StoredWindow {
+        row: WindowRow {
+            key: window_key(row)?,
+            customer_id: text(row, "customer_id")?,
+            window_end: parsed(row, "window_end")?,
+            period_end: parsed(row, "period_end")?,
+            quantity: parsed(row, "quantity")?,
+            event_count: parsed(row, "event_count")?,
+            cost: parsed(row, "cost")?,
+            currency: text(row, "currency")?,
+            events_digest: string(row, "events_digest")?,
+            basis: Basis {
+                meter: text(row, "meter_digest")?,
+                price: text(row, "price_digest")?,
+                subscription: text(row, "subscription_digest")?,
+                customer: text(row, "customer_digest")?,
+            },
+        },
+        version: parsed(row, "version")?,
+        run_id: text(row, "run_id")?,
+    })
+}
+
+/// A row of `usage_periods`.
+pub fn period(row: &dyn Cells) -> Result<PeriodRow> {
+    Ok(PeriodRow {
+        key: period_key(row)?,
+        customer_id: text(row, "customer_id")?,
+        period_end: parsed(row, "period_end")?,
+        quantity: parsed(row, "quantity")?,
+        cost: parsed(row, "cost")?,
+        minimum_adjustment: parsed(row, "minimum_adjustment")?,
+        commitment_adjustment: parsed(row, "commitment_adjustment")?,
+        amount: parsed(row, "amount")?,
+        currency: text(row, "currency")?,
+    })
+}
+
+/// A row of `runs`.
+pub fn run(row: &dyn Cells) -> Result<RunRecord> {
+    let (start, end) = (optional(row, "range_start")?, optional(row, "range_end")?);
+    Ok(RunRecord {
+        run_id: string(row, "run_id")?,
+        job: string(row, "job")?,
+        mode: string(row, "mode")?,
+        status: string(row, "status")?,
+        range: start.zip(end).map(|(start, end)| Span { start, end }),
+        started_at: parsed(row, "started_at")?,
+        finished_at: parsed(row, "finished_at")?,
+        version: parsed(row, "version")?,
+        counts: json(row, "counts")?,
+        input: json(row, "input")?,
+        basis: json(row, "basis")?,
+        ledger_digest: string(row, "ledger_digest")?,
+    })
+}
+
+/// A row of `dead_letters`.
+pub fn dead_letter(row: &dyn Cells) -> Result<StoredDeadLetter> {
+    let reason = required(row, "reason")?;
+    Ok(StoredDeadLetter {
+        letter: DeadLetter {
+            key: DeadLetterKey {
+                tenant_id: string(row, "tenant_id")?,
+                event_id: string(row, "event_id")?,
+                meter_id: string(row, "meter_id")?,
+                reason: Reason::parse(&reason).with_context(|| format!("unknown reason `{reason}`"))?.name(),
+            },
+            detail: string(row, "detail")?,
+            event: string(row, "event")?,
+            event_time: optional(row, "event_time")?,
+        },
+        occurrences: parsed(row, "occurrences")?,
+        first_run_id: string(row, "first_run_id")?,
+        last_run_id: string(row, "last_run_id")?,
+        resolved_run_id: row.cell("resolved_run_id")?.map(Cow::into_owned),
+    })
+}
+
+/// A row of `corrections`.
+pub fn ledger_entry(row: &dyn Cells) -> Result<LedgerEntry> {
+    let values = |suffix: &str| -> Result<Option<Values>> {
+        let Some(quantity) = optional(row, &format!("quantity_{suffix}"))? else { return Ok(None) };
+        let cost = parsed(row, &format!("cost_{suffix}"))?;
+        Ok(Some(Values { quantity, cost, event_count: parsed(row, &format!("event_count_{suffix}"))? }))
+    };
+    Ok(LedgerEntry {
+        correction_id: string(row, "correction_id")?,
+        run_id: string(row, "run_id")?,
+        key: window_key(row)?,
+        kind: string(row, "kind")?,
+        causes: string(row, "causes")?,
+        before: values("before")?,
+        after: values("after")?,
+    })
+}
