@@ -43,7 +43,12 @@ pub fn fault(kind: FaultKind, message: impl Into<String>) -> anyhow::Error {
     Fault { kind, message: message.into() }.into()
 }
 
-/// The exit code of an error: of the first [`Fault`] in its chain, otherwise 1.
+/// The kind of an error: of the first [`Fault`] in its chain.
+pub fn kind(error: &anyhow::Error) -> Option<FaultKind> {
+    error.chain().find_map(|cause| cause.downcast_ref::<Fault>()).map(|fault| fault.kind)
+}
+
+/// The exit code of an error: of its kind, otherwise 1.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
-    error.chain().find_map(|cause| cause.downcast_ref::<Fault>()).map_or(1, |fault| fault.kind.exit_code())
+    kind(error).map_or(1, FaultKind::exit_code)
 }

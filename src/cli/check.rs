@@ -7,7 +7,8 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::output::{Style, counted, emit, emit_json};
-use super::{Format, Session, read_store, source_of, store_name};
+use super::{Format, Session};
+use crate::ends;
 use crate::reference::Reference;
 use crate::source::Selection;
 
@@ -28,9 +29,9 @@ struct Document<'c> {
 pub fn execute(session: &Session, path: &Path) -> Result<u8> {
     let job = session.job(path)?;
     let reference = Reference::load(&job)?;
-    let splits = source_of(&job)?.splits(&Selection::default())?;
+    let splits = ends::source(&job)?.splits(&Selection::default())?;
     let files: std::collections::BTreeSet<_> = splits.iter().map(|split| &split.name).collect();
-    let store_exists = read_store(&job)?.is_some();
+    let store_exists = ends::read_store(&job)?.is_some();
     if session.format == Format::Json {
         emit_json(&Document {
             schema: "trueup.check/1",
@@ -40,7 +41,7 @@ pub fn execute(session: &Session, path: &Path) -> Result<u8> {
             prices: reference.prices.len(),
             subscriptions: reference.subscriptions.len(),
             files: files.len(),
-            store: store_name(&job),
+            store: ends::store_name(&job),
             store_exists,
             warnings: &reference.warnings,
         })?;
@@ -57,9 +58,9 @@ pub fn execute(session: &Session, path: &Path) -> Result<u8> {
     writeln!(out, "  reference    {}", reference_sizes.join(", "))?;
     writeln!(out, "  source       {}", counted(files.len() as u64, "file"))?;
     let state = if store_exists { "exists" } else { "will be created by the first run" };
-    writeln!(out, "  store        {} ({state})", store_name(&job))?;
+    writeln!(out, "  store        {} ({state})", ends::store_name(&job))?;
     if let Some(schedule) = &job.schedule {
-        writeln!(out, "  schedule     {} ({})", schedule.cron, schedule.timezone)?;
+        writeln!(out, "  schedule     {} ({})", schedule.cron.as_str(), schedule.timezone)?;
     }
     for warning in &reference.warnings {
         writeln!(out, "  warning      {}", style.yellow(warning))?;

@@ -9,8 +9,9 @@ use clap::Args;
 use serde::Serialize;
 
 use super::output::{Style, counted, emit, emit_json};
-use super::{Format, Session, read_store};
+use super::{Format, Session};
 use crate::config::Job;
+use crate::ends;
 use crate::fault::configuration;
 use crate::model::aggregate::Reason;
 use crate::store::StoredDeadLetter;
@@ -60,7 +61,7 @@ pub fn execute(session: &Session, arguments: &DeadLetterArguments) -> Result<u8>
     if let Some(reason) = arguments.reason.as_deref().filter(|reason| Reason::parse(reason).is_none()) {
         return Err(configuration(format!("--reason {reason}: there is no such reason")));
     }
-    let store = read_store(&job)?;
+    let store = ends::read_store(&job)?;
     let mut letters = store.as_deref().map_or(Ok(Vec::new()), |store| store.dead_letters(&job.name))?;
     letters.retain(|stored| {
         let key = &stored.letter.key;

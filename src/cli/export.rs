@@ -13,8 +13,9 @@ use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
+use super::Session;
 use super::output::emit_bytes;
-use super::{Session, read_store};
+use crate::ends;
 use crate::fault::configuration;
 use crate::store::{Cell, Table};
 
@@ -51,7 +52,7 @@ pub fn execute(session: &Session, arguments: &ExportArguments) -> Result<u8> {
         let names: Vec<_> = Table::NAMES.iter().map(|(name, _)| *name).collect();
         configuration(format!("table `{}` is unknown: use one of {}", arguments.table, names.join(", ")))
     })?;
-    let store = read_store(&job)?;
+    let store = ends::read_store(&job)?;
     let store = store.with_context(|| format!("job {} has no store yet: run it first", job.name))?;
     let mut rows: Vec<Vec<Cell>> = Vec::new();
     let columns = store.export(&job.name, table, &mut |cells| {

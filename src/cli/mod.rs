@@ -4,13 +4,13 @@ mod check;
 mod dead_letters;
 mod export;
 mod init;
-mod lock;
 pub mod output;
 mod plan;
 mod progress;
 mod range;
 mod run;
 mod runs;
+mod serve;
 mod verify;
 
 use std::num::NonZeroUsize;
@@ -19,13 +19,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::config::{Job, Source, Store, default_environment};
-use crate::source::EventSource;
-use crate::source::clickhouse::ClickHouseSource;
-use crate::source::files::FileSource;
-use crate::store::AggregateStore;
-use crate::store::clickhouse::ClickHouseStore;
-use crate::store::sqlite::SqliteStore;
+use crate::config::{Job, default_environment};
 
 /// Recomputes usage and cost windows from raw events, writes only what differs,
 /// and keeps a ledger of every correction and its cause.
@@ -89,6 +83,8 @@ enum Command {
     Export(export::ExportArguments),
     /// Write a small job that runs.
     Init(init::InitArguments),
+    /// Run jobs by their schedules, with health and metrics over HTTP.
+    Serve(serve::ServeArguments),
 }
 
 #[derive(Debug, Args)]
@@ -133,52 +129,6 @@ pub fn dispatch(arguments: Arguments) -> Result<u8> {
         Command::DeadLetters(arguments) => dead_letters::execute(&session, &arguments),
         Command::Export(arguments) => export::execute(&session, &arguments),
         Command::Init(arguments) => init::execute(&session, &arguments),
-    }
-}
-
-fn source_of(job: &Job) -> Result<Box<dyn EventSource>> {
-    match &job.source {
-        Source::Files { patterns, columns } => Ok(Box::new(FileSource::new(patterns.clone(), columns.clone()))),
-        Source::ClickHouse { connection, events, columns } => {
-            Ok(Box::new(ClickHouseSource::new(connection, events, columns.clone(), job.deduplicate.key.clone())?))
-        }
-        Source::Kafka { .. } => anyhow::bail!("not yet"),
-    }
-}
-
-/// The store for reading, if there is one.
-fn read_store(job: &Job) -> Result<Option<Box<dyn AggregateStore>>> {
-    match &job.store {
-        Store::Sqlite { path } => Ok(SqliteStore::open_read_only(path)?.map(|store| Box::new(store) as Box<dyn AggregateStore>)),
-        Store::ClickHouse { connection } => {
-            Ok(ClickHouseStore::open_read_only(connection)?.map(|store| Box::new(store) as Box<dyn AggregateStore>))
-        }
-    }
-}
-
-/// The store for writing, created and brought up to date as needed.
-fn write_store(job: &Job) -> Result<Box<dyn AggregateStore>> {
-    match &job.store {
-        Store::Sqlite { path } => Ok(Box::new(SqliteStore::open(path)?)),
-        Store::ClickHouse { connection } => Ok(Box::new(ClickHouseStore::open(connection, &job.name)?)),
-    }
-}
-
-/// The file whose lock keeps a second run of the job on this machine away.
-fn lock_path(job: &Job) -> PathBuf {
-    match &job.store {
-        Store::Sqlite { path } => SqliteStore::lock_path(path, &job.name),
-        Store::ClickHouse { connection } => {
-            let store = crate::model::digest::Digest::new("lock").text(&connection.url).text(&connection.database).hex();
-            std::env::temp_dir().join(format!("trueup-{store}-{}.lock", job.name))
-        }
-    }
-}
-
-/// What people call the store.
-fn store_name(job: &Job) -> String {
-    match &job.store {
-        Store::Sqlite { path } => path.display().to_string(),
-        Store::ClickHouse { connection } => format!("{} database {}", connection.url, connection.database),
+        Command::Serve(arguments) => serve::execute(&session, &arguments),
     }
 }

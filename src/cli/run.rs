@@ -5,14 +5,12 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use super::lock::Lock;
 use super::output::{Style, emit, emit_json};
 use super::progress::Progress;
 use super::range::RangeArguments;
-use super::{Format, Session, lock_path, plan, source_of, write_store};
+use super::{Format, Session, plan};
 use crate::clock::Stopwatch;
-use crate::pipeline::{Inputs, plan as compute};
-use crate::reference::Reference;
+use crate::ends::{self, RunOptions};
 
 #[derive(Debug, Args)]
 pub struct RunArguments {
@@ -31,24 +29,9 @@ pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
     let request = arguments.range.request(job.timezone)?;
-    let reference = Reference::load(&job)?;
-    let _lock = Lock::take(&lock_path(&job), &job.name)?;
-    let mut store = write_store(&job)?;
     let progress = Progress::new(session.quiet);
-    let inputs = Inputs {
-        job: &job,
-        reference: &reference,
-        source: &*source_of(&job)?,
-        store: Some(&*store),
-        threads: session.threads,
-        progress: &progress,
-    };
-    let plan = compute(&inputs, &request)?;
-    if !arguments.yes {
-        plan.check_guard(&job)?;
-    }
-    let run_id = uuid::Uuid::now_v7().to_string();
-    let published = plan.publish(&job, &mut *store, &run_id)?;
+    let options = RunOptions { threads: session.threads, yes: arguments.yes, progress: &progress };
+    let published = ends::run(&job, &request, &options)?;
     drop(progress);
     match session.format {
         Format::Json => emit_json(&plan::Document::new("trueup.run/1", Some(&published.run), &published.plan)?)?,

@@ -6,7 +6,8 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::output::{Style, emit, emit_json, number, table};
-use super::{Format, Session, read_store};
+use super::{Format, Session};
+use crate::ends;
 use crate::model::run::RunRecord;
 
 #[derive(Debug, Serialize)]
@@ -31,7 +32,7 @@ struct RunDocument<'r> {
 
 pub fn execute(session: &Session, path: &Path) -> Result<u8> {
     let job = session.job(path)?;
-    let store = read_store(&job)?;
+    let store = ends::read_store(&job)?;
     let runs = store.as_deref().map_or(Ok(Vec::new()), |store| store.runs(&job.name))?;
     if session.format == Format::Json {
         let runs = runs.iter().map(document).collect();

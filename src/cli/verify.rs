@@ -10,9 +10,10 @@ use serde::Serialize;
 use super::output::{Style, counted, emit, emit_json};
 use super::progress::Progress;
 use super::range::RangeArguments;
-use super::{Format, Session, read_store, source_of};
+use super::{Format, Session};
 use crate::audit::{Finding, check_ledger, describe};
 use crate::config::Job;
+use crate::ends;
 use crate::model::counts::RowCounts;
 use crate::pipeline::{Inputs, Plan, plan as compute};
 use crate::reference::Reference;
@@ -40,12 +41,12 @@ pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;
     let request = arguments.range.request(job.timezone)?;
     let reference = Reference::load(&job)?;
-    let store = read_store(&job)?;
+    let store = ends::read_store(&job)?;
     let progress = Progress::new(session.quiet);
     let inputs = Inputs {
         job: &job,
         reference: &reference,
-        source: &*source_of(&job)?,
+        source: &*ends::source(&job)?,
         store: store.as_deref(),
         threads: session.threads,
         progress: &progress,

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 use chrono_tz::Tz;
+use croner::Cron;
+use croner::parser::{CronParser, Seconds};
 
 use crate::fault::configuration;
 use crate::model::decimal::Decimal;
@@ -130,8 +132,13 @@ impl std::fmt::Display for Limit {
 /// When the job runs by itself.
 #[derive(Debug, Clone)]
 pub struct Schedule {
-    pub cron: String,
+    pub cron: Cron,
     pub timezone: Tz,
+}
+
+/// The grammar of schedules: that of the scheduler itself, seconds left out or given.
+fn cron_parser() -> CronParser {
+    CronParser::builder().seconds(Seconds::Optional).dom_and_dow(true).build()
 }
 
 /// Whether the environment asks for output without colour (<https://no-color.org>).
@@ -206,7 +213,11 @@ impl Validator<'_> {
             None => None,
             Some(schedule) => {
                 let zone = schedule.timezone.as_ref().map_or(Ok(timezone), |zone| self.timezone(zone))?;
-                Some(Schedule { cron: schedule.cron.value, timezone: zone })
+                let cron = cron_parser().parse(&schedule.cron.value).map_err(|error| {
+                    let written = &schedule.cron.value;
+                    self.error(&schedule.cron, format!("cron `{written}`: {error}; five fields, for example \"0 2 * * *\""))
+                })?;
+                Some(Schedule { cron, timezone: zone })
             }
         };
         let digest = Digest::new("job").text(timezone.name()).text(window.name()).text(&format!("{:?}", deduplicate)).hex();

@@ -1,6 +1,7 @@
 //! Where aggregates, corrections and runs are kept.
 
 pub mod clickhouse;
+pub mod lock;
 pub mod rows;
 pub mod sqlite;
 
