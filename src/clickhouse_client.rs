@@ -48,6 +48,8 @@ impl Database {
             ("output_format_json_quote_64bit_integers", "1"),
             ("date_time_input_format", "best_effort"),
             ("date_time_output_format", "iso"),
+            // The answer to an insert must mean that the rows are there.
+            ("async_insert", "0"),
         ] {
             client = client.with_setting(name, value);
         }

@@ -19,7 +19,7 @@ use crate::clock;
 use crate::config::{Job, Schedule};
 use crate::ends::{self, RunOptions};
 use crate::fault::{FaultKind, configuration, kind};
-use crate::model::timestamp::Timestamp;
+use crate::model::timestamp::{SECOND, Timestamp};
 use crate::pipeline::{Observer, Published, Request};
 use metrics::Metrics;
 
@@ -56,15 +56,20 @@ struct Server {
 /// clock of the schedule's zone each time, so that it follows clock changes: a
 /// scheduler that fixes its offset at the start would not.
 pub fn due(schedule: &Schedule, last_start: Timestamp, now: Timestamp) -> Option<Timestamp> {
-    let local = schedule.timezone.from_utc_datetime(&now.utc());
+    let local = schedule.timezone.from_utc_datetime(&whole_second(now));
     let last_due = schedule.cron.find_previous_occurrence(&local, true).ok()?;
     let last_due = Timestamp::from_utc(last_due.naive_utc());
     (last_start < last_due).then_some(last_due)
 }
 
+/// Schedules are made of whole seconds; a fraction would come back in what is found.
+fn whole_second(t: Timestamp) -> chrono::NaiveDateTime {
+    Timestamp::from_nanos(t.nanos().div_euclid(SECOND) * SECOND).utc()
+}
+
 /// The next time at which a schedule is due.
 fn next(schedule: &Schedule, now: Timestamp) -> Option<Timestamp> {
-    let local = schedule.timezone.from_utc_datetime(&now.utc());
+    let local = schedule.timezone.from_utc_datetime(&whole_second(now));
     let next = schedule.cron.find_next_occurrence(&local, false).ok()?;
     Some(Timestamp::from_utc(next.naive_utc()))
 }
@@ -244,6 +249,9 @@ mod tests {
         let nightly = schedule("0 2 * * *", "UTC");
         assert_eq!(shown(&nightly, "2026-01-01T02:00:01Z", "2026-01-05T09:00:00Z").as_deref(), Some("2026-01-05T02:00:00Z"));
         assert_eq!(shown(&nightly, "2026-01-05T09:00:00Z", "2026-01-05T09:00:01Z"), None);
+        let often = schedule("*/5 * * * * *", "UTC");
+        assert_eq!(shown(&often, "2026-01-05T09:00:05.2Z", "2026-01-05T09:00:05.9Z"), None);
+        assert_eq!(shown(&often, "2026-01-05T09:00:05.2Z", "2026-01-05T09:00:10.3Z").as_deref(), Some("2026-01-05T09:00:10Z"));
     }
 
     #[test]

@@ -75,7 +75,7 @@ fn check_step(workspace: &Workspace, step: &Path, name: &str, problems: &mut Str
 }
 
 /// Every key of `expected` must be in `actual` with the same value.
-fn compare_json(name: &str, expected: &Value, actual: &Value, problems: &mut String) {
+pub fn compare_json(name: &str, expected: &Value, actual: &Value, problems: &mut String) {
     match expected {
         Value::Object(keys) => {
             for (key, value) in keys {
@@ -90,7 +90,7 @@ fn compare_json(name: &str, expected: &Value, actual: &Value, problems: &mut Str
 }
 
 /// The rows as a set, in the columns that the expected file has.
-fn compare_rows(name: &str, path: &Path, actual: &[BTreeMap<String, String>], problems: &mut String) {
+pub fn compare_rows(name: &str, path: &Path, actual: &[BTreeMap<String, String>], problems: &mut String) {
     let mut reader = csv::Reader::from_path(path).unwrap();
     let header: Vec<String> = reader.headers().unwrap().iter().map(str::to_owned).collect();
     let mut expected: Vec<Vec<String>> =

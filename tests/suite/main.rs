@@ -3,4 +3,5 @@
 //! made-up histories. One test binary, so that linking stays fast.
 
 mod golden;
+mod parts;
 mod support;

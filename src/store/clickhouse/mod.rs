@@ -14,6 +14,7 @@ use crate::clickhouse_client::{Database, literal};
 use crate::config::ClickHouseConnection;
 use crate::model::aggregate::{PeriodRow, StoredWindow};
 use crate::model::run::RunRecord;
+use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 
 /// `sql/clickhouse/NNNN_name.sql`; the version of a store is how many of them it has.
@@ -114,7 +115,7 @@ fn statements(migration: &str) -> Vec<String> {
 }
 
 /// Instants as the server reads them, exactly.
-fn instant(t: crate::model::timestamp::Timestamp) -> String {
+fn instant(t: Timestamp) -> String {
     format!("fromUnixTimestamp64Nano(toInt64({}), 'UTC')", t.nanos())
 }
 
@@ -184,12 +185,16 @@ impl AggregateStore for ClickHouseStore {
         let sql = format!("SELECT * FROM {from} WHERE job = {} ORDER BY {}", literal(job), table.key());
         let (names, rows) = self.database.texts(&sql).with_context(|| format!("reading {}", table.name()))?;
         for row in rows {
-            let cell = |(name, cell): (&String, Option<String>)| match cell {
-                None => Cell::Null,
-                Some(text) if rows::INTEGERS.contains(&name.as_str()) => text.parse().map_or(Cell::Text(text), Cell::Integer),
-                Some(text) => Cell::Text(text),
+            let cell = |(name, cell): (&String, Option<String>)| -> Result<Cell> {
+                Ok(match cell {
+                    None => Cell::Null,
+                    Some(text) if rows::INTEGERS.contains(&name.as_str()) => text.parse().map_or(Cell::Text(text), Cell::Integer),
+                    // As every store writes instants: without a fraction of zeros.
+                    Some(text) if rows::INSTANTS.contains(&name.as_str()) => Cell::Text(text.parse::<Timestamp>()?.to_string()),
+                    Some(text) => Cell::Text(text),
+                })
             };
-            let cells: Vec<_> = names.iter().zip(row).map(cell).collect();
+            let cells = names.iter().zip(row).map(cell).collect::<Result<Vec<_>>>()?;
             each(&cells)?;
         }
         Ok(names)

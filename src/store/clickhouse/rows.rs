@@ -10,6 +10,22 @@ use crate::store::{Publication, StoredDeadLetter};
 /// Columns that hold whole numbers, in any table.
 pub const INTEGERS: [&str; 5] = ["event_count", "event_count_before", "event_count_after", "version", "occurrences"];
 
+/// Columns that hold instants, in any table.
+pub const INSTANTS: [&str; 12] = [
+    "window_start",
+    "window_end",
+    "period_start",
+    "period_end",
+    "updated_at",
+    "closed_at",
+    "recorded_at",
+    "range_start",
+    "range_end",
+    "started_at",
+    "finished_at",
+    "event_time",
+];
+
 fn with_key(mut row: Value, job: &str, key: &PeriodKey) -> Value {
     if let Some(row) = row.as_object_mut() {
         row.insert("job".to_owned(), job.into());
