@@ -2,5 +2,6 @@
 //! Everything that users see, tested through the binary, and the promises on
 //! made-up histories. One test binary, so that linking stays fast.
 
+mod bad_input;
 mod golden;
 mod support;

@@ -5,12 +5,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use arrow::array::{ArrayRef, RecordBatch};
+use parquet::arrow::ArrowWriter;
 use rusqlite::types::ValueRef;
 
 /// A temporary folder that vanishes with the test.
 pub struct Workspace {
     folder: tempfile::TempDir,
 }
+
+/// A row of a table by column.
+pub type Row = BTreeMap<String, String>;
 
 /// What a command left behind.
 #[derive(Debug)]
@@ -60,10 +65,18 @@ impl Workspace {
         copy(from, self.folder.path());
     }
 
-    pub fn write(&self, name: &str, content: &str) {
+    pub fn write(&self, name: &str, content: impl AsRef<[u8]>) {
         let path = self.path(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, content).unwrap();
+    }
+
+    pub fn write_parquet(&self, name: &str, columns: Vec<(&str, ArrayRef)>) {
+        let batch = RecordBatch::try_from_iter(columns).unwrap();
+        let file = fs::File::create(self.path(name)).unwrap();
+        let mut writer = ArrowWriter::try_new(file, batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
     }
 
     pub fn read(&self, name: &str) -> String {
@@ -75,7 +88,7 @@ impl Workspace {
     pub fn edit(&self, name: &str, from: &str, to: &str) {
         let text = self.read(name);
         assert!(text.contains(from), "{name} has no `{from}`");
-        self.write(name, &text.replace(from, to));
+        self.write(name, text.replace(from, to));
     }
 
     pub fn trueup(&self, arguments: &[&str]) -> Outcome {
@@ -99,8 +112,20 @@ impl Workspace {
         self.trueup(&all).json()
     }
 
+    /// Every table of the contract and every row in it; `None` where there is no store.
+    pub fn dump(&self) -> Option<Vec<Vec<Row>>> {
+        let tables = ["usage_windows", "usage_periods", "corrections", "dead_letters", "runs"];
+        self.path("trueup.db").exists().then(|| tables.map(|table| self.query(&format!("SELECT * FROM {table}"))).to_vec())
+    }
+
+    /// Changes the store behind Trueup's back.
+    pub fn tamper(&self, sql: &str) {
+        let connection = rusqlite::Connection::open(self.path("trueup.db")).unwrap();
+        connection.execute_batch(sql).unwrap();
+    }
+
     /// Rows of a query on the store, each column as text; NULL is empty.
-    pub fn query(&self, sql: &str) -> Vec<BTreeMap<String, String>> {
+    pub fn query(&self, sql: &str) -> Vec<Row> {
         let connection = rusqlite::Connection::open(self.path("trueup.db")).unwrap();
         let mut statement = connection.prepare(sql).unwrap();
         let names: Vec<String> = statement.column_names().map(str::to_owned).collect();
