@@ -3,5 +3,8 @@
 //! made-up histories. One test binary, so that linking stays fast.
 
 mod bad_input;
+mod causes;
+mod commands;
 mod golden;
+mod promises;
 mod support;

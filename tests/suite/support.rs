@@ -95,6 +95,8 @@ impl Workspace {
         let output = Command::new(env!("CARGO_BIN_EXE_trueup"))
             .args(arguments)
             .current_dir(self.folder.path())
+            // The width of help texts.
+            .env_remove("COLUMNS")
             .output()
             .expect("the binary runs");
         Outcome {
@@ -160,5 +162,50 @@ fn copy(from: &Path, to: &Path) {
         } else {
             fs::copy(entry.path(), target).unwrap();
         }
+    }
+}
+
+/// A text with everything that differs from run to run replaced: run ids, wall-clock
+/// times, seconds, digests and versions.
+pub fn normalised(text: &str) -> String {
+    let is_word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | ':');
+    let mut out = String::new();
+    for line in text.lines() {
+        let is_timing = line.trim_start().starts_with("time ") || line.contains("\"seconds\": ");
+        let mut rest = line;
+        while !rest.is_empty() {
+            let end = rest.find(|c| is_word(c) != rest.starts_with(is_word)).unwrap_or(rest.len());
+            let (word, others) = rest.split_at(end);
+            match placeholder(word) {
+                // The date before a time of day belongs to it.
+                Some("<time>") if word.len() == "10:00:00Z".len() => {
+                    out.truncate(out.trim_end().len() - "2026-01-01".len());
+                    out.push_str("<time>");
+                }
+                Some(name) => out.push_str(name),
+                None if is_timing && word.parse::<f64>().is_ok() => out.push_str("<seconds>"),
+                None => out.push_str(word),
+            }
+            rest = others;
+        }
+        out.truncate(out.trim_end_matches(' ').len());
+        out.push('\n');
+    }
+    out
+}
+
+/// What stands for a word that differs from run to run.
+fn placeholder(word: &str) -> Option<&'static str> {
+    let is_hex = word.chars().all(|c| c.is_ascii_hexdigit());
+    let lengths: Vec<_> = word.split('-').map(str::len).collect();
+    let is_uuid = lengths == [8, 4, 4, 4, 12] && word.replace('-', "").chars().all(|c| c.is_ascii_hexdigit());
+    let is_time_of_day = word.len() == "10:00:00Z".len() && word.ends_with('Z') && word.matches(':').count() == 2;
+    match word {
+        _ if is_uuid => Some("<run>"),
+        _ if is_hex && matches!(word.len(), 32 | 64) => Some("<digest>"),
+        _ if word.len() == 13 && word.bytes().all(|b| b.is_ascii_digit()) => Some("<version>"),
+        // Windows begin at whole seconds, clocks are finer.
+        _ if is_time_of_day || (word.contains('T') && word.contains('.') && word.ends_with('Z')) => Some("<time>"),
+        _ => None,
     }
 }
