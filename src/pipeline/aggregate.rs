@@ -145,15 +145,15 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         }
     }
 
-    /// Takes the events of a batch. `is_known` says whether an event ingested at
-    /// that time was there in the run before.
-    pub fn visit(&mut self, batch: &EventBatch, is_known: impl Fn(Timestamp) -> bool) {
+    /// Takes the events of a batch. `is_known` says whether an event of that time, and
+    /// ingested at that time, was there in the run before.
+    pub fn visit(&mut self, batch: &EventBatch, is_known: impl Fn(Option<Timestamp>, Timestamp) -> bool) {
         let mut slots = Vec::new();
         for event in batch.rows() {
             self.events.read += 1;
             let ingested_at = event.ingested_at.or(event.timestamp);
             self.ingested_until = self.ingested_until.max(ingested_at);
-            let known = is_known(ingested_at.unwrap_or(Timestamp::MIN));
+            let known = is_known(event.timestamp, ingested_at.unwrap_or(Timestamp::MIN));
             if event.tenant_id.is_some_and(|tenant| !self.context.enricher.wants_tenant(tenant)) {
                 self.events.out_of_range += 1;
                 continue;
