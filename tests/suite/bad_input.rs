@@ -148,7 +148,8 @@ fn missing_columns_are_refused_by_name() {
         run_refused(&workspace, 1, &[&["events/short.parquet"], says.map(|text| text as &str).as_slice()].concat());
         fs::remove_file(workspace.path("events/short.parquet")).unwrap();
 
-        let header = ["tenant_id", "id", "event_name", "external_customer_id", "timestamp"].map(|name| if name == column { "other" } else { name });
+        let header = ["tenant_id", "id", "event_name", "external_customer_id", "timestamp"]
+            .map(|name| if name == column { "other" } else { name });
         workspace.write("events/short.csv", header.join(",") + "\n");
         run_refused(&workspace, 1, &[&["events/short.csv"], says.map(|text| text as &str).as_slice()].concat());
         fs::remove_file(workspace.path("events/short.csv")).unwrap();
@@ -161,10 +162,15 @@ fn missing_columns_are_refused_by_name() {
 #[test]
 fn a_malformed_json_line_is_a_dead_letter() {
     let workspace = healthy();
-    let lines = [event("a1", r#"{"status":200,"bytes":5}"#), r#"{"tenant_id":"demo","id":"#.to_owned(), event("a2", r#"{"status":200,"bytes":7}"#)];
+    let lines = [
+        event("a1", r#"{"status":200,"bytes":5}"#),
+        r#"{"tenant_id":"demo","id":"#.to_owned(),
+        event("a2", r#"{"status":200,"bytes":7}"#),
+    ];
     workspace.write("events/bad.ndjson", lines.join("\n"));
     one_dead_letter(&workspace, "malformed_event", &["events/bad.ndjson line 2"]);
-    let row = &workspace.query("SELECT * FROM usage_windows WHERE meter_id = 'bytes_sent' AND window_start = '2026-01-01T12:00:00Z'")[0];
+    let row = &workspace
+        .query("SELECT * FROM usage_windows WHERE meter_id = 'bytes_sent' AND window_start = '2026-01-01T12:00:00Z'")[0];
     assert_eq!((row["quantity"].as_str(), row["event_count"].as_str()), ("12", "2"));
 }
 
@@ -179,8 +185,14 @@ fn every_kind_of_malformed_line_is_a_dead_letter_of_its_line() {
         (b"{\"tenant_id\":\"demo\",\"id\":\"\xff\xfe\"}".to_vec(), "utf-8"),
         (event("b1", "{}").replace("2026-01-01T12:00:00Z", "yesterday").into_bytes(), "timestamp `yesterday`"),
         (event("b2", "{}").replace("2026-01-01T12:00:00Z", "9999-12-31T00:00:00Z").into_bytes(), "between the years"),
-        (event("line-7", "{}").replace(r#""external_customer_id":"acme","#, "").into_bytes(), "`external_customer_id` is missing"),
-        (event("b4", "[1]").replace(r#""event_name":"api.call""#, r#""event_name":{"a":1}"#).into_bytes(), "where a text is expected"),
+        (
+            event("line-7", "{}").replace(r#""external_customer_id":"acme","#, "").into_bytes(),
+            "`external_customer_id` is missing",
+        ),
+        (
+            event("b4", "[1]").replace(r#""event_name":"api.call""#, r#""event_name":{"a":1}"#).into_bytes(),
+            "where a text is expected",
+        ),
         (event("b5", &deep).into_bytes(), "expected value"),
     ];
     let lines: Vec<_> = broken.iter().map(|(line, _)| line.as_slice()).collect();
@@ -189,7 +201,9 @@ fn every_kind_of_malformed_line_is_a_dead_letter_of_its_line() {
     for (number, (_, says)) in (1..).zip(&broken) {
         let place = format!("bad.ndjson line {number}: ");
         // A line that could be taken apart is known by its id.
-        let is_there = |row: &&Row| row["detail"].contains(says) && (row["detail"].contains(&place) || row["event_id"] == format!("line-{number}"));
+        let is_there = |row: &&Row| {
+            row["detail"].contains(says) && (row["detail"].contains(&place) || row["event_id"] == format!("line-{number}"))
+        };
         let details: Vec<_> = letters.iter().map(|row| &row["detail"]).collect();
         assert_eq!(letters.iter().filter(is_there).count(), 1, "line {number} ({says}): {details:#?}");
     }
@@ -215,7 +229,11 @@ fn hostile_values_are_dead_letters_of_their_meter_or_counted() {
     workspace.write("events/hostile.ndjson", lines.join("\n"));
     let letters = dead_letters(&workspace);
     for (id, value, reason) in values {
-        let found: Vec<_> = letters.iter().filter(|row| row["event_id"] == id).map(|row| (row["meter_id"].as_str(), row["reason"].as_str())).collect();
+        let found: Vec<_> = letters
+            .iter()
+            .filter(|row| row["event_id"] == id)
+            .map(|row| (row["meter_id"].as_str(), row["reason"].as_str()))
+            .collect();
         let expected: &[(&str, &str)] = if reason.is_empty() { &[] } else { &[("bytes_sent", reason)] };
         assert_eq!(found, expected, "bytes {value}");
     }
@@ -239,14 +257,16 @@ fn a_csv_row_with_a_wrong_number_of_fields_is_a_dead_letter() {
                 demo,r3,api.call,acme,2026-01-01T12:00:00Z,\"{\"\"status\"\":200,\"\"bytes\"\":4}\"\n";
     workspace.write("events/rows.csv", rows);
     one_dead_letter(&workspace, "malformed_event", &["events/rows.csv line 3", "5 fields where the header has 6"]);
-    let row = &workspace.query("SELECT * FROM usage_windows WHERE meter_id = 'bytes_sent' AND window_start = '2026-01-01T12:00:00Z'")[0];
+    let row = &workspace
+        .query("SELECT * FROM usage_windows WHERE meter_id = 'bytes_sent' AND window_start = '2026-01-01T12:00:00Z'")[0];
     assert_eq!(row["quantity"], "7");
 }
 
 #[test]
 fn invalid_utf8_in_csv_is_a_dead_letter() {
     let workspace = healthy();
-    let mut rows = b"tenant_id,id,event_name,external_customer_id,timestamp\ndemo,r1,api.call,acme,2026-01-01T12:00:00Z\ndemo,".to_vec();
+    let mut rows =
+        b"tenant_id,id,event_name,external_customer_id,timestamp\ndemo,r1,api.call,acme,2026-01-01T12:00:00Z\ndemo,".to_vec();
     rows.extend(b"\xff\xfe,api.call,acme,2026-01-01T12:00:00Z\n");
     workspace.write("events/latin.csv", rows);
     one_dead_letter(&workspace, "malformed_event", &["events/latin.csv line 3", "utf-8"]);
@@ -411,18 +431,28 @@ fn rows_refused(file: &str, head: &str, good: &str, bad: &[(&str, &str)]) {
 #[test]
 fn wrong_customers_are_refused_by_row() {
     let head = "tenant_id,customer_id,external_customer_id,valid_from,valid_to";
-    rows_refused("customers.csv", head, "demo,cus_1,acme,,", &[
-        ("demo,cus_1,acme,,", "already valid at that time by customers.csv line 2"),
-        ("demo,cus_2,acme,2026-01-01T00:00:00Z,", "already valid at that time"),
-        ("demo,cus_2,beta,2026-01-02T00:00:00Z,2026-01-02T00:00:00Z", "is not after valid_from"),
-        ("demo,cus_2,beta,soon,", "valid_from `soon`"),
-        ("demo,cus_2,,,", "`external_customer_id` is empty"),
-        (",cus_2,beta,,", "`tenant_id` is empty"),
-    ]);
-    rows_refused("customers.csv", head, "demo,cus_1,acme,2026-01-01T00:00:00Z,2026-02-01T00:00:00Z", &[
-        ("demo,cus_2,acme,2026-01-31T23:59:59Z,", "end the earlier row"),
-        ("demo,cus_2,acme,,2026-01-01T00:00:01Z", "already valid at that time"),
-    ]);
+    rows_refused(
+        "customers.csv",
+        head,
+        "demo,cus_1,acme,,",
+        &[
+            ("demo,cus_1,acme,,", "already valid at that time by customers.csv line 2"),
+            ("demo,cus_2,acme,2026-01-01T00:00:00Z,", "already valid at that time"),
+            ("demo,cus_2,beta,2026-01-02T00:00:00Z,2026-01-02T00:00:00Z", "is not after valid_from"),
+            ("demo,cus_2,beta,soon,", "valid_from `soon`"),
+            ("demo,cus_2,,,", "`external_customer_id` is empty"),
+            (",cus_2,beta,,", "`tenant_id` is empty"),
+        ],
+    );
+    rows_refused(
+        "customers.csv",
+        head,
+        "demo,cus_1,acme,2026-01-01T00:00:00Z,2026-02-01T00:00:00Z",
+        &[
+            ("demo,cus_2,acme,2026-01-31T23:59:59Z,", "end the earlier row"),
+            ("demo,cus_2,acme,,2026-01-01T00:00:01Z", "already valid at that time"),
+        ],
+    );
     let workspace = healthy();
     workspace.write("customers.csv", format!("{head}\ndemo,cus_1,acme\n"));
     run_refused(&workspace, 2, &["customers.csv", "line: 2"]);
@@ -466,41 +496,69 @@ fn wrong_customers_of_other_formats_are_refused_by_row() {
 #[test]
 fn wrong_subscriptions_are_refused_by_row() {
     let head = "tenant_id,subscription_id,customer_id,plan_id,currency,billing_period,anchor,timezone,started_at,ended_at";
-    rows_refused("subscriptions.csv", head, "demo,sub_1,cus_1,standard,USD,month,,,2026-01-01T00:00:00Z,", &[
-        ("demo,sub_1,cus_2,standard,USD,month,,,2026-01-01T00:00:00Z,", "already used by subscriptions.csv line 2"),
-        ("demo,sub_2,cus_2,standard,USS,month,,,2026-01-01T00:00:00Z,", "currency `USS` is unknown"),
-        ("demo,sub_2,cus_2,standard,usd,month,,,2026-01-01T00:00:00Z,", "currency `usd` is unknown"),
-        ("demo,sub_2,cus_2,standard,USD,fortnight,,,2026-01-01T00:00:00Z,", "billing_period `fortnight` is unknown"),
-        ("demo,sub_2,cus_2,standard,USD,month,31st,,2026-01-01T00:00:00Z,", "anchor `31st`"),
-        ("demo,sub_2,cus_2,standard,USD,month,,Berlin,2026-01-01T00:00:00Z,", "timezone `Berlin` is unknown"),
-        ("demo,sub_2,cus_2,standard,USD,month,,,,", "`started_at` is empty"),
-        ("demo,sub_2,cus_2,standard,USD,month,,,2026-01-01T00:00:00Z,2025-01-01T00:00:00Z", "is not after started_at"),
-        ("demo,sub_2,cus_2,,USD,month,,,2026-01-01T00:00:00Z,", "`plan_id` is empty"),
-    ]);
+    rows_refused(
+        "subscriptions.csv",
+        head,
+        "demo,sub_1,cus_1,standard,USD,month,,,2026-01-01T00:00:00Z,",
+        &[
+            ("demo,sub_1,cus_2,standard,USD,month,,,2026-01-01T00:00:00Z,", "already used by subscriptions.csv line 2"),
+            ("demo,sub_2,cus_2,standard,USS,month,,,2026-01-01T00:00:00Z,", "currency `USS` is unknown"),
+            ("demo,sub_2,cus_2,standard,usd,month,,,2026-01-01T00:00:00Z,", "currency `usd` is unknown"),
+            ("demo,sub_2,cus_2,standard,USD,fortnight,,,2026-01-01T00:00:00Z,", "billing_period `fortnight` is unknown"),
+            ("demo,sub_2,cus_2,standard,USD,month,31st,,2026-01-01T00:00:00Z,", "anchor `31st`"),
+            ("demo,sub_2,cus_2,standard,USD,month,,Berlin,2026-01-01T00:00:00Z,", "timezone `Berlin` is unknown"),
+            ("demo,sub_2,cus_2,standard,USD,month,,,,", "`started_at` is empty"),
+            ("demo,sub_2,cus_2,standard,USD,month,,,2026-01-01T00:00:00Z,2025-01-01T00:00:00Z", "is not after started_at"),
+            ("demo,sub_2,cus_2,,USD,month,,,2026-01-01T00:00:00Z,", "`plan_id` is empty"),
+        ],
+    );
 }
 
 #[test]
 fn wrong_meters_are_refused_by_row() {
     let good = "  - {meter_id: api_calls, event_name: api.call, aggregation: count}";
-    rows_refused("meters.yaml", "meters:", good, &[
-        ("  - {meter_id: api_calls, event_name: login, aggregation: count}", "already used by meters.yaml line 2"),
-        ("  - {meter_id: m, event_name: e, aggregation: median, property: p}", "aggregation `median` is unknown: use one of count, sum"),
-        ("  - {meter_id: m, event_name: e, aggregation: sum}", "aggregation sum needs `property`"),
-        ("  - {meter_id: m, event_name: e, aggregation: count, property: p}", "remove `property`"),
-        ("  - {meter_id: m, event_name: e, aggregation: count, window: 2h}", "window `2h` is unknown"),
-        ("  - {meter_id: m, event_name: e, aggregation: count, window: {session: {gap: 30m}}}", "not available in this version"),
-        ("  - {meter_id: m, event_name: e, aggregation: count, charge_on: month}", "charge_on `month` is unknown"),
-        ("  - {meter_id: m, event_name: e, aggregation: sum, expression: a + b}", "`expression`"),
-        ("  - {meter_id: m, event_name: e, aggregation: count, dimensions: [a, a]}", "dimension `a` is named twice"),
-        ("  - {meter_id: m, event_name: e, aggregation: count, filter: []}", "filter"),
-        ("  - {meter_id: m, event_name: e, aggregation: count, filters: [{property: p, op: like, value: x}]}", "filter op `like` is unknown"),
-        ("  - {meter_id: m, event_name: e, aggregation: count, filters: [{property: p, op: gt, value: x}]}", "needs a number"),
-        ("  - {meter_id: m, event_name: e, aggregation: count, filters: [{property: p, op: in}]}", "needs values"),
-        ("  - {meter_id: m, event_name: e, aggregation: count, filters: [{property: p, op: eq, values: [a, b]}]}", "needs one value"),
-        ("  - {meter_id: m, event_name: e, aggregation: count, filters: [{property: p, op: exists, value: a}]}", "takes no value"),
-        ("  - {meter_id: m, event_name: e, aggregation: count, filters: [{property: p, op: eq, vlaue: a}]}", "vlaue"),
-        ("  - {meter_id: m, aggregation: count}", "event_name"),
-    ]);
+    rows_refused(
+        "meters.yaml",
+        "meters:",
+        good,
+        &[
+            ("  - {meter_id: api_calls, event_name: login, aggregation: count}", "already used by meters.yaml line 2"),
+            (
+                "  - {meter_id: m, event_name: e, aggregation: median, property: p}",
+                "aggregation `median` is unknown: use one of count, sum",
+            ),
+            ("  - {meter_id: m, event_name: e, aggregation: sum}", "aggregation sum needs `property`"),
+            ("  - {meter_id: m, event_name: e, aggregation: count, property: p}", "remove `property`"),
+            ("  - {meter_id: m, event_name: e, aggregation: count, window: 2h}", "window `2h` is unknown"),
+            (
+                "  - {meter_id: m, event_name: e, aggregation: count, window: {session: {gap: 30m}}}",
+                "not available in this version",
+            ),
+            ("  - {meter_id: m, event_name: e, aggregation: count, charge_on: month}", "charge_on `month` is unknown"),
+            ("  - {meter_id: m, event_name: e, aggregation: sum, expression: a + b}", "`expression`"),
+            ("  - {meter_id: m, event_name: e, aggregation: count, dimensions: [a, a]}", "dimension `a` is named twice"),
+            ("  - {meter_id: m, event_name: e, aggregation: count, filter: []}", "filter"),
+            (
+                "  - {meter_id: m, event_name: e, aggregation: count, filters: [{property: p, op: like, value: x}]}",
+                "filter op `like` is unknown",
+            ),
+            (
+                "  - {meter_id: m, event_name: e, aggregation: count, filters: [{property: p, op: gt, value: x}]}",
+                "needs a number",
+            ),
+            ("  - {meter_id: m, event_name: e, aggregation: count, filters: [{property: p, op: in}]}", "needs values"),
+            (
+                "  - {meter_id: m, event_name: e, aggregation: count, filters: [{property: p, op: eq, values: [a, b]}]}",
+                "needs one value",
+            ),
+            (
+                "  - {meter_id: m, event_name: e, aggregation: count, filters: [{property: p, op: exists, value: a}]}",
+                "takes no value",
+            ),
+            ("  - {meter_id: m, event_name: e, aggregation: count, filters: [{property: p, op: eq, vlaue: a}]}", "vlaue"),
+            ("  - {meter_id: m, aggregation: count}", "event_name"),
+        ],
+    );
     let workspace = healthy();
     workspace.write("meters.yaml", "meters: []\n");
     run_refused(&workspace, 2, &["meters.yaml", "has no meter"]);
@@ -514,33 +572,72 @@ fn wrong_prices_are_refused_by_row() {
     let good = format!("  - {{price_id: a, {PRICE}, valid_to: 2026-01-01, model: per_unit, unit_amount: \"1\"}}");
     let bad = [
         ("price_id: a, valid_from: 2026-01-01, model: per_unit, unit_amount: \"1\"", "`a` is already used by prices.yaml line 2"),
-        ("price_id: b, valid_from: 2025-12-31, model: per_unit, unit_amount: \"1\"", "`b` is valid at the same time as `a` (prices.yaml line 2)"),
-        ("price_id: b, valid_from: 2026-01-02, valid_to: 2026-01-01, model: per_unit, unit_amount: \"1\"", "is not after valid_from"),
+        (
+            "price_id: b, valid_from: 2025-12-31, model: per_unit, unit_amount: \"1\"",
+            "`b` is valid at the same time as `a` (prices.yaml line 2)",
+        ),
+        (
+            "price_id: b, valid_from: 2026-01-02, valid_to: 2026-01-01, model: per_unit, unit_amount: \"1\"",
+            "is not after valid_from",
+        ),
         ("price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: 0.01", "0.01"),
         ("price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1,5\"", "1,5"),
         ("price_id: b, valid_from: 2026-01-02, model: per_unit", "model per_unit needs `unit_amount`"),
-        ("price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", rate_percent: \"3\"", "`rate_percent` does not belong"),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", rate_percent: \"3\"",
+            "`rate_percent` does not belong",
+        ),
         ("price_id: b, valid_from: 2026-01-02, model: per_units, unit_amount: \"1\"", "model `per_units` is unknown"),
         ("price_id: b, valid_from: 2026-01-02, model: flat, amount: \"1\"", "model flat is not available"),
-        ("price_id: b, valid_from: 2026-01-02, model: package, package_size: \"0\", amount: \"1\"", "package_size must be greater than zero"),
-        ("price_id: b, valid_from: 2026-01-02, model: package, package_size: \"10\", amount: \"1\", round: half", "round `half` must be up or down"),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: package, package_size: \"0\", amount: \"1\"",
+            "package_size must be greater than zero",
+        ),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: package, package_size: \"10\", amount: \"1\", round: half",
+            "round `half` must be up or down",
+        ),
         ("price_id: b, valid_from: 2026-01-02, model: graduated", "model graduated needs `tiers`"),
         ("price_id: b, valid_from: 2026-01-02, model: graduated, tiers: []", "needs `tiers`"),
         ("price_id: b, valid_from: 2026-01-02, model: graduated, tiers: [{up_to: \"5\", unit_amount: \"1\"}]", "`up_to: null`"),
-        ("price_id: b, valid_from: 2026-01-02, model: volume, tiers: [{up_to: \"9\", unit_amount: \"1\"}, {up_to: \"9\", unit_amount: \"1\"}, {up_to: null, unit_amount: \"1\"}]", "tiers are out of order: tier 2 ends at 9"),
-        ("price_id: b, valid_from: 2026-01-02, model: graduated, tiers: [{up_to: null, unit_amount: \"1\"}, {up_to: null, unit_amount: \"1\"}]", "tier 1 has `up_to: null`, but is not the last"),
-        ("price_id: b, valid_from: 2026-01-02, model: graduated, tiers: [{up_to: \"-1\", unit_amount: \"1\"}, {up_to: null, unit_amount: \"1\"}]", "out of order"),
-        ("price_id: b, valid_from: 2026-01-02, model: graduated, tiers: [{up_to: null}]", "tier 1 needs unit_amount or flat_amount"),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: volume, tiers: [{up_to: \"9\", unit_amount: \"1\"}, {up_to: \"9\", unit_amount: \"1\"}, {up_to: null, unit_amount: \"1\"}]",
+            "tiers are out of order: tier 2 ends at 9",
+        ),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: graduated, tiers: [{up_to: null, unit_amount: \"1\"}, {up_to: null, unit_amount: \"1\"}]",
+            "tier 1 has `up_to: null`, but is not the last",
+        ),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: graduated, tiers: [{up_to: \"-1\", unit_amount: \"1\"}, {up_to: null, unit_amount: \"1\"}]",
+            "out of order",
+        ),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: graduated, tiers: [{up_to: null}]",
+            "tier 1 needs unit_amount or flat_amount",
+        ),
         ("price_id: b, valid_from: 2026-01-02, model: graduated, tiers: [{up_to: null, unit_amout: \"1\"}]", "unit_amout"),
-        ("price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", free_units: \"-1\"", "free_units is negative"),
-        ("price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", match: {region: eu}", "`region`, which is no dimension of meter `api_calls`"),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", free_units: \"-1\"",
+            "free_units is negative",
+        ),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", match: {region: eu}",
+            "`region`, which is no dimension of meter `api_calls`",
+        ),
         ("price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", minimum_amount: \"5\"", "`minimum_amount`"),
         ("price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", unit_price: \"5\"", "unit_price"),
     ];
     let rows: Vec<_> = bad.iter().map(|(row, says)| (format!("  - {{{PRICE}, {row}}}"), *says)).collect();
     let mut rows: Vec<_> = rows.iter().map(|(row, says)| (row.as_str(), *says)).collect();
-    rows.push(("  - {price_id: b, plan_id: standard, meter_id: calls, currency: USD, model: per_unit, unit_amount: \"1\"}", "names meter `calls`, which is not in the meters table"));
-    rows.push(("  - {price_id: b, plan_id: standard, meter_id: api_calls, currency: XYZ, model: per_unit, unit_amount: \"1\"}", "currency `XYZ` is unknown"));
+    rows.push((
+        "  - {price_id: b, plan_id: standard, meter_id: calls, currency: USD, model: per_unit, unit_amount: \"1\"}",
+        "names meter `calls`, which is not in the meters table",
+    ));
+    rows.push((
+        "  - {price_id: b, plan_id: standard, meter_id: api_calls, currency: XYZ, model: per_unit, unit_amount: \"1\"}",
+        "currency `XYZ` is unknown",
+    ));
     rows_refused("prices.yaml", "prices:", &good, &rows);
 }
 
@@ -575,7 +672,9 @@ fn an_unknown_plan_or_customer_is_only_a_warning() {
     workspace.write("subscriptions.csv", rows);
     let check = workspace.trueup(&["check", "job.yaml"]);
     assert_eq!(check.code, 0, "{check:?}");
-    for warning in ["plan `premium` has subscriptions but no price", "subscription `sub_9` belongs to customer `cus_9` of tenant `demo`"] {
+    for warning in
+        ["plan `premium` has subscriptions but no price", "subscription `sub_9` belongs to customer `cus_9` of tenant `demo`"]
+    {
         assert!(check.stdout.contains(warning), "{}", check.stdout);
     }
     let run = workspace.run(&[]);
@@ -647,7 +746,8 @@ fn a_store_that_cannot_be_written_is_refused() {
 #[track_caller]
 fn store_refused(workspace: &Workspace, says: &[&str]) {
     let before = fs::read(workspace.path("trueup.db")).unwrap();
-    for command in [&["run"][..], &["plan"], &["verify"], &["runs"], &["dead-letters"], &["check"], &["export", "usage_windows"]] {
+    for command in [&["run"][..], &["plan"], &["verify"], &["runs"], &["dead-letters"], &["check"], &["export", "usage_windows"]]
+    {
         let mut arguments = vec![command[0], "job.yaml"];
         arguments.extend(&command[1..]);
         let outcome = workspace.trueup(&arguments);
@@ -702,7 +802,13 @@ fn values_that_no_store_of_ours_holds_are_an_error() {
 #[test]
 fn two_runs_at_once_are_refused() {
     let workspace = healthy();
-    let lock = File::options().read(true).write(true).create(true).truncate(false).open(workspace.path("trueup.db.my_usage.lock")).unwrap();
+    let lock = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(workspace.path("trueup.db.my_usage.lock"))
+        .unwrap();
     lock.try_lock().unwrap();
     refused(&workspace, &["run", "job.yaml"], 6, &["job my_usage is already running", "trueup.db.my_usage.lock"]);
     // Who only reads does not wait.
@@ -716,7 +822,9 @@ fn two_runs_at_once_are_refused() {
 fn a_change_beyond_the_guard_needs_a_yes() {
     let workspace = healthy();
     workspace.edit("prices.yaml", "unit_amount: \"0.000001\"", "unit_amount: \"0.000002\"");
-    for (guard, says) in [("max_changed_rows: \"10%\"", "max_changed_rows 10%"), ("max_cost_change: 0.001", "max_cost_change 0.001")] {
+    for (guard, says) in
+        [("max_changed_rows: \"10%\"", "max_changed_rows 10%"), ("max_cost_change: 0.001", "max_cost_change 0.001")]
+    {
         let whole = workspace.read("job.yaml");
         workspace.write("job.yaml", format!("{whole}guard: {{{guard}}}\n"));
         refused(&workspace, &["run", "job.yaml"], 8, &["guard:", says, "Nothing was published", "cus_1", "--yes"]);

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
+use trueup::model::timestamp::{MINUTE, Timestamp};
 
 use crate::support::{Row, Workspace};
 
@@ -85,7 +86,9 @@ fn shop() -> Workspace {
 fn graduated() -> Workspace {
     let workspace = shop();
     workspace.write("prices.yaml", PRICES.replace("model: per_unit, unit_amount: \"0.5\"", TIERS));
-    let lines: String = (10..14).map(|hour| event("t1", &format!("e{hour}"), "ca", &format!("2026-01-10T{hour}:00:00Z"), "2026-01-11", "4")).collect();
+    let lines: String = (10..14)
+        .map(|hour| event("t1", &format!("e{hour}"), "ca", &format!("2026-01-10T{hour}:00:00Z"), "2026-01-11", "4"))
+        .collect();
     workspace.write("events/first.ndjson", lines);
     workspace.run(&[]);
     workspace
@@ -112,16 +115,22 @@ fn changes_only(arguments: &[&str], names: impl Fn(&[&str; 4]) -> bool) {
     workspace.write("events/late.ndjson", everywhere("late", "2026-02-07T00:00:00Z", "3"));
     let run = workspace.run(arguments);
     let after = windows(&workspace);
-    let changed: BTreeSet<_> = after.iter().filter(|(key, row)| before.get(*key) != Some(*row)).map(|(key, _)| key.clone()).collect();
+    let changed: BTreeSet<_> =
+        after.iter().filter(|(key, row)| before.get(*key) != Some(*row)).map(|(key, _)| key.clone()).collect();
     let named: BTreeSet<_> = before.keys().filter(|key| names(&key.each_ref().map(String::as_str))).cloned().collect();
     assert!(!named.is_empty() && named.len() < before.len());
     assert_eq!(changed, named, "{arguments:?}");
     assert_eq!(run["rows"]["updated"], named.len());
     // Everything in range is counted, everything else is out of range.
     let events = &run["events"];
-    assert_eq!(events["read"].as_u64().unwrap(), events["metered"].as_u64().unwrap() + events["out_of_range"].as_u64().unwrap(), "{events}");
+    assert_eq!(
+        events["read"].as_u64().unwrap(),
+        events["metered"].as_u64().unwrap() + events["out_of_range"].as_u64().unwrap(),
+        "{events}"
+    );
     // The ledger names the same rows.
-    let corrections = workspace.query(&format!("SELECT * FROM corrections WHERE run_id = {}", run["run_id"].to_string().replace('"', "'")));
+    let corrections =
+        workspace.query(&format!("SELECT * FROM corrections WHERE run_id = {}", run["run_id"].to_string().replace('"', "'")));
     assert_eq!(corrections.len(), named.len());
     // What was left out comes with the next full run, and nothing else.
     assert_eq!(workspace.run(&[])["rows"]["updated"], before.len() - named.len());
@@ -162,8 +171,8 @@ fn a_tenant_a_customer_and_a_meter_narrow_a_run() {
 #[test]
 fn the_last_days_reach_back_from_now() {
     let workspace = shop();
-    let now = chrono::Utc::now();
-    let at = |hours: i64| (now - chrono::Duration::hours(hours)).format("%Y-%m-%dT%H:%M:%SZ").to_string();
+    let now = trueup::clock::now().nanos();
+    let at = |hours: i64| Timestamp::from_nanos(now - hours * 60 * MINUTE).to_string();
     let lines: String = [1, 47, 80].map(|hours| event("t1", &format!("h{hours}"), "ca", &at(hours), &at(0), "1")).concat();
     workspace.write("events/recent.ndjson", lines);
     let run = workspace.run(&["--last", "2d", "--meter", "calls"]);
@@ -179,7 +188,10 @@ fn corrections(workspace: &Workspace, run: &Value) -> Vec<String> {
     let rows = workspace.query(&format!("SELECT * FROM corrections WHERE run_id = '{}'", run["run_id"].as_str().unwrap()));
     let line = |row: &Row| {
         let hour = row["window_start"].get(11..16).unwrap();
-        format!("{} {} {hour} {} {} {}->{}", row["subscription_id"], row["meter_id"], row["kind"], row["causes"], row["cost_before"], row["cost_after"])
+        format!(
+            "{} {} {hour} {} {} {}->{}",
+            row["subscription_id"], row["meter_id"], row["kind"], row["causes"], row["cost_before"], row["cost_after"]
+        )
     };
     let mut lines: Vec<_> = rows.iter().map(line).collect();
     lines.sort();
@@ -200,58 +212,68 @@ fn corrects(workspace: &Workspace, expected: &[&str]) {
 fn the_first_run_computes_everything_for_the_first_time() {
     let workspace = graduated();
     let run = json!({"run_id": workspace.query("SELECT run_id FROM runs")[0]["run_id"]});
-    assert_eq!(corrections(&workspace, &run), [
-        r#"s_ca calls 10:00 insert {"first_computation":1} ->1"#,
-        r#"s_ca calls 11:00 insert {"first_computation":1} ->1"#,
-        r#"s_ca calls 12:00 insert {"first_computation":1} ->1"#,
-        r#"s_ca calls 13:00 insert {"first_computation":1} ->1"#,
-        r#"s_ca tokens 10:00 insert {"first_computation":1} ->4"#,
-        r#"s_ca tokens 11:00 insert {"first_computation":1} ->4"#,
-        r#"s_ca tokens 12:00 insert {"first_computation":1} ->3"#,
-        r#"s_ca tokens 13:00 insert {"first_computation":1} ->2"#,
-    ]);
+    assert_eq!(
+        corrections(&workspace, &run),
+        [
+            r#"s_ca calls 10:00 insert {"first_computation":1} ->1"#,
+            r#"s_ca calls 11:00 insert {"first_computation":1} ->1"#,
+            r#"s_ca calls 12:00 insert {"first_computation":1} ->1"#,
+            r#"s_ca calls 13:00 insert {"first_computation":1} ->1"#,
+            r#"s_ca tokens 10:00 insert {"first_computation":1} ->4"#,
+            r#"s_ca tokens 11:00 insert {"first_computation":1} ->4"#,
+            r#"s_ca tokens 12:00 insert {"first_computation":1} ->3"#,
+            r#"s_ca tokens 13:00 insert {"first_computation":1} ->2"#,
+        ]
+    );
 }
 
 #[test]
 fn an_event_that_comes_later_is_late_and_shifts_tiers() {
     let workspace = graduated();
     workspace.write("events/late.ndjson", event("t1", "late", "ca", "2026-01-10T11:59:59.999999999Z", "2026-01-12", "1"));
-    corrects(&workspace, &[
-        r#"s_ca calls 11:00 update {"late_event":1} 1->2"#,
-        r#"s_ca tokens 11:00 update {"late_event":1} 4->5"#,
-        r#"s_ca tokens 12:00 update {"tier_shift":1} 3->2.5"#,
-    ]);
+    corrects(
+        &workspace,
+        &[
+            r#"s_ca calls 11:00 update {"late_event":1} 1->2"#,
+            r#"s_ca tokens 11:00 update {"late_event":1} 4->5"#,
+            r#"s_ca tokens 12:00 update {"tier_shift":1} 3->2.5"#,
+        ],
+    );
     // Where there was nothing before; two at once.
-    let lines = event("t1", "l2", "cb", "2026-01-10T12:00:00Z", "2026-01-13", "1") + &event("t1", "l3", "cb", "2026-01-10T12:30:00Z", "2026-01-13", "1");
+    let lines = event("t1", "l2", "cb", "2026-01-10T12:00:00Z", "2026-01-13", "1")
+        + &event("t1", "l3", "cb", "2026-01-10T12:30:00Z", "2026-01-13", "1");
     workspace.write("events/later.ndjson", lines);
-    corrects(&workspace, &[
-        r#"s_cb calls 12:00 insert {"late_event":2} ->2"#,
-        r#"s_cb tokens 12:00 insert {"late_event":2} ->2"#,
-    ]);
+    corrects(
+        &workspace,
+        &[r#"s_cb calls 12:00 insert {"late_event":2} ->2"#, r#"s_cb tokens 12:00 insert {"late_event":2} ->2"#],
+    );
     // A window that no run has covered before is computed for the first time.
     workspace.write("events/new.ndjson", event("t1", "n", "ca", "2026-01-10T20:00:00Z", "2026-01-14", "1"));
-    corrects(&workspace, &[
-        r#"s_ca calls 20:00 insert {"first_computation":1} ->1"#,
-        r#"s_ca tokens 20:00 insert {"first_computation":1} ->0.5"#,
-    ]);
+    corrects(
+        &workspace,
+        &[r#"s_ca calls 20:00 insert {"first_computation":1} ->1"#, r#"s_ca tokens 20:00 insert {"first_computation":1} ->0.5"#],
+    );
 }
 
 #[test]
 fn an_event_sent_again_with_other_content_is_amended() {
     let workspace = graduated();
     workspace.write("events/amended.ndjson", event("t1", "e10", "ca", "2026-01-10T10:00:00Z", "2026-01-12", "5"));
-    corrects(&workspace, &[
-        r#"s_ca tokens 10:00 update {"event_amended":1} 4->5"#,
-        r#"s_ca tokens 12:00 update {"tier_shift":1} 3->2.5"#,
-    ]);
+    corrects(
+        &workspace,
+        &[r#"s_ca tokens 10:00 update {"event_amended":1} 4->5"#, r#"s_ca tokens 12:00 update {"tier_shift":1} 3->2.5"#],
+    );
     // Into another window: both sides are amended.
     workspace.write("events/moved.ndjson", event("t1", "e13", "cb", "2026-01-10T11:30:00Z", "2026-01-13", "4"));
-    corrects(&workspace, &[
-        r#"s_ca calls 13:00 retract {"event_amended":1} 1->"#,
-        r#"s_ca tokens 13:00 retract {"event_amended":1} 2->"#,
-        r#"s_cb calls 11:00 insert {"event_amended":1} ->1"#,
-        r#"s_cb tokens 11:00 insert {"event_amended":1} ->4"#,
-    ]);
+    corrects(
+        &workspace,
+        &[
+            r#"s_ca calls 13:00 retract {"event_amended":1} 1->"#,
+            r#"s_ca tokens 13:00 retract {"event_amended":1} 2->"#,
+            r#"s_cb calls 11:00 insert {"event_amended":1} ->1"#,
+            r#"s_cb tokens 11:00 insert {"event_amended":1} ->4"#,
+        ],
+    );
 }
 
 #[test]
@@ -266,41 +288,57 @@ fn a_voided_event_is_taken_back() {
     let workspace = graduated();
     workspace.write("events/extra.ndjson", event("t1", "x", "ca", "2026-01-10T10:30:00Z", "2026-01-12", "1"));
     workspace.run(&[]);
-    let void = |id: &str| format!(r#"{{"tenant_id":"t1","id":"{id}","deleted":true,"timestamp":"2026-01-10T12:00:00Z","ingested_at":"2026-01-13"}}"#);
+    let void = |id: &str| {
+        format!(
+            r#"{{"tenant_id":"t1","id":"{id}","deleted":true,"timestamp":"2026-01-10T12:00:00Z","ingested_at":"2026-01-13"}}"#
+        )
+    };
     workspace.write("events/voids.ndjson", void("x") + "\n" + &void("e12"));
-    corrects(&workspace, &[
-        r#"s_ca calls 10:00 update {"event_voided":1} 2->1"#,
-        r#"s_ca calls 12:00 retract {"event_voided":1} 1->"#,
-        r#"s_ca tokens 10:00 update {"event_voided":1} 5->4"#,
-        r#"s_ca tokens 12:00 retract {"event_voided":1} 2.5->"#,
-        r#"s_ca tokens 13:00 update {"tier_shift":1} 2->3"#,
-    ]);
+    corrects(
+        &workspace,
+        &[
+            r#"s_ca calls 10:00 update {"event_voided":1} 2->1"#,
+            r#"s_ca calls 12:00 retract {"event_voided":1} 1->"#,
+            r#"s_ca tokens 10:00 update {"event_voided":1} 5->4"#,
+            r#"s_ca tokens 12:00 retract {"event_voided":1} 2.5->"#,
+            r#"s_ca tokens 13:00 update {"tier_shift":1} 2->3"#,
+        ],
+    );
 }
 
 #[test]
 fn a_changed_price_is_the_only_cause_where_it_alone_changed() {
     let workspace = graduated();
     workspace.edit("prices.yaml", "up_to: \"10\", unit_amount: \"1\"", "up_to: \"10\", unit_amount: \"2\"");
-    corrects(&workspace, &[
-        r#"s_ca tokens 10:00 update {"price_changed":1} 4->8"#,
-        r#"s_ca tokens 11:00 update {"price_changed":1} 4->8"#,
-        r#"s_ca tokens 12:00 update {"price_changed":1} 3->5"#,
-    ]);
+    corrects(
+        &workspace,
+        &[
+            r#"s_ca tokens 10:00 update {"price_changed":1} 4->8"#,
+            r#"s_ca tokens 11:00 update {"price_changed":1} 4->8"#,
+            r#"s_ca tokens 12:00 update {"price_changed":1} 3->5"#,
+        ],
+    );
     // With a late event: its own window has both causes, later ones the price.
     workspace.edit("prices.yaml", "up_to: \"10\", unit_amount: \"2\"", "up_to: \"10\", unit_amount: \"1\"");
     workspace.write("events/late.ndjson", event("t1", "late", "ca", "2026-01-10T11:30:00Z", "2026-01-12", "1"));
-    corrects(&workspace, &[
-        r#"s_ca calls 11:00 update {"late_event":1} 1->2"#,
-        r#"s_ca tokens 10:00 update {"price_changed":1} 8->4"#,
-        r#"s_ca tokens 11:00 update {"late_event":1,"price_changed":1} 8->5"#,
-        r#"s_ca tokens 12:00 update {"price_changed":1} 5->2.5"#,
-    ]);
+    corrects(
+        &workspace,
+        &[
+            r#"s_ca calls 11:00 update {"late_event":1} 1->2"#,
+            r#"s_ca tokens 10:00 update {"price_changed":1} 8->4"#,
+            r#"s_ca tokens 11:00 update {"late_event":1,"price_changed":1} 8->5"#,
+            r#"s_ca tokens 12:00 update {"price_changed":1} 5->2.5"#,
+        ],
+    );
     workspace.write("events/later.ndjson", event("t1", "later", "ca", "2026-01-10T11:31:00Z", "2026-01-13", "1"));
-    corrects(&workspace, &[
-        r#"s_ca calls 11:00 update {"late_event":1} 2->3"#,
-        r#"s_ca tokens 11:00 update {"late_event":1} 5->6"#,
-        r#"s_ca tokens 12:00 update {"tier_shift":1} 2.5->2"#,
-    ]);
+    corrects(
+        &workspace,
+        &[
+            r#"s_ca calls 11:00 update {"late_event":1} 2->3"#,
+            r#"s_ca tokens 11:00 update {"late_event":1} 5->6"#,
+            r#"s_ca tokens 12:00 update {"tier_shift":1} 2.5->2"#,
+        ],
+    );
 }
 
 #[test]
@@ -308,7 +346,10 @@ fn a_new_price_id_moves_its_windows() {
     let workspace = graduated();
     workspace.edit("prices.yaml", "price_id: p_tokens", "price_id: p_tokens_2");
     let run = workspace.run(&[]);
-    assert_eq!((&run["rows"]["inserted"], &run["rows"]["retracted"], &run["causes"]), (&json!(4), &json!(4), &json!({"price_changed": 8})));
+    assert_eq!(
+        (&run["rows"]["inserted"], &run["rows"]["retracted"], &run["causes"]),
+        (&json!(4), &json!(4), &json!({"price_changed": 8}))
+    );
     assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
 }
 
@@ -316,26 +357,35 @@ fn a_new_price_id_moves_its_windows() {
 fn a_changed_meter_is_named() {
     let workspace = graduated();
     workspace.edit("meters.yaml", "aggregation: count", "aggregation: count, filters: [{property: value, op: gt, value: 4}]");
-    corrects(&workspace, &[
-        r#"s_ca calls 10:00 retract {"meter_changed":1} 1->"#,
-        r#"s_ca calls 11:00 retract {"meter_changed":1} 1->"#,
-        r#"s_ca calls 12:00 retract {"meter_changed":1} 1->"#,
-        r#"s_ca calls 13:00 retract {"meter_changed":1} 1->"#,
-    ]);
+    corrects(
+        &workspace,
+        &[
+            r#"s_ca calls 10:00 retract {"meter_changed":1} 1->"#,
+            r#"s_ca calls 11:00 retract {"meter_changed":1} 1->"#,
+            r#"s_ca calls 12:00 retract {"meter_changed":1} 1->"#,
+            r#"s_ca calls 13:00 retract {"meter_changed":1} 1->"#,
+        ],
+    );
     workspace.edit("meters.yaml", "op: gt, value: 4", "op: gte, value: 4");
-    corrects(&workspace, &[
-        r#"s_ca calls 10:00 insert {"meter_changed":1} ->1"#,
-        r#"s_ca calls 11:00 insert {"meter_changed":1} ->1"#,
-        r#"s_ca calls 12:00 insert {"meter_changed":1} ->1"#,
-        r#"s_ca calls 13:00 insert {"meter_changed":1} ->1"#,
-    ]);
+    corrects(
+        &workspace,
+        &[
+            r#"s_ca calls 10:00 insert {"meter_changed":1} ->1"#,
+            r#"s_ca calls 11:00 insert {"meter_changed":1} ->1"#,
+            r#"s_ca calls 12:00 insert {"meter_changed":1} ->1"#,
+            r#"s_ca calls 13:00 insert {"meter_changed":1} ->1"#,
+        ],
+    );
     // From a sum to a greatest value: later windows cost nothing more.
     workspace.edit("meters.yaml", "aggregation: sum", "aggregation: max");
-    corrects(&workspace, &[
-        r#"s_ca tokens 11:00 update {"meter_changed":1} 4->0"#,
-        r#"s_ca tokens 12:00 update {"meter_changed":1} 3->0"#,
-        r#"s_ca tokens 13:00 update {"meter_changed":1} 2->0"#,
-    ]);
+    corrects(
+        &workspace,
+        &[
+            r#"s_ca tokens 11:00 update {"meter_changed":1} 4->0"#,
+            r#"s_ca tokens 12:00 update {"meter_changed":1} 3->0"#,
+            r#"s_ca tokens 13:00 update {"meter_changed":1} 2->0"#,
+        ],
+    );
 }
 
 #[test]
@@ -343,7 +393,10 @@ fn a_customer_that_moves_is_named_on_both_sides() {
     let workspace = graduated();
     workspace.edit("customers.csv", "t1,ca,ca", "t1,cb,ca");
     let run = workspace.run(&[]);
-    assert_eq!((&run["rows"]["inserted"], &run["rows"]["retracted"], &run["causes"]), (&json!(8), &json!(8), &json!({"customer_changed": 16})));
+    assert_eq!(
+        (&run["rows"]["inserted"], &run["rows"]["retracted"], &run["causes"]),
+        (&json!(8), &json!(8), &json!({"customer_changed": 16}))
+    );
     assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
 }
 
@@ -353,7 +406,17 @@ fn a_changed_subscription_is_named() {
     workspace.edit("subscriptions.csv", "t1,s_ca,ca,pro,EUR,month,2025-01-01", "t1,s_ca,ca,pro,EUR,month,2026-01-10T12:00:00Z");
     let run = workspace.run(&[]);
     let causes: Vec<_> = corrections(&workspace, &run).iter().map(|line| line.split(" {").next().unwrap().to_owned()).collect();
-    assert_eq!(causes, ["s_ca calls 10:00 retract", "s_ca calls 11:00 retract", "s_ca tokens 10:00 retract", "s_ca tokens 11:00 retract", "s_ca tokens 12:00 update", "s_ca tokens 13:00 update"]);
+    assert_eq!(
+        causes,
+        [
+            "s_ca calls 10:00 retract",
+            "s_ca calls 11:00 retract",
+            "s_ca tokens 10:00 retract",
+            "s_ca tokens 11:00 retract",
+            "s_ca tokens 12:00 update",
+            "s_ca tokens 13:00 update"
+        ]
+    );
     assert_eq!(run["causes"], json!({"subscription_changed": 4, "tier_shift": 2}));
     assert_eq!(run["dead_letters"], json!({"no_active_subscription": 2}));
 }
@@ -365,10 +428,10 @@ fn a_changed_job_is_named() {
     workspace.run(&[]);
     let job = workspace.read("job.yaml") + "deduplicate: {keep: first}\n";
     workspace.write("job.yaml", job);
-    corrects(&workspace, &[
-        r#"s_ca tokens 10:00 update {"job_changed":1} 5->4"#,
-        r#"s_ca tokens 12:00 update {"tier_shift":1} 2.5->3"#,
-    ]);
+    corrects(
+        &workspace,
+        &[r#"s_ca tokens 10:00 update {"job_changed":1} 5->4"#, r#"s_ca tokens 12:00 update {"tier_shift":1} 2.5->3"#],
+    );
     // Other windows altogether.
     workspace.edit("job.yaml", "window: hour", "window: day");
     let run = workspace.run(&[]);
@@ -398,8 +461,8 @@ fn a_file_that_vanishes_takes_its_events_back() {
     workspace.write("events/extra.ndjson", event("t1", "x", "ca", "2026-01-10T13:30:00Z", "2026-01-12", "1"));
     workspace.run(&[]);
     std::fs::remove_file(workspace.path("events/extra.ndjson")).unwrap();
-    corrects(&workspace, &[
-        r#"s_ca calls 13:00 update {"event_voided":1} 2->1"#,
-        r#"s_ca tokens 13:00 update {"event_voided":1} 2.5->2"#,
-    ]);
+    corrects(
+        &workspace,
+        &[r#"s_ca calls 13:00 update {"event_voided":1} 2->1"#, r#"s_ca tokens 13:00 update {"event_voided":1} 2.5->2"#],
+    );
 }

@@ -332,7 +332,9 @@ fn a_sound_store_verifies() {
 #[test]
 fn a_window_changed_by_hand_is_drift() {
     let workspace = published();
-    workspace.tamper("UPDATE usage_windows SET quantity = '2001' WHERE meter_id = 'bytes_sent' AND window_start = '2026-01-01T09:00:00Z'");
+    workspace.tamper(
+        "UPDATE usage_windows SET quantity = '2001' WHERE meter_id = 'bytes_sent' AND window_start = '2026-01-01T09:00:00Z'",
+    );
     let before = workspace.dump();
     assert_snapshot!(shown(&workspace, 3, &["verify", "job.yaml"]), @r"
     trueup verify my_usage: 1 window differ from the events (0 missing, 1 wrong, 0 too many), 0 periods wrong, 1 finding in the ledger
@@ -372,7 +374,10 @@ fn drift(tampering: &str, says: &[&str]) -> Workspace {
 
 #[test]
 fn altered_windows_are_drift() {
-    drift("UPDATE usage_windows SET cost = '9' WHERE meter_id = 'seats'", &["demo / sub_1 / seats / 2026-01-01T00:00:00Z", "should be"]);
+    drift(
+        "UPDATE usage_windows SET cost = '9' WHERE meter_id = 'seats'",
+        &["demo / sub_1 / seats / 2026-01-01T00:00:00Z", "should be"],
+    );
     drift("UPDATE usage_windows SET event_count = 7 WHERE meter_id = 'seats'", &["demo / sub_1 / seats / 2026-01-01T00:00:00Z"]);
     drift("DELETE FROM usage_windows WHERE meter_id = 'seats'", &["demo / sub_1 / seats", "in the ledger, but not in the table"]);
     drift(
@@ -392,11 +397,20 @@ fn altered_periods_are_drift() {
 #[test]
 fn an_altered_ledger_is_drift() {
     const DIGEST: &str = "its ledger digest does not match its corrections";
-    drift("UPDATE corrections SET quantity_after = '2001' WHERE kind = 'update' AND quantity_after = '2000'", &["corrections", DIGEST]);
+    drift(
+        "UPDATE corrections SET quantity_after = '2001' WHERE kind = 'update' AND quantity_after = '2000'",
+        &["corrections", DIGEST],
+    );
     drift("UPDATE corrections SET causes = '{\"late_event\":1}' WHERE kind = 'update'", &[DIGEST]);
     drift("DELETE FROM corrections WHERE kind = 'update' AND quantity_after = '64'", &[DIGEST]);
-    drift("UPDATE corrections SET run_id = 'nobody' WHERE kind = 'update'", &["belongs to run nobody, which is not in runs", DIGEST]);
-    drift("UPDATE runs SET ledger_digest = 'x' || ledger_digest WHERE run_id = (SELECT min(run_id) FROM runs)", &["runs", DIGEST]);
+    drift(
+        "UPDATE corrections SET run_id = 'nobody' WHERE kind = 'update'",
+        &["belongs to run nobody, which is not in runs", DIGEST],
+    );
+    drift(
+        "UPDATE runs SET ledger_digest = 'x' || ledger_digest WHERE run_id = (SELECT min(run_id) FROM runs)",
+        &["runs", DIGEST],
+    );
     drift("DELETE FROM runs WHERE run_id = (SELECT min(run_id) FROM runs)", &["which is not in runs", DIGEST]);
 }
 
@@ -448,7 +462,8 @@ fn runs_are_listed_the_last_one_first() {
     ");
     let outcome = workspace.trueup(&["runs", "job.yaml", "--output", "json"]);
     let runs = document(&outcome)["runs"].clone();
-    let statuses: Vec<_> = runs.as_array().unwrap().iter().map(|run| (run["status"].clone(), run["counts"]["rows"]["inserted"].clone())).collect();
+    let statuses: Vec<_> =
+        runs.as_array().unwrap().iter().map(|run| (run["status"].clone(), run["counts"]["rows"]["inserted"].clone())).collect();
     assert_eq!(statuses, [(json!("succeeded"), json!(7)), (json!("succeeded"), json!(0))]);
 }
 
@@ -621,7 +636,14 @@ fn every_table_is_exported_as_parquet() {
                     _ => column.as_string::<i32>().value(row).to_owned(),
                 };
                 let schema = batch.schema();
-                rows.push(schema.fields().iter().zip(batch.columns()).map(|(field, column)| (field.name().clone(), cell(column))).collect());
+                rows.push(
+                    schema
+                        .fields()
+                        .iter()
+                        .zip(batch.columns())
+                        .map(|(field, column)| (field.name().clone(), cell(column)))
+                        .collect(),
+                );
             }
         }
         assert_eq!(sorted(rows), sorted(workspace.query(&format!("SELECT * FROM {table}"))), "{table}");

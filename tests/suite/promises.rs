@@ -62,7 +62,8 @@ const PRICES: &str = r#"prices:
 
 /// By month, week, day, from an anchor that clamps, and a change of plan within the
 /// hour of the clock change.
-const SUBSCRIPTIONS: &str = "tenant_id,subscription_id,customer_id,plan_id,currency,billing_period,anchor,timezone,started_at,ended_at
+const SUBSCRIPTIONS: &str =
+    "tenant_id,subscription_id,customer_id,plan_id,currency,billing_period,anchor,timezone,started_at,ended_at
 ta,s0,c0,pro,EUR,month,,Europe/Berlin,2025-01-01,
 ta,s1,c1,basic,USD,week,,,2025-01-01,
 ta,s2a,c2,pro,EUR,month,,,2025-01-01,2026-03-29T01:00:00Z
@@ -93,8 +94,12 @@ impl Settings {
         workspace.write("meters.yaml", METERS);
         workspace.write("prices.yaml", PRICES.replace("FACTOR", &self.factor.to_string()));
         workspace.write("subscriptions.csv", SUBSCRIPTIONS);
-        let rows = ["ta,c0,x0,,", &format!("ta,{},x1,,", self.owner), "ta,c2,x2,,", "tb,c0,x0,,", "tb,c1,x1,,2026-04-10T00:00:00Z"];
-        workspace.write("customers.csv", format!("tenant_id,customer_id,external_customer_id,valid_from,valid_to\n{}\n", rows.join("\n")));
+        let rows =
+            ["ta,c0,x0,,", &format!("ta,{},x1,,", self.owner), "ta,c2,x2,,", "tb,c0,x0,,", "tb,c1,x1,,2026-04-10T00:00:00Z"];
+        workspace.write(
+            "customers.csv",
+            format!("tenant_id,customer_id,external_customer_id,valid_from,valid_to\n{}\n", rows.join("\n")),
+        );
         for store in ["trueup", "fresh"] {
             let job = format!(
                 "version: 1\njob: made_up\ntimezone: {}\nsource: {{kind: files, paths: [\"events/*\"]}}\ndeduplicate: {{keep: {}}}\nreference:\n  \
@@ -162,18 +167,20 @@ fn event() -> impl Strategy<Value = Event> {
     let tenants = prop_oneof![2 => Just("ta"), 1 => Just("tb")];
     let who = (tenants, 0u8..50, names, prop_oneof![20 => 0u8..3, 1 => Just(9u8)]);
     let what = (prop_oneof![10 => 0usize..8, 1 => 8usize..10], 0usize..4, 0u8..4, prop::bool::weighted(0.08));
-    (who, minute, 0i64..30, what).prop_map(|((tenant, id, name, external_id), minute, ingested_hour, (value, model, user, deleted))| Event {
-        tenant,
-        id,
-        name,
-        external_id,
-        minute,
-        ingested_hour,
-        value,
-        model,
-        user,
-        deleted,
-    })
+    (who, minute, 0i64..30, what).prop_map(
+        |((tenant, id, name, external_id), minute, ingested_hour, (value, model, user, deleted))| Event {
+            tenant,
+            id,
+            name,
+            external_id,
+            minute,
+            ingested_hour,
+            value,
+            model,
+            user,
+            deleted,
+        },
+    )
 }
 
 /// Events with some of them twice.
@@ -206,7 +213,9 @@ impl Format {
             Format::Ndjson => workspace.write(&format!("events/{name}.ndjson"), ndjson(events)),
             Format::NdjsonGz => workspace.write(&format!("events/{name}.ndjson.gz"), gzip(ndjson(events).as_bytes())),
             Format::Csv => workspace.write(&format!("events/{name}.csv"), csv(events)),
-            Format::CsvZst => workspace.write(&format!("events/{name}.csv.zst"), zstd::encode_all(csv(events).as_slice(), 3).unwrap()),
+            Format::CsvZst => {
+                workspace.write(&format!("events/{name}.csv.zst"), zstd::encode_all(csv(events).as_slice(), 3).unwrap());
+            }
             Format::Parquet => workspace.write_parquet(&format!("events/{name}.parquet"), columns(events)),
             Format::ParquetGz => {
                 workspace.write_parquet("whole.parquet", columns(events));
@@ -271,7 +280,13 @@ impl Observer for Nobody {
 }
 
 /// Plans a job, and hands plan, job and store on.
-fn planned<T>(workspace: &Workspace, job: &str, request: &Request, threads: usize, then: impl FnOnce(Plan, &Job, &mut SqliteStore) -> T) -> T {
+fn planned<T>(
+    workspace: &Workspace,
+    job: &str,
+    request: &Request,
+    threads: usize,
+    then: impl FnOnce(Plan, &Job, &mut SqliteStore) -> T,
+) -> T {
     let job = Job::load(&workspace.path(&format!("{job}.yaml"))).unwrap();
     let reference = Reference::load(&job).unwrap();
     let Source::Files { patterns, columns } = &job.source;
@@ -293,7 +308,8 @@ fn run(workspace: &Workspace, job: &str, request: &Request, threads: usize) -> P
     });
     // Conservation, as the run's record tells it too.
     let (events, usage) = (published.plan.events, published.plan.usage);
-    let accounted = events.out_of_range + events.duplicates + events.voided + events.unmatched + events.dead_lettered + events.metered;
+    let accounted =
+        events.out_of_range + events.duplicates + events.voided + events.unmatched + events.dead_lettered + events.metered;
     assert_eq!(events.read, accounted, "{events:?}");
     assert_eq!(usage.matches, usage.counted + usage.skipped + usage.rejected, "{usage:?}");
     let counts = &published.run.counts;
