@@ -477,6 +477,7 @@ proptest! {
         let mut settings = settings;
         settings.write(&workspace);
         let mut events = first;
+        let mut ranged = false;
         Format::Ndjson.write(&workspace, "first", &events);
         run(&workspace, "trueup", &Request::default(), threads);
         for (number, (change, (range, scope))) in steps.into_iter().enumerate() {
@@ -501,9 +502,12 @@ proptest! {
             let after = state(&workspace, "trueup");
             check_outside(&before, &after, published.plan.range.unwrap(), &request.scope);
             check_stored_ledger(&workspace);
-            // Nobody else wrote to the store.
+            // Nobody else wrote to the store. After the run of a range, a cost may have
+            // been computed with events outside of it that were never stored.
+            ranged |= request.range.is_some();
             let causes = published.plan.changes.corrections.iter().flat_map(|correction| correction.causes.keys());
-            prop_assert!(causes.into_iter().all(|cause| *cause != Cause::StoreAltered), "{:?}", published.plan.changes.corrections);
+            let is_sound = ranged || causes.into_iter().all(|cause| *cause != Cause::StoreAltered);
+            prop_assert!(is_sound, "{:?}", published.plan.changes.corrections);
         }
         run(&workspace, "trueup", &Request::default(), threads);
         run(&workspace, "fresh", &Request::default(), 1);
