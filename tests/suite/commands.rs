@@ -304,6 +304,27 @@ fn a_plan_writes_nothing() {
     assert_eq!(workspace.dump(), before);
 }
 
+#[test]
+fn a_change_of_periods_without_usage_is_a_change() {
+    let workspace = fresh();
+    workspace.write("customers.csv", workspace.read("customers.csv") + "demo,cus_3,umbrella,,\n");
+    workspace.write(
+        "subscriptions.csv",
+        workspace.read("subscriptions.csv") + "demo,sub_3,cus_3,flat,USD,month,,,2026-01-01T00:00:00Z,\n",
+    );
+    let price = "  - {price_id: flat_calls, plan_id: flat, meter_id: api_calls, currency: USD, model: graduated, \
+                 tiers: [{up_to: null, unit_amount: \"0\", flat_amount: \"5\"}]}\n";
+    workspace.write("prices.yaml", workspace.read("prices.yaml") + price);
+    workspace.run(&[]);
+    workspace.edit("prices.yaml", "flat_amount: \"5\"", "flat_amount: \"6\"");
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 3);
+    let plan = shown(&workspace, 3, &["plan", "job.yaml", "--detailed-exitcode"]);
+    assert_snapshot!(plan.lines().next().unwrap(), @"trueup plan my_usage: 1 billing period to write, no window to change");
+    assert_snapshot!(shown(&workspace, 0, &["run", "job.yaml"]).lines().next().unwrap(), @"trueup run my_usage: published 1 billing period, no window changed");
+    assert_eq!(workspace.query("SELECT amount FROM usage_periods WHERE subscription_id = 'sub_3'")[0]["amount"], "6");
+    assert_eq!(workspace.trueup(&["plan", "job.yaml", "--detailed-exitcode"]).code, 0);
+}
+
 // --- verify ----------------------------------------------------------------------------------
 
 #[test]
