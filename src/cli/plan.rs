@@ -60,7 +60,8 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
             emit(&report.of_plan()?)?;
         }
     }
-    Ok(if arguments.detailed_exitcode && plan.changes.rows.changed() > 0 { 3 } else { 0 })
+    let changes = plan.changes.rows.changed() + plan.periods.changed();
+    Ok(if arguments.detailed_exitcode && changes > 0 { 3 } else { 0 })
 }
 
 /// The JSON of a run or a plan.
@@ -180,6 +181,8 @@ impl Report<'_> {
             "there is nothing to compute: no event and no stored row".to_owned()
         } else if changed {
             format!("published {}", counted(self.plan.changes.rows.changed(), "correction"))
+        } else if self.plan.periods.changed() > 0 {
+            format!("published {}, no window changed", counted(self.plan.periods.changed(), "billing period"))
         } else {
             "nothing changed: the store agrees with the events".to_owned()
         };
@@ -208,7 +211,10 @@ impl Report<'_> {
     pub fn of_plan(&self) -> Result<String> {
         let mut out = String::new();
         let rows = self.plan.changes.rows;
-        let verdict = if rows.changed() == 0 {
+        let periods = self.plan.periods.changed();
+        let verdict = if rows.changed() == 0 && periods > 0 {
+            format!("{} to write, no window to change", counted(periods, "billing period"))
+        } else if rows.changed() == 0 {
             "nothing would change".to_owned()
         } else {
             format!(
@@ -221,7 +227,7 @@ impl Report<'_> {
         writeln!(out, "{} {verdict}", self.style.bold(&format!("trueup plan {}:", self.job.name)))?;
         self.body(&mut out)?;
         self.largest(&mut out)?;
-        if rows.changed() > 0 {
+        if rows.changed() + periods > 0 {
             if let Err(refusal) = self.plan.check_guard(self.job) {
                 writeln!(out, "\n{} {refusal}", self.style.yellow("note:"))?;
             }

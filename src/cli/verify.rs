@@ -54,7 +54,7 @@ pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
     let plan = compute(&inputs, &request)?;
     drop(progress);
     let findings = store.as_deref().map_or(Ok(Vec::new()), |store| check_ledger(store, &job.name))?;
-    let periods_differing = (plan.periods.upserts.len() + plan.periods.deletions.len()) as u64;
+    let periods_differing = plan.periods.changed();
     let sound = plan.changes.rows.changed() == 0 && periods_differing == 0 && findings.is_empty();
     match session.format {
         Format::Json => emit_json(&Document {

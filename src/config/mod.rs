@@ -95,6 +95,15 @@ pub enum ReferenceTable {
     Query { connection: ClickHouseConnection, sql: String },
 }
 
+impl std::fmt::Display for ReferenceTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            ReferenceTable::File(path) => write!(f, "{}", path.display()),
+            ReferenceTable::Query { sql, .. } => write!(f, "query `{}`", sql.trim()),
+        }
+    }
+}
+
 /// Limits beyond which a run is refused unless told otherwise.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Guard {

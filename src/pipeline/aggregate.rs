@@ -114,6 +114,8 @@ pub struct Aggregator<'c, 'r> {
     pub held: Held,
     pub ingested_until: Option<Timestamp>,
     key: Vec<u8>,
+    /// The windows that the event at hand is withdrawn from.
+    replaced: Vec<StateKey>,
     scratch: Scratch,
 }
 
@@ -138,19 +140,20 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             held: Held::default(),
             ingested_until: None,
             key: Vec::new(),
+            replaced: Vec::new(),
             scratch: Scratch { periods: vec![None; context.enricher.reference.subscriptions.len()], ..Scratch::default() },
         }
     }
 
-    /// Takes the events of a batch. `is_known` says whether an event ingested at
-    /// that time was there in the run before.
-    pub fn visit(&mut self, batch: &EventBatch, is_known: impl Fn(Timestamp) -> bool) {
+    /// Takes the events of a batch. `is_known` says whether an event of that time, and
+    /// ingested at that time, was there in the run before.
+    pub fn visit(&mut self, batch: &EventBatch, is_known: impl Fn(Option<Timestamp>, Timestamp) -> bool) {
         let mut slots = Vec::new();
         for event in batch.rows() {
             self.events.read += 1;
             let ingested_at = event.ingested_at.or(event.timestamp);
             self.ingested_until = self.ingested_until.max(ingested_at);
-            let known = is_known(ingested_at.unwrap_or(Timestamp::MIN));
+            let known = is_known(event.timestamp, ingested_at.unwrap_or(Timestamp::MIN));
             if event.tenant_id.is_some_and(|tenant| !self.context.enricher.wants_tenant(tenant)) {
                 self.events.out_of_range += 1;
                 continue;
@@ -182,6 +185,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         let mut slots = Vec::new();
         let is_void = copies.is_void(keep);
         let replaces = before.is_some() && !copies.kept.known;
+        self.replaced.clear();
         if let Some(before) = before.filter(|_| is_void || replaces) {
             self.take(&before.event(), Purpose::Withdraw { voided: is_void }, 0, &mut slots);
         }
@@ -320,6 +324,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             Purpose::Withdraw { voided } => {
                 let news = self.withdrawn.entry(key).or_default();
                 *(if voided { &mut news.voided } else { &mut news.amended }) += 1;
+                self.replaced.push(key);
                 return Ok(true);
             }
         };
@@ -333,7 +338,8 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         });
         state.event_count += 1;
         state.news.late += u64::from(arrival == Arrival::Late && !resolved);
-        state.news.amended += u64::from(arrival == Arrival::Amended);
+        // An event amended within its window is one amended event.
+        state.news.amended += u64::from(arrival == Arrival::Amended && !self.replaced.contains(&key));
         state.news.resolved += u64::from(resolved);
         let moment = Moment { timestamp: t, ingested_at: event.ingested_at.unwrap_or(t), id: event.id.unwrap_or_default() };
         state.accumulator.add(&value, moment);

@@ -155,10 +155,11 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         open_dead_letters: past.open_dead_letter_hashes(job, reference),
     };
     let total = keys.rows.iter().sum();
+    let coverage = past.coverage(reach);
     let mut seen = timeline.step("aggregate", Some(total), || {
         let visit = |aggregator: &mut Aggregator<'_, '_>, index: usize, batch: &crate::source::EventBatch| {
-            let known = splits.get(index).map_or(Known::All, |split| past.knowledge(split));
-            aggregator.visit(batch, |ingested_at| known.holds(ingested_at));
+            let knowledge = splits.get(index).map_or_else(Knowledge::default, |split| Knowledge::of(split, &coverage));
+            aggregator.visit(batch, |time, ingested_at| knowledge.holds(time, ingested_at));
             Ok(())
         };
         let new_worker = || Aggregator::new(&context);
@@ -355,8 +356,6 @@ struct Past {
     runs: Vec<RunRecord>,
     extent: Option<Span>,
     dead_letters: Vec<StoredDeadLetter>,
-    /// Fingerprints of the files that the last run read.
-    files: FxHashMap<String, String>,
 }
 
 /// Stored rows that a plan is compared with.
@@ -365,7 +364,45 @@ struct Stored {
     periods: Vec<crate::model::aggregate::PeriodRow>,
 }
 
-/// Which events of a split the last run read.
+/// What a run knew when it computed its range.
+struct Coverage<'p> {
+    range: Span,
+    /// Fingerprints of the files that it read.
+    files: FxHashMap<&'p str, &'p str>,
+    ingested_until: Option<Timestamp>,
+}
+
+impl Coverage<'_> {
+    fn knowledge(&self, split: &Split) -> Known {
+        if !matches!(split.part, Part::Whole | Part::RowGroup(_)) {
+            // Databases and topics grow in place: only ingestion times tell what is new.
+            return self.ingested_until.map_or(Known::None, Known::Until);
+        }
+        match (self.files.get(split.label().as_str()), self.ingested_until) {
+            (Some(fingerprint), _) if *fingerprint == split.fingerprint => Known::All,
+            (Some(_), Some(cut_off)) => Known::Until(cut_off),
+            _ => Known::None,
+        }
+    }
+}
+
+/// Which events of a split earlier runs counted, the last run first.
+#[derive(Default)]
+struct Knowledge(Vec<(Span, Known)>);
+
+impl Knowledge {
+    fn of(split: &Split, coverage: &[Coverage<'_>]) -> Self {
+        Knowledge(coverage.iter().map(|run| (run.range, run.knowledge(split))).collect())
+    }
+
+    /// Whether the last run that covered `time` read an event ingested at `ingested_at`.
+    fn holds(&self, time: Option<Timestamp>, ingested_at: Timestamp) -> bool {
+        let covering = self.0.iter().find(|(range, _)| time.is_none_or(|t| range.contains(t)));
+        covering.is_some_and(|(_, known)| known.holds(ingested_at))
+    }
+}
+
+/// Which events of a split a run read.
 enum Known {
     All,
     None,
@@ -386,25 +423,25 @@ impl Known {
 impl Past {
     fn load(store: Option<&dyn AggregateStore>, job: &Job) -> Result<Past> {
         let Some(store) = store else {
-            return Ok(Past { runs: Vec::new(), extent: None, dead_letters: Vec::new(), files: FxHashMap::default() });
+            return Ok(Past { runs: Vec::new(), extent: None, dead_letters: Vec::new() });
         };
-        let runs = store.runs(&job.name)?;
-        let files = runs.last().into_iter().flat_map(|run| &run.input.files);
-        let files = files.map(|file| (file.name.clone(), file.fingerprint.clone())).collect();
-        Ok(Past { files, runs, extent: store.extent(&job.name)?, dead_letters: store.dead_letters(&job.name)? })
+        Ok(Past { runs: store.runs(&job.name)?, extent: store.extent(&job.name)?, dead_letters: store.dead_letters(&job.name)? })
     }
 
-    fn knowledge(&self, split: &Split) -> Known {
-        let cut_off = self.runs.last().and_then(|run| run.input.ingested_until);
-        if !matches!(split.part, Part::Whole | Part::RowGroup(_)) {
-            // Databases and topics grow in place: only ingestion times tell what is new.
-            return cut_off.map_or(Known::None, Known::Until);
+    /// The runs that computed part of `reach`, the last one first. A run reads every
+    /// file, but knows only what it computed: not what lies outside of its range, nor
+    /// (in a run of a part of the job) what belongs to others.
+    fn coverage(&self, reach: Span) -> Vec<Coverage<'_>> {
+        let mut coverage: Vec<Coverage<'_>> = Vec::new();
+        for run in self.runs.iter().rev().filter(|run| !run.basis.scoped) {
+            let Some(range) = run.range.filter(|range| range.overlaps(reach)) else { continue };
+            if coverage.iter().any(|later| later.range.covers(range)) {
+                continue;
+            }
+            let files = run.input.files.iter().map(|file| (file.name.as_str(), file.fingerprint.as_str())).collect();
+            coverage.push(Coverage { range, files, ingested_until: run.input.ingested_until });
         }
-        match (self.files.get(&split.label()), cut_off) {
-            (Some(fingerprint), _) if *fingerprint == split.fingerprint => Known::All,
-            (Some(_), Some(cut_off)) => Known::Until(cut_off),
-            _ => Known::None,
-        }
+        coverage
     }
 
     fn open_dead_letter_hashes(&self, job: &Job, reference: &Reference) -> FxHashSet<(u64, Option<usize>)> {

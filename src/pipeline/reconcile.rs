@@ -334,6 +334,13 @@ pub struct PeriodChanges {
     pub unchanged: u64,
 }
 
+impl PeriodChanges {
+    /// Rows to write or to remove.
+    pub fn changed(&self) -> u64 {
+        (self.upserts.len() + self.deletions.len()) as u64
+    }
+}
+
 /// Compares stored and computed period rows; both are sorted by key.
 pub fn reconcile_periods(stored: Vec<PeriodRow>, computed: Vec<PeriodRow>) -> PeriodChanges {
     let mut changes = PeriodChanges::default();

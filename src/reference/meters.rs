@@ -57,7 +57,7 @@ pub(super) fn read(table: &ReferenceTable, window: WindowSize) -> Result<Vec<Met
         meters.push(meter);
     }
     if meters.is_empty() {
-        return Err(crate::fault::configuration("the meters table has no meter: add at least one"));
+        return Err(crate::fault::configuration(format!("{table}: has no meter")));
     }
     Ok(meters)
 }

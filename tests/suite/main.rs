@@ -2,6 +2,10 @@
 //! Everything that users see, tested through the binary, and the promises on
 //! made-up histories. One test binary, so that linking stays fast.
 
+mod bad_input;
+mod causes;
+mod commands;
 mod golden;
 mod parts;
+mod promises;
 mod support;

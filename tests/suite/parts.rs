@@ -275,7 +275,10 @@ impl Executioner {
                 let (Ok(client), Ok(server)) = (client, TcpStream::connect(&upstream)) else { continue };
                 let (victim, count) = (Arc::clone(&victim), Arc::clone(&count));
                 let (mut back_from, mut back_to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
-                std::thread::spawn(move || std::io::copy(&mut back_from, &mut back_to));
+                std::thread::spawn(move || {
+                    let _ = std::io::copy(&mut back_from, &mut back_to);
+                    let _ = back_to.shutdown(std::net::Shutdown::Write);
+                });
                 std::thread::spawn(move || forward(client, server, &victim, &count, fatal, delivered));
             }
         });

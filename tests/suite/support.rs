@@ -5,12 +5,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use arrow::array::{ArrayRef, RecordBatch};
+use parquet::arrow::ArrowWriter;
 use rusqlite::types::ValueRef;
 
 /// A temporary folder that vanishes with the test.
 pub struct Workspace {
     folder: tempfile::TempDir,
 }
+
+/// A row of a table by column.
+pub type Row = BTreeMap<String, String>;
 
 /// What a command left behind.
 #[derive(Debug)]
@@ -60,10 +65,18 @@ impl Workspace {
         copy(from, self.folder.path());
     }
 
-    pub fn write(&self, name: &str, content: &str) {
+    pub fn write(&self, name: &str, content: impl AsRef<[u8]>) {
         let path = self.path(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, content).unwrap();
+    }
+
+    pub fn write_parquet(&self, name: &str, columns: Vec<(&str, ArrayRef)>) {
+        let batch = RecordBatch::try_from_iter(columns).unwrap();
+        let file = fs::File::create(self.path(name)).unwrap();
+        let mut writer = ArrowWriter::try_new(file, batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
     }
 
     pub fn read(&self, name: &str) -> String {
@@ -75,13 +88,15 @@ impl Workspace {
     pub fn edit(&self, name: &str, from: &str, to: &str) {
         let text = self.read(name);
         assert!(text.contains(from), "{name} has no `{from}`");
-        self.write(name, &text.replace(from, to));
+        self.write(name, text.replace(from, to));
     }
 
     pub fn trueup(&self, arguments: &[&str]) -> Outcome {
         let output = Command::new(env!("CARGO_BIN_EXE_trueup"))
             .args(arguments)
             .current_dir(self.folder.path())
+            // The width of help texts.
+            .env_remove("COLUMNS")
             .output()
             .expect("the binary runs");
         Outcome {
@@ -99,8 +114,20 @@ impl Workspace {
         self.trueup(&all).json()
     }
 
+    /// Every table of the contract and every row in it; `None` where there is no store.
+    pub fn dump(&self) -> Option<Vec<Vec<Row>>> {
+        let tables = ["usage_windows", "usage_periods", "corrections", "dead_letters", "runs"];
+        self.path("trueup.db").exists().then(|| tables.map(|table| self.query(&format!("SELECT * FROM {table}"))).to_vec())
+    }
+
+    /// Changes the store behind Trueup's back.
+    pub fn tamper(&self, sql: &str) {
+        let connection = rusqlite::Connection::open(self.path("trueup.db")).unwrap();
+        connection.execute_batch(sql).unwrap();
+    }
+
     /// Rows of a query on the store, each column as text; NULL is empty.
-    pub fn query(&self, sql: &str) -> Vec<BTreeMap<String, String>> {
+    pub fn query(&self, sql: &str) -> Vec<Row> {
         let connection = rusqlite::Connection::open(self.path("trueup.db")).unwrap();
         let mut statement = connection.prepare(sql).unwrap();
         let names: Vec<String> = statement.column_names().map(str::to_owned).collect();
@@ -135,5 +162,50 @@ fn copy(from: &Path, to: &Path) {
         } else {
             fs::copy(entry.path(), target).unwrap();
         }
+    }
+}
+
+/// A text with everything that differs from run to run replaced: run ids, wall-clock
+/// times, seconds, digests and versions.
+pub fn normalised(text: &str) -> String {
+    let is_word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | ':');
+    let mut out = String::new();
+    for line in text.lines() {
+        let is_timing = line.trim_start().starts_with("time ") || line.contains("\"seconds\": ");
+        let mut rest = line;
+        while !rest.is_empty() {
+            let end = rest.find(|c| is_word(c) != rest.starts_with(is_word)).unwrap_or(rest.len());
+            let (word, others) = rest.split_at(end);
+            match placeholder(word) {
+                // The date before a time of day belongs to it.
+                Some("<time>") if word.len() == "10:00:00Z".len() => {
+                    out.truncate(out.trim_end().len() - "2026-01-01".len());
+                    out.push_str("<time>");
+                }
+                Some(name) => out.push_str(name),
+                None if is_timing && word.parse::<f64>().is_ok() => out.push_str("<seconds>"),
+                None => out.push_str(word),
+            }
+            rest = others;
+        }
+        out.truncate(out.trim_end_matches(' ').len());
+        out.push('\n');
+    }
+    out
+}
+
+/// What stands for a word that differs from run to run.
+fn placeholder(word: &str) -> Option<&'static str> {
+    let is_hex = word.chars().all(|c| c.is_ascii_hexdigit());
+    let lengths: Vec<_> = word.split('-').map(str::len).collect();
+    let is_uuid = lengths == [8, 4, 4, 4, 12] && word.replace('-', "").chars().all(|c| c.is_ascii_hexdigit());
+    let is_time_of_day = word.len() == "10:00:00Z".len() && word.ends_with('Z') && word.matches(':').count() == 2;
+    match word {
+        _ if is_uuid => Some("<run>"),
+        _ if is_hex && matches!(word.len(), 32 | 64) => Some("<digest>"),
+        _ if word.len() == 13 && word.bytes().all(|b| b.is_ascii_digit()) => Some("<version>"),
+        // Windows begin at whole seconds, clocks are finer.
+        _ if is_time_of_day || (word.contains('T') && word.contains('.') && word.ends_with('Z')) => Some("<time>"),
+        _ => None,
     }
 }

@@ -22,8 +22,10 @@ fn version(connection: &Connection) -> Result<usize> {
 /// Where the file is no store of ours, or newer than this program.
 pub(super) fn check_version(connection: &Connection, path: &Path) -> Result<usize> {
     let found = version(connection).with_context(|| format!("store {}: this is no SQLite database", path.display()))?;
-    let application: i64 = connection.pragma_query_value(None, "application_id", |row| row.get(0))?;
-    let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
+    let unreadable = || format!("store {}: cannot be read", path.display());
+    let application: i64 = connection.pragma_query_value(None, "application_id", |row| row.get(0)).with_context(unreadable)?;
+    let tables: i64 =
+        connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0)).with_context(unreadable)?;
     if tables > 0 && application != APPLICATION_ID {
         bail!("store {}: this SQLite database belongs to another program; name another file in store.path", path.display());
     }
