@@ -45,7 +45,7 @@ pub fn run(job: &Job, request: &Request, options: &RunOptions<'_>) -> Result<Pub
     if !options.yes {
         plan.check_guard(job)?;
     }
-    plan.publish(job, &mut *store, &uuid::Uuid::now_v7().to_string())
+    plan.publish(job, &mut *store)
 }
 
 /// The source of a job.
@@ -89,7 +89,8 @@ pub fn write_store(job: &Job) -> Result<Box<dyn AggregateStore>> {
 /// The file whose lock keeps a second run of the job on this machine away.
 pub fn lock_path(job: &Job) -> PathBuf {
     match &job.store {
-        Store::Sqlite { path } => SqliteStore::lock_path(path, &job.name),
+        // The file itself, by whatever path it is reached.
+        Store::Sqlite { path } => SqliteStore::lock_path(&path.canonicalize().unwrap_or_else(|_| path.clone()), &job.name),
         Store::ClickHouse { connection } => {
             let store = crate::model::digest::Digest::new("lock").text(&connection.url).text(&connection.database).hex();
             std::env::temp_dir().join(format!("trueup-{store}-{}.lock", job.name))

@@ -309,12 +309,11 @@ impl Report<'_> {
             self.line(out, "resolved", &counted(self.plan.resolved.len() as u64, "dead letter"))?;
         }
         if self.plan.changes.stale_outside > 0 {
-            let stale = counted(self.plan.changes.stale_outside, "window");
-            self.line(
-                out,
-                "outside",
-                &format!("{stale} out of the range no longer say what the events say: run their range too"),
-            )?;
+            let count = counted(self.plan.changes.stale_outside, "window");
+            let text = format!(
+                "{count} of these billing periods lie out of the range and are not what the events say, or not stored yet"
+            );
+            self.line(out, "outside", &text)?;
         }
         for warning in &self.plan.warnings {
             self.line(out, "warning", &self.style.yellow(warning))?;

@@ -322,7 +322,8 @@ impl Validator<'_> {
                 };
                 Ok(Source::ClickHouse { connection: self.connections.clickhouse()?, events, columns })
             }
-            "kafka" => {
+            // Other kinds are refused above.
+            _ => {
                 let Some(topic) = raw.topic else { return Err(self.error(&raw.kind, "source.topic must name the topic")) };
                 let margin = match &raw.margin {
                     None => Duration::from_secs(3600),
@@ -333,7 +334,6 @@ impl Validator<'_> {
                 let tenant_id = raw.tenant_id.map(|tenant| tenant.value);
                 Ok(Source::Kafka { connection: self.connections.kafka()?, topic: topic.value, margin, tenant_id, columns })
             }
-            other => Err(self.error(&raw.kind, format!("source kind `{other}` is unknown: use files, clickhouse or kafka"))),
         }
     }
 
@@ -342,7 +342,10 @@ impl Validator<'_> {
         let keys: &[&str] = match raw.kind.value.as_str() {
             "files" => &["paths"],
             "clickhouse" => &["table", "query"],
-            _ => &["topic", "margin", "tenant_id"],
+            "kafka" => &["topic", "margin", "tenant_id"],
+            other => {
+                return Err(self.error(&raw.kind, format!("source kind `{other}` is unknown: use files, clickhouse or kafka")));
+            }
         };
         let given = [
             ("table", raw.table.as_ref()),

@@ -8,6 +8,7 @@ use sha2::{Digest as _, Sha256};
 use super::aggregate::{Causes, Correction, Values};
 use super::timestamp::Timestamp;
 use super::window::Span;
+use crate::pipeline::enrich::Scope;
 use crate::reference::ReferenceDigests;
 
 /// One row of `runs`.
@@ -35,6 +36,9 @@ pub struct RunInput {
     pub files: Vec<InputFile>,
     /// The greatest ingestion time read: later events are new.
     pub ingested_until: Option<Timestamp>,
+    /// The last event time read: what lies later was not computed, in range or not.
+    #[serde(default)]
+    pub events_until: Option<Timestamp>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,8 +54,8 @@ pub struct RunBasis {
     pub trueup_version: String,
     pub job_digest: String,
     pub reference: ReferenceDigests,
-    /// Only part of the job was computed: a tenant, a customer or a meter.
-    pub scoped: bool,
+    /// The part of the job that was computed.
+    pub scope: Scope,
 }
 
 /// The ledger digest after a run: SHA-256 over the digest before it, the run's id

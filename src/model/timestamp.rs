@@ -10,6 +10,10 @@ pub const SECOND: i64 = 1_000_000_000;
 /// Nanoseconds in a minute.
 pub const MINUTE: i64 = 60 * SECOND;
 
+/// What is read back: bounds of windows and periods can lie a year beyond the
+/// events in them.
+const REPRESENTABLE: std::ops::Range<i64> = -9_151_488_000 * SECOND..9_151_488_000 * SECOND; // 1680 to 2260
+
 /// An instant with nanosecond precision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(i64);
@@ -29,8 +33,8 @@ impl Timestamp {
         Timestamp(nanos)
     }
 
-    /// The instant, unless it is outside of the years 1700 to 2199, where calendar
-    /// arithmetic could leave the representable range.
+    /// The instant of an event, unless it is outside of the years 1700 to 2199, where
+    /// calendar arithmetic could leave the representable range.
     pub fn in_range(nanos: i64) -> Option<Self> {
         const FIRST: i64 = -8_520_336_000 * SECOND;
         const LAST: i64 = 7_258_118_400 * SECOND;
@@ -65,7 +69,10 @@ impl FromStr for Timestamp {
     /// RFC 3339, with `T` or a space, any offset; without an offset it is UTC.
     /// A bare date is its midnight in UTC. Digits beyond nanoseconds are cut.
     fn from_str(text: &str) -> Result<Self, TimestampError> {
-        parse(text.trim().as_bytes()).and_then(Timestamp::in_range).ok_or_else(|| TimestampError(text.to_owned()))
+        parse(text.trim().as_bytes())
+            .filter(|nanos| REPRESENTABLE.contains(nanos))
+            .map(Timestamp)
+            .ok_or_else(|| TimestampError(text.to_owned()))
     }
 }
 

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use rustc_hash::{FxHashMap, FxHashSet};
-use xxhash_rust::xxh3::xxh3_128;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::accumulator::{Accumulator, Moment};
 use super::deduplicate::{Copies, Held, RepeatedKeys, key_hash, write_key};
@@ -18,6 +18,7 @@ use crate::model::digest::{SetDigest, frame};
 use crate::model::properties::{Property, write_json_text};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowSize};
+use crate::source::files::Field;
 use crate::source::{EventBatch, EventRef};
 
 /// Settings of one computation, shared by all threads.
@@ -31,9 +32,30 @@ pub struct Context<'r> {
     /// the range, but inside of it, is needed for pricing.
     pub reach: Span,
     pub repeated: RepeatedKeys,
-    /// Dead letters that are still open: the hash of the event's key and, where only
-    /// one match was rejected, the index of its meter.
-    pub open_dead_letters: FxHashSet<(u64, Option<usize>)>,
+    pub open_dead_letters: OpenDeadLetters,
+}
+
+/// Dead letters that are still open: the hash of tenant and id and, where only one
+/// match was rejected, the index of its meter.
+#[derive(Debug, Default)]
+pub struct OpenDeadLetters(FxHashSet<(u64, Option<usize>)>);
+
+impl OpenDeadLetters {
+    pub fn add(&mut self, tenant: &str, event_id: &str, meter: Option<usize>) {
+        self.0.insert((Self::hash(tenant, event_id), meter));
+    }
+
+    fn hash(tenant: &str, event_id: &str) -> u64 {
+        let mut key = Vec::with_capacity(64);
+        frame(&mut key, Some(tenant.as_bytes()));
+        frame(&mut key, Some(event_id.as_bytes()));
+        xxh3_64(&key)
+    }
+
+    fn holds(&self, event: &EventRef<'_>, meter: Option<usize>) -> bool {
+        let (Some(tenant), Some(id)) = (event.tenant_id, event.id) else { return false };
+        !self.0.is_empty() && self.0.contains(&(Self::hash(tenant, id), meter))
+    }
 }
 
 /// The key of a window's state: indexes into the reference tables instead of names.
@@ -154,27 +176,22 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             let ingested_at = event.ingested_at.or(event.timestamp);
             self.ingested_until = self.ingested_until.max(ingested_at);
             let known = is_known(event.timestamp, ingested_at.unwrap_or(Timestamp::MIN));
-            if event.tenant_id.is_some_and(|tenant| !self.context.enricher.wants_tenant(tenant)) {
+            // Copies of one key can be told by their tenant only where it is part of the key.
+            if self.context.rules.key.contains(&Field::TenantId) && !self.wants_tenant(&event) {
                 self.events.out_of_range += 1;
                 continue;
             }
-            let mut hash = 0;
             let mut key = std::mem::take(&mut self.key);
             if write_key(&self.context.rules.key, &event, &mut key) {
-                hash = key_hash(&key);
-                if self.context.repeated.contains(hash) {
+                if self.context.repeated.contains(key_hash(&key)) {
                     self.held.hold(self.context.rules, Some(self.context.range), &key, &event, known);
                     self.key = key;
                     continue;
                 }
             }
             self.key = key;
-            if event.deleted {
-                self.void(event.timestamp);
-            } else {
-                let arrival = if known { Arrival::Known } else { Arrival::Late };
-                self.take(&event, Purpose::Count(arrival), hash, &mut slots);
-            }
+            let arrival = if known { Arrival::Known } else { Arrival::Late };
+            self.take(&event, Purpose::Count(arrival), &mut slots);
         }
     }
 
@@ -187,26 +204,26 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         let replaces = before.is_some() && !copies.kept.known;
         self.replaced.clear();
         if let Some(before) = before.filter(|_| is_void || replaces) {
-            self.take(&before.event(), Purpose::Withdraw { voided: is_void }, 0, &mut slots);
+            self.take(&before.event(), Purpose::Withdraw { voided: is_void }, &mut slots);
         }
         if is_void {
-            return self.void(copies.kept.timestamp);
+            return self.void(&copies.kept.event());
         }
         let arrival = match (copies.kept.known, replaces) {
             (true, _) => Arrival::Known,
             (false, true) => Arrival::Amended,
             (false, false) => Arrival::Late,
         };
-        let event = copies.kept.event();
-        let mut key = std::mem::take(&mut self.key);
-        write_key(&self.context.rules.key, &event, &mut key);
-        self.take(&event, Purpose::Count(arrival), key_hash(&key), &mut slots);
-        self.key = key;
+        self.take(&copies.kept.event(), Purpose::Count(arrival), &mut slots);
     }
 
-    fn void(&mut self, time: Option<Timestamp>) {
+    fn wants_tenant(&self, event: &EventRef<'_>) -> bool {
+        event.tenant_id.is_none_or(|tenant| self.context.enricher.wants_tenant(tenant))
+    }
+
+    fn void(&mut self, event: &EventRef<'_>) {
         // A tombstone may carry no time; it voids its id all the same.
-        if time.is_none_or(|t| self.context.range.contains(t)) {
+        if self.wants_tenant(event) && event.timestamp.is_none_or(|t| self.context.range.contains(t)) {
             self.events.voided += 1;
         } else {
             self.events.out_of_range += 1;
@@ -214,9 +231,12 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     }
 
     /// One event, from its fields to its windows.
-    fn take<'e>(&mut self, event: &EventRef<'e>, purpose: Purpose, hash: u64, slots: &mut Vec<Property<'e>>) {
+    fn take<'e>(&mut self, event: &EventRef<'e>, purpose: Purpose, slots: &mut Vec<Property<'e>>) {
         let context = self.context;
         let counting = matches!(purpose, Purpose::Count(_));
+        if event.deleted && event.problem.is_none() && event.missing_field().is_none() {
+            return self.void(event);
+        }
         let problem = event
             .problem
             .map(|problem| problem.detail.clone())
@@ -230,8 +250,12 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         else {
             return;
         };
+        if Timestamp::in_range(t.nanos()).is_none() {
+            let detail = format!("timestamp {t} is outside of the years 1700 to 2199");
+            return self.reject_event(event, counting, true, &Rejection { reason: Reason::MalformedEvent, detail });
+        }
         let in_range = context.range.contains(t);
-        if !in_range && !context.reach.contains(t) {
+        if (!in_range && !context.reach.contains(t)) || !context.enricher.wants_tenant(tenant) {
             self.events.out_of_range += u64::from(counting);
             return;
         }
@@ -256,13 +280,15 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             Ok(subscription) => subscription,
             Err(rejection) => return self.reject_event(event, counting, in_range, &rejection),
         };
-        let was_open = |meter: Option<usize>| counting && context.open_dead_letters.contains(&(hash, meter));
+        let was_open = |meter: Option<usize>| counting && context.open_dead_letters.holds(event, meter);
         let event_was_open = was_open(None);
-        let mut usable = false;
+        let (mut usable, mut rejected) = (false, false);
         for meter in plan.meters.iter().filter(|meter| meter.accepts(slots)) {
+            let Some((window, period)) = self.place(t, subscription, meter.meter.window) else { continue };
             let resolved = event_was_open || was_open(Some(meter.index));
-            let outcome = self.take_match(event, t, subscription, meter, slots, purpose, resolved);
-            if !counting || !in_range {
+            let outcome = self.take_match(event, subscription, meter, slots, (window, period), purpose, resolved);
+            // A longer window can reach out of the range: its match is for another run.
+            if !counting || !in_range || !context.range.covers(window) {
                 continue;
             }
             self.usage.matches += 1;
@@ -270,12 +296,14 @@ impl<'c, 'r> Aggregator<'c, 'r> {
                 Ok(true) => (self.usage.counted, usable) = (self.usage.counted + 1, true),
                 Ok(false) => (self.usage.skipped, usable) = (self.usage.skipped + 1, true),
                 Err(rejection) => {
-                    self.usage.rejected += 1;
+                    (self.usage.rejected, rejected) = (self.usage.rejected + 1, true);
                     self.dead_letter(event, Some(&meter.meter.id), &rejection);
                 }
             }
         }
-        self.count_event(counting, in_range, |events| if usable { &mut events.metered } else { &mut events.dead_lettered });
+        self.count_event(counting, in_range && (usable || rejected), |events| {
+            if usable { &mut events.metered } else { &mut events.dead_lettered }
+        });
     }
 
     fn count_event(&mut self, counting: bool, in_range: bool, bucket: impl Fn(&mut EventCounts) -> &mut u64) {
@@ -295,16 +323,16 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     fn take_match(
         &mut self,
         event: &EventRef<'_>,
-        t: Timestamp,
         subscription: usize,
         plan: &MeterPlan<'r>,
         slots: &[Property<'_>],
+        (window, period): (Span, Span),
         purpose: Purpose,
         resolved: bool,
     ) -> Result<bool, Rejection> {
         let Some(value) = plan.value(slots)? else { return Ok(false) };
+        let Some(t) = event.timestamp else { return Ok(false) };
         let price = self.context.enricher.price(subscription, plan, t, slots)?;
-        let Some((window, period)) = self.place(t, subscription, plan.meter.window) else { return Ok(false) };
         if !period.overlaps(self.context.range) {
             // Another subscription's longer period made this event be read.
             return Ok(true);

@@ -65,7 +65,7 @@ impl Default for KeyScan {
 
 impl KeyScan {
     pub fn visit(&mut self, fields: &[Field], event: &EventRef<'_>) {
-        if let Some(t) = event.timestamp {
+        if let Some(t) = event.timestamp.filter(|t| Timestamp::in_range(t.nanos()).is_some()) {
             let (first, last) = self.extent.unwrap_or((t, t));
             self.extent = Some((first.min(t), last.max(t)));
         }
@@ -167,16 +167,21 @@ impl Copy {
         }
     }
 
-    /// By ingestion time, then content. Between equal copies a known one comes
-    /// last, so that a mere repetition is no news.
+    /// By ingestion time, then content; of copies ingested at the same time, a void
+    /// is the last word.
     fn order(&self, other: &Copy) -> Ordering {
-        (self.ingestion(), self.content_hash).cmp(&(other.ingestion(), other.content_hash))
+        (self.ingestion(), self.deleted, self.content_hash).cmp(&(other.ingestion(), other.deleted, other.content_hash))
     }
 
+    /// A void that does not say when it came, came after what it voids.
     fn ingestion(&self) -> Timestamp {
+        if self.deleted {
+            return self.ingested_at.unwrap_or(Timestamp::MAX);
+        }
         self.ingested_at.or(self.timestamp).unwrap_or(Timestamp::MIN)
     }
 
+    /// Between equal copies a known one wins, so that a mere repetition is no news.
     fn beats(&self, other: &Copy, keep: Keep) -> bool {
         let order = match keep {
             Keep::Latest => self.order(other),

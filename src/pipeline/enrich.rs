@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 
 use rustc_hash::FxHashMap;
+use serde::{Deserialize, Serialize};
 
 use crate::model::aggregate::Reason;
 use crate::model::decimal::{Decimal, DecimalError};
@@ -13,7 +14,7 @@ use crate::model::timestamp::Timestamp;
 use crate::reference::{Reference, Subscription, Unbound, Unpriced};
 
 /// What part of a job is computed.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Scope {
     pub tenant: Option<String>,
     /// A customer id, not an external one.

@@ -1,12 +1,12 @@
 //! The promises as named predicates: production checks them before it publishes,
 //! tests check them on everything they make up.
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::price::Priced;
 use super::reconcile::Reconciliation;
 use crate::fault::{FaultKind, fault};
-use crate::model::aggregate::{Correction, CorrectionKind, PeriodKey, StoredWindow, Values, WindowKey};
+use crate::model::aggregate::{Correction, CorrectionKind, PeriodKey, StoredWindow, Values, WindowKey, WindowRow};
 use crate::model::counts::{EventCounts, UsageCounts};
 use crate::model::decimal::DecimalSum;
 use crate::model::window::Span;
@@ -105,13 +105,18 @@ pub fn replay<'c>(rows: &mut FxHashMap<WindowKey, Values>, corrections: impl Int
 pub fn ledger_replay(stored: &[StoredWindow], changes: &Reconciliation, priced: &Priced, range: Span) -> anyhow::Result<()> {
     let mut rows = stored.iter().map(|stored| (stored.row.key.clone(), Values::from(&stored.row))).collect();
     replay(&mut rows, &changes.corrections);
+    // A row that reaches out of the range, before or after, is left as it is.
+    let stored_outside: FxHashSet<_> =
+        stored.iter().filter(|stored| !range.covers(stored.row.window())).map(|stored| &stored.row.key).collect();
+    let computed_outside: FxHashSet<_> =
+        priced.windows.iter().filter(|window| !range.covers(window.row.window())).map(|window| &window.row.key).collect();
     let covered = priced.windows.iter().filter(|window| range.covers(window.row.window()));
-    for window in covered {
+    for window in covered.filter(|window| !stored_outside.contains(&window.row.key)) {
         if rows.remove(&window.row.key) != Some(Values::from(&window.row)) {
             return Err(Invariant::LedgerReplay.broken(format!("{:?} is not what the ledger gives", window.row.key)));
         }
     }
-    let left = stored.iter().filter(|stored| range.covers(stored.row.window()));
+    let left = stored.iter().filter(|stored| range.covers(stored.row.window()) && !computed_outside.contains(&stored.row.key));
     match left.map(|stored| &stored.row.key).find(|key| rows.contains_key(key)) {
         Some(key) => Err(Invariant::LedgerReplay.broken(format!("{key:?} is stored, but not computed"))),
         None => Ok(()),
@@ -122,8 +127,10 @@ pub fn ledger_replay(stored: &[StoredWindow], changes: &Reconciliation, priced: 
 /// Where a correction reaches further than it may.
 pub fn nothing_outside_the_range(stored: &[StoredWindow], changes: &Reconciliation, range: Span) -> anyhow::Result<()> {
     let stored: FxHashMap<_, _> = stored.iter().map(|stored| (&stored.row.key, &stored.row)).collect();
-    let outside = changes.upserts.iter().filter(|row| !range.covers(row.window()));
-    for row in outside {
+    let reaches_out = |row: &&WindowRow| {
+        !range.covers(row.window()) || stored.get(&row.key).is_some_and(|before| !range.covers(before.window()))
+    };
+    for row in changes.upserts.iter().filter(reaches_out) {
         let keeps_usage = stored.get(&row.key).is_some_and(|before| before.quantity == row.quantity);
         if !keeps_usage || !row.period().overlaps(range) {
             return Err(Invariant::NothingOutsideTheRange.broken(format!("{:?} would change", row.key)));

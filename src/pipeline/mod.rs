@@ -28,10 +28,10 @@ use crate::model::run::{InputFile, RunBasis, RunInput, RunRecord, ledger_digest}
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::reference::Reference;
-use crate::source::{EventRef, EventSource, Part, Selection, Split, Wanted};
-use crate::store::{AggregateStore, Publication, StoredDeadLetter, next_version};
-use aggregate::{Aggregator, Context, News};
-use deduplicate::{KeyScan, RepeatedKeys, key_hash, write_key};
+use crate::source::{EventSource, Part, Selection, Split, Wanted};
+use crate::store::{AggregateStore, Publication, StoredDeadLetter, next_run_id, next_version};
+use aggregate::{Aggregator, Context, News, OpenDeadLetters};
+use deduplicate::{KeyScan, RepeatedKeys};
 use enrich::{Enricher, Scope};
 use price::{Names, Priced};
 pub use range::Request;
@@ -109,6 +109,9 @@ impl Timeline<'_> {
     }
 }
 
+/// A range of no time at all.
+const EMPTY: Span = Span { start: Timestamp::from_nanos(0), end: Timestamp::from_nanos(0) };
+
 /// Computes what a run would change.
 ///
 /// # Errors
@@ -139,9 +142,8 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         Ok((Keys { repeated, extent, rows }, total))
     })?;
     let resolved_range = range::resolve(request, job, reference, keys.extent, past.extent)?;
-    let Some(range) = resolved_range.range else {
-        return Ok(empty_plan(started_at, reference, timeline.steps, past, basis(job, reference, &request.scope)));
-    };
+    // Rows without a time may be all there is: they are still accounted for.
+    let range = resolved_range.range.unwrap_or(EMPTY);
     let reach = range::reach(range, reference, &request.scope);
 
     // read -> enrich -> aggregate
@@ -152,7 +154,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         range,
         reach,
         repeated: keys.repeated,
-        open_dead_letters: past.open_dead_letter_hashes(job, reference),
+        open_dead_letters: past.open_dead_letters(reference),
     };
     let total = keys.rows.iter().sum();
     let coverage = past.coverage(reach);
@@ -188,29 +190,39 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     // reconcile
     let basis = basis(job, reference, &request.scope);
     let stored = past.stored(store, job, &request.scope, range, reach, &priced)?;
-    let changes = timeline.step("reconcile", None, || {
+    let mut changes = timeline.step("reconcile", None, || {
         let evidence = Evidence { runs: &past.runs, basis: &basis, withdrawn: &withdrawn, current: current_digests(reference) };
         let changes = reconcile::reconcile(stored.windows.clone(), &priced.windows, range, &evidence);
         Ok((changes, stored.windows.len() as u64))
     })?;
+    if let Some(store) = store.filter(|_| changes.asks_the_ledger()) {
+        let rows = ledger_rows(store, &job.name)?;
+        changes.ask_the_ledger(|key| rows.contains(key));
+    }
+    changes.check_totals()?;
     invariants::ledger_replay(&stored.windows, &changes, &priced, range)?;
     invariants::nothing_outside_the_range(&stored.windows, &changes, range)?;
     let periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods));
-    let resolved = past.resolved(&request.scope, range, &seen.dead_letters);
+    let resolved = past.resolved(job, reference, &request.scope, range, &seen.dead_letters);
 
     let files = splits.iter().zip(&keys.rows);
     let files = files.map(|(split, rows)| InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows: *rows });
     Ok(Plan {
-        range: Some(range),
+        range: resolved_range.range,
         widened_from: resolved_range.widened_from,
-        reach: Some(reach),
+        reach: resolved_range.range.map(|_| reach),
         events: seen.events,
         usage: seen.usage,
         changes,
         periods,
         dead_letters: std::mem::take(&mut seen.dead_letters),
         resolved,
-        input: RunInput { files: files.collect(), ingested_until: seen.ingested_until },
+        input: RunInput {
+            files: files.collect(),
+            // What was new once is never new again, even if a source shrinks.
+            ingested_until: seen.ingested_until.max(past.ingested_until()),
+            events_until: keys.extent.map(|(_, last)| last),
+        },
         basis,
         steps: timeline.steps,
         warnings: reference.warnings.clone(),
@@ -233,12 +245,14 @@ impl Plan {
     ///
     /// # Errors
     /// Where the store cannot be written; it is then as it was before.
-    pub fn publish(mut self, job: &Job, store: &mut dyn AggregateStore, run_id: &str) -> Result<Published> {
+    pub fn publish(mut self, job: &Job, store: &mut dyn AggregateStore) -> Result<Published> {
         let watch = Stopwatch::start();
         let finished_at = now();
+        let run_id = next_run_id(&self.previous, finished_at);
         let previous = self.previous.last().map_or("", |run| run.ledger_digest.as_str());
         let run = RunRecord {
-            run_id: run_id.to_owned(),
+            ledger_digest: ledger_digest(previous, &run_id, &self.changes.corrections),
+            run_id,
             job: job.name.clone(),
             mode: "run".to_owned(),
             status: "succeeded".to_owned(),
@@ -249,9 +263,9 @@ impl Plan {
             counts: serde_json::json!({"events": self.events, "usage": self.usage, "rows": self.changes.rows}),
             input: self.input.clone(),
             basis: self.basis.clone(),
-            ledger_digest: ledger_digest(previous, run_id, &self.changes.corrections),
         };
         let publication = Publication {
+            previous_run_id: self.previous.last().map(|run| run.run_id.clone()),
             run,
             upserts: std::mem::take(&mut self.changes.upserts),
             retractions: std::mem::take(&mut self.changes.retractions),
@@ -277,6 +291,20 @@ impl Plan {
 pub struct Published {
     pub plan: Plan,
     pub run: RunRecord,
+}
+
+/// The keys of the rows that the ledger leaves in the store.
+fn ledger_rows(store: &dyn AggregateStore, job: &str) -> Result<FxHashSet<WindowKey>> {
+    let mut rows = FxHashSet::default();
+    store.ledger(job, &mut |entry| {
+        if entry.after.is_some() {
+            rows.insert(entry.key)
+        } else {
+            rows.remove(&entry.key)
+        };
+        Ok(())
+    })?;
+    Ok(rows)
 }
 
 /// What the first scan found.
@@ -314,7 +342,7 @@ fn basis(job: &Job, reference: &Reference, scope: &Scope) -> RunBasis {
         trueup_version: env!("CARGO_PKG_VERSION").to_owned(),
         job_digest: job.digest.clone(),
         reference: reference.digests.clone(),
-        scoped: !scope.is_whole(),
+        scope: scope.clone(),
     }
 }
 
@@ -322,32 +350,12 @@ fn current_digests(reference: &Reference) -> CurrentDigests {
     let text = |text: &str| std::sync::Arc::from(text);
     CurrentDigests {
         meters: reference.meters.iter().map(|meter| (text(&meter.id), text(&meter.digest))).collect(),
+        prices: reference.prices.iter().map(|price| (text(&price.id), text(&price.digest))).collect(),
         subscriptions: reference
             .subscriptions
             .iter()
             .map(|s| ((text(&s.tenant_id), text(&s.id)), (text(&s.digest), text(&s.customer_digest))))
             .collect(),
-    }
-}
-
-fn empty_plan(started_at: Timestamp, reference: &Reference, steps: Vec<Step>, past: Past, basis: RunBasis) -> Plan {
-    Plan {
-        range: None,
-        widened_from: None,
-        reach: None,
-        events: EventCounts::default(),
-        usage: UsageCounts::default(),
-        changes: Reconciliation::default(),
-        periods: PeriodChanges::default(),
-        dead_letters: Vec::new(),
-        resolved: Vec::new(),
-        input: RunInput::default(),
-        basis,
-        steps,
-        warnings: reference.warnings.clone(),
-        started_at,
-        stored: Vec::new(),
-        previous: past.runs,
     }
 }
 
@@ -428,12 +436,16 @@ impl Past {
         Ok(Past { runs: store.runs(&job.name)?, extent: store.extent(&job.name)?, dead_letters: store.dead_letters(&job.name)? })
     }
 
+    fn ingested_until(&self) -> Option<Timestamp> {
+        self.runs.last().and_then(|run| run.input.ingested_until)
+    }
+
     /// The runs that computed part of `reach`, the last one first. A run reads every
     /// file, but knows only what it computed: not what lies outside of its range, nor
     /// (in a run of a part of the job) what belongs to others.
     fn coverage(&self, reach: Span) -> Vec<Coverage<'_>> {
         let mut coverage: Vec<Coverage<'_>> = Vec::new();
-        for run in self.runs.iter().rev().filter(|run| !run.basis.scoped) {
+        for run in self.runs.iter().rev().filter(|run| run.basis.scope.is_whole()) {
             let Some(range) = run.range.filter(|range| range.overlaps(reach)) else { continue };
             if coverage.iter().any(|later| later.range.covers(range)) {
                 continue;
@@ -444,27 +456,26 @@ impl Past {
         coverage
     }
 
-    fn open_dead_letter_hashes(&self, job: &Job, reference: &Reference) -> FxHashSet<(u64, Option<usize>)> {
-        let mut key = Vec::new();
-        let open = self.dead_letters.iter().filter(|stored| stored.resolved_run_id.is_none());
-        open.filter_map(|stored| {
-            let letter = &stored.letter.key;
-            let event = EventRef { tenant_id: Some(&letter.tenant_id), id: Some(&letter.event_id), ..EventRef::EMPTY };
-            let meter = reference.meters.iter().position(|meter| meter.id == letter.meter_id);
-            write_key(&job.deduplicate.key, &event, &mut key).then(|| (key_hash(&key), meter))
-        })
-        .collect()
+    fn open_dead_letters(&self, reference: &Reference) -> OpenDeadLetters {
+        let mut open = OpenDeadLetters::default();
+        for stored in self.dead_letters.iter().filter(|stored| stored.resolved_run_id.is_none()) {
+            let key = &stored.letter.key;
+            let meter = reference.meters.iter().position(|meter| meter.id == key.meter_id);
+            open.add(&key.tenant_id, &key.event_id, meter);
+        }
+        open
     }
 
     /// Open dead letters that the run covers and did not find again.
-    fn resolved(&self, scope: &Scope, range: Span, found: &[DeadLetter]) -> Vec<DeadLetterKey> {
+    fn resolved(&self, job: &Job, reference: &Reference, scope: &Scope, range: Span, found: &[DeadLetter]) -> Vec<DeadLetterKey> {
         let again: FxHashSet<_> = found.iter().map(|letter| &letter.key).collect();
         let is_covered = |letter: &DeadLetter| {
             // A part of a job covers only what it can tell apart.
             let in_scope = scope.customer.is_none()
                 && scope.tenant.as_ref().is_none_or(|tenant| *tenant == letter.key.tenant_id)
                 && scope.meter.as_ref().is_none_or(|meter| *meter == letter.key.meter_id);
-            in_scope && letter.event_time.is_none_or(|t| range.contains(t))
+            let sizes = || reference.meters.iter().map(|meter| meter.window);
+            in_scope && letter.event_time.is_none_or(|t| sizes().all(|size| range.covers(size.window(t, job.timezone))))
         };
         let open = self.dead_letters.iter().filter(|stored| stored.resolved_run_id.is_none()).map(|stored| &stored.letter);
         open.filter(|letter| is_covered(letter) && !again.contains(&letter.key)).map(|letter| letter.key.clone()).collect()

@@ -187,7 +187,7 @@ pub fn add_periods_without_usage(
                 continue;
             }
             for period in periods_in(subscription, range) {
-                let is_due = period.overlaps(subscription.active) && period.overlaps(price.valid);
+                let is_due = due(period, subscription, price);
                 let Some(meter) = reference.meters.iter().position(|meter| meter.id == price.meter_id) else { continue };
                 let state = StateKey {
                     subscription: u32::try_from(index)?,
@@ -220,6 +220,12 @@ pub fn add_periods_without_usage(
     }
     periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
     Ok(())
+}
+
+/// Whether a price and an active subscription meet in a period.
+fn due(period: Span, subscription: &Subscription, price: &Price) -> bool {
+    let start = period.start.max(subscription.active.start).max(price.valid.start);
+    start < period.end.min(subscription.active.end).min(price.valid.end)
 }
 
 /// The billing periods of a subscription that a range touches while it is active.

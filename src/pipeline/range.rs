@@ -42,12 +42,16 @@ pub(super) fn resolve(
     }
     let nanosecond_after = |t: Timestamp| Timestamp::from_nanos(t.nanos().saturating_add(1));
     let events = events.map(|(first, last)| Span { start: first, end: nanosecond_after(last) });
-    let asked = request.range.or_else(|| [events, stored].into_iter().flatten().reduce(Span::union));
-    let Some(asked) = asked else { return Ok(Resolved { range: None, widened_from: None }) };
-    let meters = reference.meters.iter().filter(|meter| scope.meter.as_ref().is_none_or(|wanted| *wanted == meter.id));
-    let range = meters.map(|meter| meter.window.widen(asked, job.timezone)).reduce(Span::union).unwrap_or(asked);
-    let widened_from = request.range.filter(|asked| *asked != range);
-    Ok(Resolved { range: Some(range), widened_from })
+    let widen = |asked: Span| {
+        let meters = reference.meters.iter().filter(|meter| scope.meter.as_ref().is_none_or(|wanted| *wanted == meter.id));
+        meters.map(|meter| meter.window.widen(asked, job.timezone)).reduce(Span::union).unwrap_or(asked)
+    };
+    let range = match request.range {
+        Some(asked) => Some(widen(asked)),
+        // Stored windows are whole already: widening them again would reach further each time.
+        None => [events.map(widen), stored].into_iter().flatten().reduce(Span::union),
+    };
+    Ok(Resolved { range, widened_from: request.range.filter(|asked| Some(*asked) != range) })
 }
 
 /// The span of every billing period that `range` touches.

@@ -2,6 +2,8 @@
 //! each difference came about.
 
 use std::collections::BTreeMap;
+
+use anyhow::Context as _;
 use std::iter::Peekable;
 
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -14,7 +16,9 @@ use crate::model::aggregate::{
 use crate::model::counts::RowCounts;
 use crate::model::decimal::DecimalSum;
 use crate::model::run::{RunBasis, RunRecord};
+use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
+use crate::reference::ReferenceDigests;
 
 /// What must change in the store, and why.
 #[derive(Debug, Default)]
@@ -25,8 +29,11 @@ pub struct Reconciliation {
     pub retractions: Vec<WindowKey>,
     pub rows: RowCounts,
     pub totals: BTreeMap<Text, Totals>,
-    /// Windows outside of the range whose stored usage is not what the events say.
+    /// Windows outside of the range whose stored usage is not what the events say,
+    /// or that are not stored yet.
     pub stale_outside: u64,
+    /// Corrections whose cause only the ledger can prove, by index.
+    unproved: Vec<usize>,
 }
 
 /// Cost of the rows that the run covers, before and after.
@@ -50,6 +57,7 @@ pub struct Evidence<'e> {
 #[derive(Debug, Default)]
 pub struct CurrentDigests {
     pub meters: FxHashMap<Text, Text>,
+    pub prices: FxHashMap<Text, Text>,
     /// Tenant and subscription, then the digests of subscription and customer.
     pub subscriptions: FxHashMap<(Text, Text), (Text, Text)>,
 }
@@ -68,11 +76,12 @@ pub fn reconcile(stored: Vec<StoredWindow>, computed: &[PricedWindow], range: Sp
     let pairs: Vec<_> = Pairs { stored: stored.into_iter().peekable(), computed: computed.iter().peekable() }.collect();
     let moved = moved_periods(&pairs);
     let mut out = Reconciliation::default();
-    let judge = Judge { evidence, known: &known, moved: &moved };
+    let replaced = replaced_slots(&pairs);
+    let judge = Judge { evidence, known: &known, moved: &moved, replaced: &replaced };
     for pair in pairs {
         match pair {
             Pair::Both(before, after) => {
-                let covered = range.covers(after.row.window());
+                let covered = range.covers(before.row.window()) && range.covers(after.row.window());
                 if before.row.says_the_same(&after.row) {
                     out.rows.unchanged += u64::from(covered);
                     if covered {
@@ -87,21 +96,59 @@ pub fn reconcile(stored: Vec<StoredWindow>, computed: &[PricedWindow], range: Sp
             }
             Pair::Computed(after) if range.covers(after.row.window()) => {
                 out.rows.inserted += 1;
-                out.correct(None, Some(&after.row), judge.insert(after));
+                let (causes, proved) = judge.insert(after);
+                out.correct(None, Some(&after.row), causes);
+                out.unproved.extend((!proved).then(|| out.corrections.len() - 1));
             }
             Pair::Stored(before) if range.covers(before.row.window()) => {
                 out.rows.retracted += 1;
-                out.correct(Some(&before.row), None, judge.retract(&before));
+                let (causes, proved) = judge.retract(&before);
+                out.correct(Some(&before.row), None, causes);
+                out.unproved.extend((!proved).then(|| out.corrections.len() - 1));
             }
             Pair::Stored(_) => out.stale_outside += 1,
-            // Never computed yet: a later run will.
-            Pair::Computed(_) => {}
+            Pair::Computed(_) => out.stale_outside += 1,
         }
     }
     out
 }
 
 impl Reconciliation {
+    /// Whether every total can be told.
+    ///
+    /// # Errors
+    /// Where a sum of costs overflows.
+    pub fn check_totals(&self) -> anyhow::Result<()> {
+        for (currency, totals) in &self.totals {
+            let sums = totals.before.total().and(totals.after.total());
+            sums.with_context(|| format!("the cost of all windows in {currency}"))?;
+        }
+        Ok(())
+    }
+
+    /// Whether a cause is left that only the ledger can prove.
+    pub fn asks_the_ledger(&self) -> bool {
+        !self.unproved.is_empty()
+    }
+
+    /// Settles what nothing else could: `in_ledger` says whether the ledger has a row
+    /// of this key. A row that it has and the store lacks, or the other way round,
+    /// was altered by somebody else.
+    pub fn ask_the_ledger(&mut self, in_ledger: impl Fn(&WindowKey) -> bool) {
+        for at in std::mem::take(&mut self.unproved) {
+            let Some(correction) = self.corrections.get_mut(at) else { continue };
+            let known = in_ledger(&correction.key);
+            let (cause, values) = match (correction.after, correction.before) {
+                (Some(after), _) if known => (Cause::StoreAltered, Some(after)),
+                (Some(after), _) => (Cause::LateEvent, Some(after)),
+                (None, before) if known => (Cause::EventVoided, before),
+                (None, before) => (Cause::StoreAltered, before),
+            };
+            let count = if cause == Cause::StoreAltered { 1 } else { values.map_or(1, |values| values.event_count) };
+            correction.causes = Causes::from([(cause, count)]);
+        }
+    }
+
     fn total(&mut self, before: Option<&WindowRow>, after: Option<&WindowRow>) {
         if let Some(row) = before {
             self.totals.entry(row.currency.clone()).or_default().before.add(row.cost);
@@ -172,6 +219,7 @@ fn moved_periods(pairs: &[Pair<'_>]) -> FxHashSet<PeriodKey> {
 #[derive(Default)]
 struct KnownBasis {
     meters: FxHashMap<Text, FxHashSet<Text>>,
+    prices: FxHashMap<Text, FxHashSet<Text>>,
     subscriptions: FxHashMap<(Text, Text), FxHashSet<(Text, Text)>>,
 }
 
@@ -179,7 +227,8 @@ impl KnownBasis {
     fn of(stored: &[StoredWindow]) -> Self {
         let mut known = KnownBasis::default();
         for StoredWindow { row, .. } in stored {
-            let Basis { meter, subscription, customer, .. } = &row.basis;
+            let Basis { meter, price, subscription, customer } = &row.basis;
+            known.prices.entry(row.key.period.price_id.clone()).or_default().insert(price.clone());
             known.meters.entry(row.key.period.meter_id.clone()).or_default().insert(meter.clone());
             let key = (row.key.period.tenant_id.clone(), row.key.period.subscription_id.clone());
             known.subscriptions.entry(key).or_default().insert((subscription.clone(), customer.clone()));
@@ -193,6 +242,7 @@ struct Judge<'j> {
     evidence: &'j Evidence<'j>,
     known: &'j KnownBasis,
     moved: &'j FxHashSet<PeriodKey>,
+    replaced: &'j FxHashSet<Slot>,
 }
 
 impl Judge<'_> {
@@ -209,10 +259,25 @@ impl Judge<'_> {
                 causes.insert(cause, 1);
             }
         };
-        changed(Cause::MeterChanged, was.basis.meter != is.basis.meter);
-        changed(Cause::PriceChanged, was.cost != is.cost && was.basis.price != is.basis.price);
-        changed(Cause::SubscriptionChanged, usage_changed && was.basis.subscription != is.basis.subscription);
-        changed(Cause::CustomerChanged, usage_changed && was.basis.customer != is.basis.customer);
+        // A digest on the row can be old news: the last run that computed it tells.
+        let then = self.covering_run(is).map(|run| &run.basis.reference);
+        let now = &self.evidence.basis.reference;
+        let since = |table: fn(&ReferenceDigests) -> &String| then.is_none_or(|then| table(then) != table(now));
+        let price_changed = was.cost != is.cost && was.basis.price != is.basis.price && since(|tables| &tables.prices);
+        let recharged = was.cost != is.cost && !price_changed;
+        changed(Cause::PriceChanged, price_changed);
+        changed(
+            Cause::MeterChanged,
+            (usage_changed || recharged) && was.basis.meter != is.basis.meter && since(|tables| &tables.meters),
+        );
+        changed(
+            Cause::SubscriptionChanged,
+            usage_changed && was.basis.subscription != is.basis.subscription && since(|tables| &tables.subscriptions),
+        );
+        changed(
+            Cause::CustomerChanged,
+            usage_changed && was.basis.customer != is.basis.customer && since(|tables| &tables.customers),
+        );
         if !causes.is_empty() {
             return causes;
         }
@@ -235,45 +300,52 @@ impl Judge<'_> {
         causes
     }
 
-    fn insert(&self, after: &PricedWindow) -> Causes {
+    /// The causes, and whether they are proved.
+    fn insert(&self, after: &PricedWindow) -> (Causes, bool) {
         let key = &after.row.key;
-        let Some(run) = self.covering_run(after.row.window()) else {
-            return Causes::from([(Cause::FirstComputation, after.row.event_count)]);
+        let Some(run) = self.covering_run(&after.row) else {
+            return (Causes::from([(Cause::FirstComputation, after.row.event_count)]), true);
         };
-        let causes = self.news(key, after.news);
-        if !causes.is_empty() {
-            return causes;
+        let mut causes = self.news(key, after.news);
+        if causes.values().sum::<u64>() >= after.row.event_count {
+            return (causes, true);
         }
         let basis = &after.row.basis;
         let subscription = self.known.subscriptions.get(&(key.period.tenant_id.clone(), key.period.subscription_id.clone()));
-        let changed = self.changed_definitions(
+        let slot = Slot::of(key);
+        let price = self.known.prices.get(&key.period.price_id).map(|known| !known.contains(&basis.price));
+        causes.extend(self.changed_definitions(
             &run.basis,
             self.known.meters.get(&key.period.meter_id).map(|known| !known.contains(&basis.meter)),
             subscription.map(|known| !known.iter().any(|(of, _)| *of == basis.subscription)),
             subscription.map(|known| !known.iter().any(|(_, of)| *of == basis.customer)),
-        );
-        or_else(changed, Cause::StoreAltered, 1)
+            price.map(|changed| changed || self.replaced.contains(&slot)),
+        ));
+        let proved = !causes.is_empty();
+        (causes, proved)
     }
 
-    fn retract(&self, before: &StoredWindow) -> Causes {
+    /// The causes, and whether they are proved.
+    fn retract(&self, before: &StoredWindow) -> (Causes, bool) {
         let key = &before.row.key;
-        let causes = self.news(key, News::default());
-        if !causes.is_empty() {
-            return causes;
+        let mut causes = self.news(key, News::default());
+        if causes.values().sum::<u64>() >= before.row.event_count {
+            return (causes, true);
         }
         let was = &before.row.basis;
         let current = &self.evidence.current;
         let subscription = current.subscriptions.get(&(key.period.tenant_id.clone(), key.period.subscription_id.clone()));
-        let changed = self.basis_of(&before.run_id).map(|basis| {
-            self.changed_definitions(
+        if let Some(basis) = self.basis_of(&before.run_id) {
+            causes.extend(self.changed_definitions(
                 basis,
                 Some(current.meters.get(&key.period.meter_id) != Some(&was.meter)),
                 Some(subscription.is_none_or(|(digest, _)| *digest != was.subscription)),
                 Some(subscription.is_none_or(|(_, digest)| *digest != was.customer)),
-            )
-        });
-        // Nothing changed but the source, which no longer has the events.
-        or_else(changed.unwrap_or_default(), Cause::EventVoided, before.row.event_count)
+                Some(current.prices.get(&key.period.price_id) != Some(&was.price) || self.replaced.contains(&Slot::of(key))),
+            ));
+        }
+        let proved = !causes.is_empty();
+        (causes, proved)
     }
 
     /// What came, was amended, voided or resolved in this window since the run before.
@@ -296,6 +368,7 @@ impl Judge<'_> {
         meter: Option<bool>,
         subscription: Option<bool>,
         customer: Option<bool>,
+        price: Option<bool>,
     ) -> Causes {
         let now = self.evidence.basis;
         let tables = [
@@ -305,7 +378,7 @@ impl Judge<'_> {
                 then.reference.subscriptions != now.reference.subscriptions && subscription.unwrap_or(true),
             ),
             (Cause::CustomerChanged, then.reference.customers != now.reference.customers && customer.unwrap_or(true)),
-            (Cause::PriceChanged, then.reference.prices != now.reference.prices),
+            (Cause::PriceChanged, then.reference.prices != now.reference.prices && price.unwrap_or(true)),
             (Cause::JobChanged, then.job_digest != now.job_digest),
         ];
         tables.into_iter().filter(|(_, changed)| *changed).map(|(cause, _)| (cause, 1)).collect()
@@ -315,15 +388,53 @@ impl Judge<'_> {
         self.evidence.runs.iter().find(|run| run.run_id == run_id).map(|run| &run.basis)
     }
 
-    /// The last run that computed this window.
-    fn covering_run(&self, window: Span) -> Option<&RunRecord> {
-        let covers = |run: &&RunRecord| !run.basis.scoped && run.range.is_some_and(|range| range.covers(window));
+    /// The last run that computed this row's window: it covers the window, was about
+    /// this part of the job, and came after the window began.
+    fn covering_run(&self, row: &WindowRow) -> Option<&RunRecord> {
+        let covers = |run: &&RunRecord| {
+            let period = &row.key.period;
+            let began = |until: Option<Timestamp>| until.is_none_or(|until| row.key.window_start <= until);
+            run.range.is_some_and(|range| range.covers(row.window()))
+                && run.basis.scope.holds(&period.tenant_id, &row.customer_id, &period.meter_id)
+                && began(run.input.events_until)
+                && began(run.input.ingested_until)
+        };
         self.evidence.runs.iter().rev().find(covers)
     }
 }
 
-fn or_else(causes: Causes, cause: Cause, count: u64) -> Causes {
-    if causes.is_empty() { Causes::from([(cause, count)]) } else { causes }
+/// A row's place, whatever its price: where one price takes over from another, both
+/// rows have the same.
+#[derive(PartialEq, Eq, Hash)]
+struct Slot {
+    tenant: Text,
+    subscription: Text,
+    meter: Text,
+    dimensions: Text,
+    window_start: Timestamp,
+}
+
+impl Slot {
+    fn of(key: &WindowKey) -> Self {
+        Slot {
+            tenant: key.period.tenant_id.clone(),
+            subscription: key.period.subscription_id.clone(),
+            meter: key.period.meter_id.clone(),
+            dimensions: key.period.dimensions.clone(),
+            window_start: key.window_start,
+        }
+    }
+}
+
+/// Places where a price gives way to another: one side is stored alone, the other
+/// computed alone.
+fn replaced_slots(pairs: &[Pair<'_>]) -> FxHashSet<Slot> {
+    let stored =
+        pairs.iter().filter_map(|pair| if let Pair::Stored(before) = pair { Some(Slot::of(&before.row.key)) } else { None });
+    let stored: FxHashSet<_> = stored.collect();
+    let computed =
+        pairs.iter().filter_map(|pair| if let Pair::Computed(after) = pair { Some(Slot::of(&after.row.key)) } else { None });
+    computed.filter(|slot| stored.contains(slot)).collect()
 }
 
 /// Changes to `usage_periods`.

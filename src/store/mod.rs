@@ -18,6 +18,8 @@ use crate::model::window::Span;
 #[derive(Debug)]
 pub struct Publication {
     pub run: RunRecord,
+    /// The last run when the plan was made: another one since makes it stale.
+    pub previous_run_id: Option<String>,
     pub upserts: Vec<WindowRow>,
     pub retractions: Vec<WindowKey>,
     pub corrections: Vec<Correction>,
@@ -123,6 +125,22 @@ pub trait AggregateStore {
 
     /// Writes everything, or nothing.
     fn publish(&mut self, publication: &Publication) -> Result<()>;
+}
+
+/// The id of the run after `runs`: a UUIDv7 that sorts after all before it, even if
+/// the clock was set back.
+pub fn next_run_id(runs: &[RunRecord], now: Timestamp) -> String {
+    let millis_of = |run: &RunRecord| Some(uuid::Uuid::parse_str(&run.run_id).ok()?.get_timestamp()?.to_unix().0 * 1000 + 1000);
+    let now = u64::try_from(now.nanos() / 1_000_000).unwrap_or_default();
+    let last = runs.iter().filter_map(millis_of).max().unwrap_or_default();
+    // The last run's second has passed, or is made to have.
+    let millis = if runs.last().is_some_and(|run| run.run_id > uuid_at(now)) { last } else { now };
+    uuid_at(millis)
+}
+
+fn uuid_at(millis: u64) -> String {
+    let nanos = u32::try_from(millis % 1000 * 1_000_000).unwrap_or_default();
+    uuid::Uuid::new_v7(uuid::Timestamp::from_unix(uuid::NoContext, millis / 1000, nanos)).to_string()
 }
 
 /// The version of the run after `runs`: greater than all before it.

@@ -201,6 +201,9 @@ impl AggregateStore for ClickHouseStore {
     }
 
     fn publish(&mut self, publication: &Publication) -> Result<()> {
+        if self.runs(&publication.run.job)?.last().map(|run| &run.run_id) != publication.previous_run_id.as_ref() {
+            bail!("another run of job {} published meanwhile: run again", publication.run.job);
+        }
         let known = self.dead_letters(&publication.run.job)?;
         publish::publish(&self.database, publication, &known)
     }

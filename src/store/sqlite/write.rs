@@ -1,7 +1,7 @@
 //! Publishing: one transaction for aggregates, ledger, dead letters and the run.
 
-use anyhow::Result;
-use rusqlite::{Connection, Transaction, TransactionBehavior, params};
+use anyhow::{Result, bail};
+use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
 
 use crate::model::aggregate::{Correction, PeriodKey, Values, WindowKey};
 use crate::model::run::causes_json;
@@ -9,12 +9,23 @@ use crate::store::Publication;
 
 pub(super) fn publish(connection: &mut Connection, publication: &Publication) -> Result<()> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    check_previous(&transaction, publication)?;
     write_windows(&transaction, publication)?;
     write_periods(&transaction, publication)?;
     write_corrections(&transaction, publication)?;
     write_dead_letters(&transaction, publication)?;
     write_run(&transaction, publication)?;
     transaction.commit()?;
+    Ok(())
+}
+
+/// What was planned against an older state must not be written.
+fn check_previous(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
+    let sql = "SELECT run_id FROM runs WHERE job = ?1 ORDER BY version DESC, run_id DESC LIMIT 1";
+    let last: Option<String> = transaction.query_row(sql, [&publication.run.job], |row| row.get(0)).optional()?;
+    if last != publication.previous_run_id {
+        bail!("another run of job {} published meanwhile: run again", publication.run.job);
+    }
     Ok(())
 }
 
