@@ -19,9 +19,11 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::config::{Job, Source, Store, default_environment};
+use crate::config::{Job, Keep, Source, Store, default_environment};
+use crate::fault::configuration;
 use crate::source::EventSource;
 use crate::source::files::FileSource;
+use crate::source::kafka::{KafkaSource, Snapshot};
 use crate::store::AggregateStore;
 use crate::store::sqlite::SqliteStore;
 
@@ -137,8 +139,25 @@ pub fn dispatch(arguments: Arguments) -> Result<u8> {
 fn source_of(job: &Job) -> Result<Box<dyn EventSource>> {
     match &job.source {
         Source::Files { patterns, columns } => Ok(Box::new(FileSource::new(patterns.clone(), columns.clone()))),
-        Source::ClickHouse { .. } | Source::Kafka { .. } => anyhow::bail!("not yet"),
+        Source::ClickHouse { .. } => anyhow::bail!("not yet"),
+        Source::Kafka { .. } => Ok(Box::new(kafka_source(job, None)?)),
     }
+}
+
+/// The job's topic, or the offsets of it that an earlier run read.
+fn kafka_source(job: &Job, snapshot: Option<Snapshot>) -> Result<KafkaSource> {
+    let Source::Kafka { connection, topic, margin, tenant_id, columns } = &job.source else {
+        return Err(configuration(format!("{}: the source is no Kafka topic: only Kafka has snapshots", job.path.display())));
+    };
+    Ok(KafkaSource {
+        connection: connection.clone(),
+        topic: topic.clone(),
+        margin: *margin,
+        tenant_id: tenant_id.clone(),
+        columns: columns.clone(),
+        from_first_copy: job.deduplicate.keep == Keep::First,
+        snapshot,
+    })
 }
 
 /// The store for reading, if there is one.

@@ -2,6 +2,8 @@
 
 pub mod batch;
 pub mod files;
+mod json_event;
+pub mod kafka;
 
 use anyhow::Result;
 

@@ -3,4 +3,6 @@
 //! made-up histories. One test binary, so that linking stays fast.
 
 mod golden;
+mod kafka;
+mod kafka_topic;
 mod support;
