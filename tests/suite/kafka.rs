@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rdkafka::producer::Producer;
 use serde_json::{Value, json};
+use trueup::config::{Job, Source};
+use trueup::source::kafka::KafkaSource;
+use trueup::source::{EventBatch, EventSource as _, Selection, Wanted};
 
 use crate::golden::{cases, check_step};
 use crate::kafka_topic::{Message, Topic, broker};
@@ -51,23 +54,36 @@ fn window(start: &str, quantity: &str) -> (String, String) {
 #[test]
 fn every_case_gives_the_same_rows_from_a_topic() {
     let Some(broker) = broker() else { return };
-    let mut problems = String::new();
-    for case in cases().iter().filter(|case| fs::read_to_string(case.join("job.yaml")).unwrap().contains(".ndjson")) {
-        let name = case.file_name().unwrap().to_string_lossy().into_owned();
-        let topic = Topic::create(&broker, 3, &[]);
-        let workspace = Workspace::new();
-        let overlays = (1..).map(|step| case.join(format!("then-{step}"))).take_while(|overlay| overlay.exists());
-        for step in std::iter::once(case.clone()).chain(overlays) {
-            assert!(step == *case || !step.join("job.yaml").exists(), "{name} changes its job");
-            workspace.overlay(&step);
-            if step == *case {
-                read_from(&workspace, &broker, &topic.name);
-            }
-            topic.produce(&messages_of(&step.join("events")));
-            check_step(&workspace, &step, &step.display().to_string(), &mut problems);
-        }
-    }
+    let cases = cases();
+    let readable = |case: &&PathBuf| fs::read_to_string(case.join("job.yaml")).unwrap().contains(".ndjson");
+    let cases: Vec<_> = cases.iter().filter(readable).collect();
+    assert!(cases.len() >= 40, "only {} cases", cases.len());
+    // Most of the time is waiting for the broker.
+    let check = |cases: &[&PathBuf]| {
+        let mut problems = String::new();
+        cases.iter().for_each(|case| check_case(&broker, case, &mut problems));
+        problems
+    };
+    let problems: String = std::thread::scope(|scope| {
+        let threads: Vec<_> = cases.chunks(cases.len() / 8 + 1).map(|cases| scope.spawn(move || check(cases))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
     assert!(problems.is_empty(), "{problems}");
+}
+
+fn check_case(broker: &str, case: &Path, problems: &mut String) {
+    let topic = Topic::create(broker, 3, &[]);
+    let workspace = Workspace::new();
+    let overlays = (1..).map(|step| case.join(format!("then-{step}"))).take_while(|overlay| overlay.exists());
+    for step in std::iter::once(case.to_owned()).chain(overlays) {
+        assert!(step == *case || !step.join("job.yaml").exists(), "{} changes its job", step.display());
+        workspace.overlay(&step);
+        if step == *case {
+            read_from(&workspace, broker, &topic.name);
+        }
+        topic.produce(&messages_of(&step.join("events")));
+        check_step(&workspace, &step, &step.display().to_string(), problems);
+    }
 }
 
 /// The lines of a step's event files, written when they say that they were ingested.
@@ -142,8 +158,11 @@ fn payloads_are_completed_by_the_message_and_the_source() {
     ]);
     let summary = workspace.run(&[]);
     assert_eq!(quantities(&workspace), [window("2026-01-05T10:00:00Z", "2")]);
-    assert_eq!(summary["events"], json!({"read": 4, "out_of_range": 0, "duplicates": 1, "voided": 0, "unmatched": 0,
-        "dead_lettered": 2, "metered": 1}));
+    assert_eq!(
+        summary["events"],
+        json!({"read": 4, "out_of_range": 0, "duplicates": 1, "voided": 0, "unmatched": 0,
+        "dead_lettered": 2, "metered": 1})
+    );
     let details = workspace.query("SELECT detail FROM dead_letters ORDER BY detail");
     assert!(details[0]["detail"].starts_with(&format!("kafka {}/0 offset 2: ", topic.name)), "{details:?}");
 }
@@ -218,7 +237,10 @@ fn retention_past_the_start_fails_and_writes_nothing() {
     let workspace = workspace(&topic);
     for (id, day) in [("e1", 3), ("e2", 4), ("e3", 5), ("e4", 6)] {
         let time = format!("2026-01-0{day}T12:00:00Z");
-        topic.produce(&[Message { partition: Some(0), ..event(id, &time, day) }, Message { partition: Some(1), ..event(&format!("{id}b"), &time, day) }]);
+        topic.produce(&[
+            Message { partition: Some(0), ..event(id, &time, day) },
+            Message { partition: Some(1), ..event(&format!("{id}b"), &time, day) },
+        ]);
     }
     topic.delete_before(1, 2);
     let place = format!("kafka {}/1", topic.name);
@@ -234,6 +256,33 @@ fn retention_past_the_start_fails_and_writes_nothing() {
     // Nothing is left to tell how old it was.
     topic.delete_before(1, 4);
     workspace.trueup(&["run", "job.yaml", "--day", "2026-01-06"]).fails_with(1, &[&place, "no message is left"]);
+}
+
+#[test]
+fn retention_that_overtakes_a_run_fails_it() {
+    let Some(broker) = broker() else { return };
+    let topic = Topic::create(&broker, 1, &[]);
+    let workspace = workspace(&topic);
+    let events: Vec<_> = (10..20).map(|hour| event(&format!("e{hour}"), &format!("2026-01-05T{hour}:00:00Z"), 1)).collect();
+    topic.produce(&events);
+    let job = Job::load(&workspace.path("job.yaml")).unwrap();
+    let Source::Kafka { connection, topic: name, margin, tenant_id, columns } = job.source else { panic!() };
+    let source = KafkaSource { connection, topic: name, margin, tenant_id, columns, from_first_copy: false, snapshot: None };
+    let splits = source.splits(&Selection::default()).unwrap();
+    // What comes later is not delivered; what is gone is missed.
+    topic.produce(&events);
+    let read = || {
+        let mut rows = 0;
+        let sink = &mut |batch: &EventBatch| {
+            rows += batch.len();
+            Ok(())
+        };
+        source.read(&splits[0], Wanted::Whole, sink).map(|()| rows)
+    };
+    assert_eq!(read().unwrap(), 10);
+    topic.delete_before(0, 5);
+    let error = format!("{:#}", read().unwrap_err());
+    assert!(error.contains(&format!("kafka {}/0", topic.name)) && error.contains("retention"), "{error}");
 }
 
 #[test]

@@ -275,8 +275,10 @@ impl ClientContext for Complaints {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        // The end of a partition arrives here too, and is no complaint.
-        if error.rdkafka_error_code() != Some(RDKafkaErrorCode::PartitionEOF) {
+        // The end of a partition arrives here too, and is no complaint; that all
+        // brokers are down hides why.
+        use RDKafkaErrorCode::{AllBrokersDown, PartitionEOF};
+        if !matches!(error.rdkafka_error_code(), Some(PartitionEOF | AllBrokersDown)) {
             self.keep(reason);
         }
     }
