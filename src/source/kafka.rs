@@ -4,6 +4,7 @@
 
 mod topic;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -55,7 +56,7 @@ impl EventSource for KafkaSource {
         let partitions = topic.partitions()?;
         let identity = format!("kafka:{}/{}", topic.cluster(), self.topic);
         match &self.snapshot {
-            Some(snapshot) => self.recorded(&topic, &partitions, snapshot, &identity),
+            Some(snapshot) => self.recorded(&topic, &partitions, selection, snapshot, &identity),
             None => self.current(&topic, &partitions, selection, &identity),
         }
     }
@@ -104,9 +105,9 @@ impl EventSource for KafkaSource {
 impl KafkaSource {
     /// One split a partition, from the start of the selection up to what is stable now.
     fn current(&self, topic: &Topic<'_>, partitions: &[i32], selection: &Selection, identity: &str) -> Result<Vec<Split>> {
-        let since = selection.span.map(|span| minus(span.start, self.margin));
+        let since = self.since(selection);
         let extents = partitions.iter().map(|partition| topic.extent(*partition)).collect::<Result<Vec<_>>>()?;
-        let by_time = since.map(|since| topic.offsets_at(partitions, since)).transpose()?.unwrap_or_default();
+        let by_time = self.starts(topic, partitions, selection)?;
         let mut splits = Vec::new();
         for (partition, extent) in partitions.iter().zip(extents) {
             self.check_retention(topic, *partition, extent, since)?;
@@ -165,7 +166,15 @@ impl KafkaSource {
     }
 
     /// The splits that a run recorded, with as many rows as it read.
-    fn recorded(&self, topic: &Topic<'_>, partitions: &[i32], snapshot: &Snapshot, identity: &str) -> Result<Vec<Split>> {
+    fn recorded(
+        &self,
+        topic: &Topic<'_>,
+        partitions: &[i32],
+        selection: &Selection,
+        snapshot: &Snapshot,
+        identity: &str,
+    ) -> Result<Vec<Split>> {
+        let by_time = self.starts(topic, partitions, selection)?;
         let mut splits = Vec::new();
         for file in &snapshot.files {
             let Some((partition, start, end)) = offsets(file, identity) else {
@@ -174,13 +183,26 @@ impl KafkaSource {
                     snapshot.run_id, file.name
                 )));
             };
-            if start < end {
-                check_still_there(topic, partitions, partition, start, end)
-                    .with_context(|| format!("--snapshot {} cannot be read again", snapshot.run_id))?;
-            }
+            let needed = by_time.get(&partition).copied().flatten().unwrap_or(start);
+            check_still_there(topic, partitions, partition, start, end)
+                .and_then(|()| check_reaches_back(topic, partition, start, needed))
+                .with_context(|| format!("--snapshot {} cannot be read again", snapshot.run_id))?;
             splits.push(Split { announced_rows: Some(file.rows), ..self.split(identity, partition, start, end) });
         }
         Ok(splits)
+    }
+
+    /// Where the messages of a selection begin, by partition; `None` where none is
+    /// that young, nothing at all where there is no span.
+    fn starts(&self, topic: &Topic<'_>, partitions: &[i32], selection: &Selection) -> Result<BTreeMap<i32, Option<i64>>> {
+        match self.since(selection) {
+            Some(since) => topic.offsets_at(partitions, since),
+            None => Ok(BTreeMap::new()),
+        }
+    }
+
+    fn since(&self, selection: &Selection) -> Option<Timestamp> {
+        selection.span.map(|span| minus(span.start, self.margin))
     }
 
     fn push(&self, builder: &mut BatchBuilder, events: &JsonEvents<'_>, message: &BorrowedMessage<'_>) {
@@ -261,6 +283,9 @@ fn check_not_shrunk(topic: &Topic<'_>, partition: i32, end: i64) -> Result<()> {
 }
 
 fn check_still_there(topic: &Topic<'_>, partitions: &[i32], partition: i32, start: i64, end: i64) -> Result<()> {
+    if start >= end {
+        return Ok(());
+    }
     let place = topic.place(partition);
     if !partitions.contains(&partition) {
         bail!("{place}: there is no such partition any more");
@@ -271,6 +296,17 @@ fn check_still_there(topic: &Topic<'_>, partitions: &[i32], partition: i32, star
     }
     if extent.end < end {
         bail!("{place}: offsets up to {} were read, and it now ends before {}: it was created anew", end - 1, extent.end);
+    }
+    Ok(())
+}
+
+/// A job that changed may need more than its run did: longer billing periods, say.
+fn check_reaches_back(topic: &Topic<'_>, partition: i32, start: i64, needed: i64) -> Result<()> {
+    if needed < start {
+        bail!(
+            "{}: the snapshot begins at offset {start}, and the job as it is now needs messages from offset {needed} on",
+            topic.place(partition)
+        );
     }
     Ok(())
 }

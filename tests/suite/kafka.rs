@@ -303,6 +303,11 @@ fn a_range_starts_by_the_time_of_messages_less_the_margin() {
     assert_eq!(offsets_read(&workspace), ["2..5"]);
     assert_eq!(summary["events"]["read"], 3);
     assert_eq!(quantities(&workspace), [window("2026-01-05T00:00:00Z", "4"), window("2026-01-05T10:00:00Z", "8")]);
+    // A longer billing period begins before what that run read.
+    let run = &workspace.query("SELECT run_id FROM runs")[0]["run_id"];
+    workspace.edit("subscriptions.csv", "USD,day", "USD,month");
+    workspace.trueup(&["run", "job.yaml", "--snapshot", run]).fails_with(1, &[run, "begins at offset 2", "offset 0"]);
+    workspace.edit("subscriptions.csv", "USD,month", "USD,day");
     // Where the first copy counts, older ones must be seen.
     workspace.edit("job.yaml", "keep: latest", "keep: first");
     workspace.run(&["--day", "2026-01-05"]);

@@ -16,6 +16,7 @@ use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The broker's address; without one the test has nothing to do.
+#[allow(clippy::print_stdout)]
 pub fn broker() -> Option<String> {
     let broker = env::var("TRUEUP_TEST_KAFKA").ok();
     if broker.is_none() {
