@@ -5,12 +5,14 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::config::{Job, Source, Store};
+use crate::config::{Job, Keep, Source, Store};
+use crate::fault::configuration;
 use crate::pipeline::{Inputs, Observer, Published, Request, plan};
 use crate::reference::Reference;
 use crate::source::EventSource;
 use crate::source::clickhouse::ClickHouseSource;
 use crate::source::files::FileSource;
+use crate::source::kafka::{KafkaSource, Snapshot};
 use crate::store::AggregateStore;
 use crate::store::clickhouse::ClickHouseStore;
 use crate::store::lock::Lock;
@@ -21,6 +23,8 @@ pub struct RunOptions<'o> {
     pub threads: usize,
     /// Publish even beyond the job's guard.
     pub yes: bool,
+    /// Read the offsets of this earlier run again.
+    pub snapshot: Option<&'o str>,
     pub progress: &'o dyn Observer,
 }
 
@@ -32,7 +36,10 @@ pub fn run(job: &Job, request: &Request, options: &RunOptions<'_>) -> Result<Pub
     let reference = Reference::load(job)?;
     let _lock = Lock::take(&lock_path(job), &job.name)?;
     let mut store = write_store(job)?;
-    let source = source(job)?;
+    let (source, request) = match options.snapshot {
+        None => (source(job)?, request.clone()),
+        Some(run_id) => snapshot(job, &*store, run_id, request)?,
+    };
     let inputs = Inputs {
         job,
         reference: &reference,
@@ -41,7 +48,7 @@ pub fn run(job: &Job, request: &Request, options: &RunOptions<'_>) -> Result<Pub
         threads: options.threads,
         progress: options.progress,
     };
-    let plan = plan(&inputs, request)?;
+    let plan = plan(&inputs, &request)?;
     if !options.yes {
         plan.check_guard(job)?;
     }
@@ -58,8 +65,36 @@ pub fn source(job: &Job) -> Result<Box<dyn EventSource>> {
         Source::ClickHouse { connection, events, columns } => {
             Ok(Box::new(ClickHouseSource::new(connection, events, columns.clone(), job.deduplicate.key.clone())?))
         }
-        Source::Kafka { .. } => anyhow::bail!("not yet"),
+        Source::Kafka { .. } => Ok(Box::new(kafka_source(job, None)?)),
     }
+}
+
+/// The job's topic, or the offsets of it that an earlier run read.
+fn kafka_source(job: &Job, snapshot: Option<Snapshot>) -> Result<KafkaSource> {
+    let Source::Kafka { connection, topic, margin, tenant_id, columns } = &job.source else {
+        return Err(configuration(format!("{}: the source is no Kafka topic: only Kafka has snapshots", job.path.display())));
+    };
+    Ok(KafkaSource {
+        connection: connection.clone(),
+        topic: topic.clone(),
+        margin: *margin,
+        tenant_id: tenant_id.clone(),
+        columns: columns.clone(),
+        from_first_copy: job.deduplicate.keep == Keep::First,
+        snapshot,
+    })
+}
+
+/// What an earlier run read, and the range that it computed. Any other range could
+/// take windows back whose events the snapshot does not hold.
+fn snapshot(job: &Job, store: &dyn AggregateStore, run_id: &str, request: &Request) -> Result<(Box<dyn EventSource>, Request)> {
+    let error = |reason: String| configuration(format!("--snapshot {run_id}: {reason}"));
+    let runs = store.runs(&job.name)?;
+    let run = runs.iter().find(|run| run.run_id == run_id);
+    let run = run.ok_or_else(|| error(format!("job {} has no such run: `trueup runs` lists them", job.name)))?;
+    let source = kafka_source(job, Some(Snapshot::of(run)))?;
+    let range = run.range.ok_or_else(|| error("that run found nothing to compute".to_owned()))?;
+    Ok((Box::new(source), Request { range: Some(range), scope: request.scope.clone() }))
 }
 
 /// The store for reading, if there is one.

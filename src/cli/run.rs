@@ -20,6 +20,10 @@ pub struct RunArguments {
     #[command(flatten)]
     range: RangeArguments,
 
+    /// Read the same Kafka offsets as this run, over its range.
+    #[arg(long, value_name = "RUN_ID", conflicts_with_all = ["start", "end", "day", "month", "last"])]
+    snapshot: Option<String>,
+
     /// Publish even if the change is larger than the job's guard allows.
     #[arg(long)]
     yes: bool,
@@ -30,7 +34,8 @@ pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;
     let request = arguments.range.request(job.timezone)?;
     let progress = Progress::new(session.quiet);
-    let options = RunOptions { threads: session.threads, yes: arguments.yes, progress: &progress };
+    let options =
+        RunOptions { threads: session.threads, yes: arguments.yes, snapshot: arguments.snapshot.as_deref(), progress: &progress };
     let published = ends::run(&job, &request, &options)?;
     drop(progress);
     match session.format {

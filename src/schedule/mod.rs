@@ -176,7 +176,7 @@ impl Server {
     fn run_once(&self, job: &Scheduled) -> Result<Published> {
         // Read anew each time: a job file that was repaired is used as it is now.
         let job = Job::load_in(&job.path, self.settings.environment.as_deref())?;
-        let options = RunOptions { threads: self.settings.threads, yes: false, progress: &Unobserved };
+        let options = RunOptions { threads: self.settings.threads, yes: false, snapshot: None, progress: &Unobserved };
         ends::run(&job, &Request::default(), &options)
     }
 

@@ -150,6 +150,11 @@ impl BatchBuilder {
 
     /// Adds a row. `place` says where it stands, for what is wrong with it.
     pub fn push(&mut self, event: &TextEvent<'_>, place: impl Fn() -> String) {
+        self.push_ingested(event, None, place);
+    }
+
+    /// Adds a row that was ingested at `default` unless it says otherwise.
+    pub fn push_ingested(&mut self, event: &TextEvent<'_>, default: Option<Timestamp>, place: impl Fn() -> String) {
         let mut problem = None;
         let mut instant = |field: &str, text: Option<&str>| {
             let text = text.filter(|text| !text.is_empty())?;
@@ -162,7 +167,8 @@ impl BatchBuilder {
             }
         };
         self.timestamp.append_option(instant("timestamp", event.timestamp));
-        self.ingested_at.append_option(instant("ingested_at", event.ingested_at));
+        let ingested_at = instant("ingested_at", event.ingested_at);
+        self.ingested_at.append_option(ingested_at.or(default.map(Timestamp::nanos)));
         let deleted = match event.deleted {
             None | Some("" | "false" | "False" | "0" | "null") => false,
             Some("true" | "True" | "TRUE" | "1") => true,

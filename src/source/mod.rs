@@ -4,6 +4,8 @@ pub mod arrow_batch;
 pub mod batch;
 pub mod clickhouse;
 pub mod files;
+mod json_event;
+pub mod kafka;
 
 use anyhow::Result;
 

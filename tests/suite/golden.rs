@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -12,9 +12,7 @@ use crate::support::{Workspace, fixtures};
 
 #[test]
 fn every_case_gives_the_expected_rows() {
-    let mut cases: Vec<_> = fs::read_dir(fixtures().join("cases")).unwrap().map(|entry| entry.unwrap().path()).collect();
-    cases.sort();
-    assert!(cases.len() >= 40, "only {} cases", cases.len());
+    let cases = cases();
     let mut problems = String::new();
     for case in &cases {
         let name = case.file_name().unwrap().to_string_lossy().into_owned();
@@ -33,7 +31,16 @@ fn every_case_gives_the_expected_rows() {
     assert!(problems.is_empty(), "{problems}");
 }
 
-fn check_step(workspace: &Workspace, step: &Path, name: &str, problems: &mut String) {
+/// The folder of every case.
+pub fn cases() -> Vec<PathBuf> {
+    let mut cases: Vec<_> = fs::read_dir(fixtures().join("cases")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    cases.sort();
+    assert!(cases.len() >= 40, "only {} cases", cases.len());
+    cases
+}
+
+/// Runs a step of a case, and compares what it leaves with what is expected.
+pub fn check_step(workspace: &Workspace, step: &Path, name: &str, problems: &mut String) {
     let arguments = fs::read_to_string(step.join("args")).unwrap_or_default();
     let mut command = vec!["run", "job.yaml", "--output", "json"];
     command.extend(arguments.split_whitespace());

@@ -6,6 +6,8 @@ mod bad_input;
 mod causes;
 mod commands;
 mod golden;
+mod kafka;
+mod kafka_topic;
 mod parts;
 mod promises;
 mod support;

@@ -1,0 +1,192 @@
+//! One event as JSON: the standard fields, or CloudEvents. A line of a file and
+//! the value of a message are read by the same rules.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use super::batch::{BatchBuilder, TextEvent};
+use super::files::{ColumnMap, Field};
+use crate::model::timestamp::Timestamp;
+
+/// CloudEvents 1.0 attributes (JSON format) with the field that each one stands for.
+/// Extension attributes are lower-case letters and digits, hence `tenantid`.
+const CLOUD_EVENTS: [(&str, Field); 9] = [
+    ("tenantid", Field::TenantId),
+    ("namespace", Field::TenantId),
+    // The specification makes source + id unique, so the source stands in for a tenant.
+    ("source", Field::TenantId),
+    ("type", Field::EventName),
+    ("subject", Field::ExternalCustomerId),
+    ("time", Field::Timestamp),
+    ("ingestedat", Field::IngestedAt),
+    ("data", Field::Properties),
+    ("specversion", Field::Id), // a mark only: its value is not used
+];
+const SPECVERSION: usize = CLOUD_EVENTS.len() - 1;
+
+/// What holds for an event that does not say it itself.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Defaults<'d> {
+    pub tenant_id: Option<&'d str>,
+    pub ingested_at: Option<Timestamp>,
+}
+
+/// Reads events whose fields have the names of a column map.
+pub(super) struct JsonEvents<'c> {
+    columns: &'c ColumnMap,
+    /// The keys to look for, in the order of [`Field::ALL`].
+    names: [&'c str; 8],
+}
+
+/// The texts of an event's fields, in the order of [`Field::ALL`].
+type Fields<'a> = [Option<Cow<'a, str>>; 8];
+
+impl<'c> JsonEvents<'c> {
+    pub fn new(columns: &'c ColumnMap) -> Self {
+        Self { columns, names: Field::ALL.map(|field| columns.name(field)) }
+    }
+
+    /// Adds the event in `text`. What is no JSON object becomes a problem of its row.
+    pub fn push(&self, builder: &mut BatchBuilder, text: &[u8], defaults: Defaults<'_>, place: impl Fn() -> String) {
+        match self.fields(text) {
+            Ok(fields) => {
+                let mut event = text_event(&fields);
+                if event.tenant_id.is_none_or(str::is_empty) {
+                    event.tenant_id = defaults.tenant_id.or(event.tenant_id);
+                }
+                builder.push_ingested(&event, defaults.ingested_at, place);
+            }
+            Err(error) => {
+                let raw = String::from_utf8_lossy(text).into_owned();
+                builder.push_unreadable(raw, format!("{}: {error}", place()));
+            }
+        }
+    }
+
+    /// The tenant and the id that a JSON object names.
+    pub fn tenant_and_id<'a>(&self, text: &'a [u8]) -> Result<[Option<Cow<'a, str>>; 2], String> {
+        self.fields(text).map(|[tenant_id, id, ..]| [tenant_id, id])
+    }
+
+    fn fields<'a>(&self, text: &'a [u8]) -> Result<Fields<'a>, String> {
+        let text = std::str::from_utf8(text).map_err(|error| error.to_string())?;
+        let mut found = Found::default();
+        let mut reader = serde_json::Deserializer::from_str(text);
+        ObjectReader { events: self, found: &mut found }
+            .deserialize(&mut reader)
+            .and_then(|()| reader.end())
+            .map_err(|error| error.to_string())?;
+        found.fields(self.columns)
+    }
+}
+
+fn text_event<'f>(fields: &'f Fields<'_>) -> TextEvent<'f> {
+    let [tenant_id, id, event_name, external_customer_id, timestamp, ingested_at, properties, deleted] =
+        fields.each_ref().map(|field| field.as_deref());
+    TextEvent { tenant_id, id, event_name, external_customer_id, timestamp, ingested_at, properties, deleted }
+}
+
+/// The raw values of one object.
+#[derive(Default)]
+struct Found<'a> {
+    standard: [Option<&'a RawValue>; 8],
+    cloud_event: [Option<&'a RawValue>; CLOUD_EVENTS.len()],
+}
+
+impl<'a> Found<'a> {
+    /// The texts of all fields.
+    fn fields(&self, columns: &ColumnMap) -> Result<Fields<'a>, String> {
+        let is_cloud_event = self.cloud_event.get(SPECVERSION).is_some_and(Option::is_some);
+        let mut fields: Fields<'a> = Default::default();
+        for ((text, raw), field) in fields.iter_mut().zip(self.standard).zip(Field::ALL) {
+            let raw = raw.or_else(|| {
+                let attributes = CLOUD_EVENTS.iter().zip(self.cloud_event).take(SPECVERSION);
+                let mut found = attributes.filter(|((_, of), raw)| *of == field && raw.is_some()).map(|(_, raw)| raw);
+                (is_cloud_event && !columns.is_mapped(field)).then(|| found.next().flatten()).flatten()
+            });
+            *text = match raw {
+                Some(raw) => field_text(field, raw.get()).map_err(|error| format!("{} {error}", columns.name(field)))?,
+                None => None,
+            };
+        }
+        Ok(fields)
+    }
+}
+
+/// The text of a field: strings without quotes, numbers as written, properties as JSON.
+fn field_text(field: Field, raw: &str) -> Result<Option<Cow<'_, str>>, String> {
+    match raw.as_bytes().first() {
+        Some(b'n') => Ok(None),
+        Some(b'"') => {
+            let inner = raw.get(1..raw.len() - 1).unwrap_or_default();
+            if inner.contains('\\') {
+                serde_json::from_str(raw).map(|text| Some(Cow::Owned(text))).map_err(|error| error.to_string())
+            } else {
+                Ok(Some(Cow::Borrowed(inner)))
+            }
+        }
+        Some(b'{') if field == Field::Properties => Ok(Some(Cow::Borrowed(raw))),
+        Some(b'{' | b'[') => Err("is an object or array where a text is expected".to_owned()),
+        _ => Ok(Some(Cow::Borrowed(raw))),
+    }
+}
+
+struct ObjectReader<'e, 'f, 'a> {
+    events: &'e JsonEvents<'e>,
+    found: &'f mut Found<'a>,
+}
+
+impl<'a> DeserializeSeed<'a> for ObjectReader<'_, '_, 'a> {
+    type Value = ();
+    fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'a> Visitor<'a> for ObjectReader<'_, '_, 'a> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object with one event")
+    }
+
+    fn visit_map<M: MapAccess<'a>>(self, mut map: M) -> Result<(), M::Error> {
+        while let Some((standard, cloud_event)) = map.next_key_seed(KeyReader(self.events))? {
+            let standard = standard.and_then(|at| self.found.standard.get_mut(at));
+            let cloud_event = cloud_event.and_then(|at| self.found.cloud_event.get_mut(at));
+            if standard.is_none() && cloud_event.is_none() {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            let raw: &'a RawValue = map.next_value()?;
+            for slot in [standard, cloud_event].into_iter().flatten() {
+                *slot = Some(raw);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The places of a key among the standard fields and the CloudEvents attributes.
+struct KeyReader<'e>(&'e JsonEvents<'e>);
+
+impl<'a> DeserializeSeed<'a> for KeyReader<'_> {
+    type Value = (Option<usize>, Option<usize>);
+    fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for KeyReader<'_> {
+    type Value = (Option<usize>, Option<usize>);
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+    fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
+        let standard = self.0.names.iter().position(|name| *name == key);
+        Ok((standard, CLOUD_EVENTS.iter().position(|(name, _)| *name == key)))
+    }
+}
