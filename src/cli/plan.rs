@@ -311,7 +311,7 @@ impl Report<'_> {
         if self.plan.changes.stale_outside > 0 {
             let count = counted(self.plan.changes.stale_outside, "window");
             let text = format!(
-                "{count} of these billing periods lie out of the range and are not what the events say, or not stored yet"
+                "{count} in these billing periods, out of the range: stale, or not stored yet"
             );
             self.line(out, "outside", &text)?;
         }

@@ -104,6 +104,7 @@ fn a_run_of_a_range_says_how_it_was_widened() {
       periods      2 written, 0 removed, 0 unchanged
       cost         USD 0 -> 0.01  +0.01
       causes       first_computation 2
+      outside      1 window in these billing periods, out of the range: stale, or not stored yet
       time         <seconds> s (read keys <seconds>, aggregate <seconds>, price <seconds>, reconcile <seconds>, publish <seconds>)
       run          <run>
 
@@ -787,10 +788,13 @@ fn the_help_lists_commands_and_exit_codes() {
           --tenant <TENANT_ID>      Only this tenant
           --customer <CUSTOMER_ID>  Only this customer
           --meter <METER_ID>        Only this meter
+          --snapshot <RUN_ID>       Read the same Kafka offsets as this run, over its range
           --output <OUTPUT>         How results are printed on stdout [default: text] [possible values:
                                     text, json]
           --yes                     Publish even if the change is larger than the job's guard allows
           --threads <N>             Threads that read and aggregate [default: one a core]
+          --environment <NAME>      Connections of environments/NAME.yaml beside the job [default:
+                                    $TRUEUP_ENVIRONMENT]
       -v, --verbose...              More logs on stderr; twice for still more
       -q, --quiet                   No progress and no warnings on stderr
       -h, --help                    Print help (see more with '--help')

@@ -451,7 +451,7 @@ fn reference_tables_by_query() {
     let from_files = Workspace::of("init");
     assert_eq!(from_queries["rows"], from_files.run(&[])["rows"]);
     workspace.edit("job.yaml", "SELECT * FROM customers", "SELECT * FROM nowhere");
-    workspace.trueup(&["run", "job.yaml"]).fails_with(2, &["nowhere"]);
+    workspace.trueup(&["run", "job.yaml"]).fails_with(1, &["reference query", "nowhere"]);
 }
 
 #[test]
