@@ -74,7 +74,7 @@ enum Command {
     /// Recompute and compare, check the ledger, and write nothing.
     Verify(verify::VerifyArguments),
     /// Check the job file, the reference tables and the source.
-    Check(JobArgument),
+    Check(check::CheckArguments),
     /// List the runs of a job.
     Runs(JobArgument),
     /// List events that should have counted and could not.
@@ -124,7 +124,7 @@ pub fn dispatch(arguments: Arguments) -> Result<u8> {
         Command::Run(arguments) => run::execute(&session, &arguments),
         Command::Plan(arguments) => plan::execute(&session, &arguments),
         Command::Verify(arguments) => verify::execute(&session, &arguments),
-        Command::Check(arguments) => check::execute(&session, &arguments.job),
+        Command::Check(arguments) => check::execute(&session, &arguments),
         Command::Runs(arguments) => runs::execute(&session, &arguments.job),
         Command::DeadLetters(arguments) => dead_letters::execute(&session, &arguments),
         Command::Export(arguments) => export::execute(&session, &arguments),

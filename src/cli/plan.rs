@@ -20,6 +20,7 @@ use crate::model::aggregate::{Correction, CorrectionKind, Values};
 use crate::model::counts::{EventCounts, RowCounts, UsageCounts};
 use crate::model::decimal::Decimal;
 use crate::model::run::RunRecord;
+use crate::model::window::Span;
 use crate::pipeline::{Inputs, Plan, Step, plan as compute};
 use crate::reference::Reference;
 
@@ -178,7 +179,10 @@ impl Report<'_> {
         let mut out = String::new();
         let changed = self.plan.changes.rows.changed() > 0;
         let verdict = if self.plan.range.is_none() {
-            "there is nothing to compute: no event and no stored row".to_owned()
+            match self.plan.events.read {
+                0 => "there is nothing to compute: no event and no stored row".to_owned(),
+                read => format!("none of {} has a time that could be read", counted(read, "event")),
+            }
         } else if changed {
             format!("published {}", counted(self.plan.changes.rows.changed(), "correction"))
         } else if self.plan.periods.changed() > 0 {
@@ -253,37 +257,10 @@ impl Report<'_> {
     }
 
     fn body(&self, out: &mut String) -> Result<()> {
-        let Some(range) = self.plan.range else { return Ok(()) };
-        self.line(out, "range", &format!("{} to {}", range.start, range.end))?;
-        if let Some(asked) = self.plan.widened_from {
-            self.line(out, "", &format!("widened to whole windows from {} to {}", asked.start, asked.end))?;
+        if let Some(range) = self.plan.range {
+            self.range(out, range)?;
         }
-        if let Some(reach) = self.plan.reach.filter(|reach| *reach != range) {
-            self.line(out, "priced", &format!("{} to {}, the billing periods that the range touches", reach.start, reach.end))?;
-        }
-        let e = self.plan.events;
-        self.line(
-            out,
-            "events",
-            &self.sum(
-                e.read,
-                "read",
-                &[
-                    (e.metered, "metered"),
-                    (e.duplicates, "duplicates"),
-                    (e.voided, "voided"),
-                    (e.unmatched, "unmatched"),
-                    (e.dead_lettered, "dead-lettered"),
-                    (e.out_of_range, "out of range"),
-                ],
-            ),
-        )?;
-        let u = self.plan.usage;
-        self.line(
-            out,
-            "matches",
-            &self.sum(u.matches, "with meters", &[(u.counted, "counted"), (u.skipped, "skipped"), (u.rejected, "rejected")]),
-        )?;
+        self.counts(out)?;
         self.rows(out)?;
         for (at, (currency, totals)) in self.plan.changes.totals.iter().enumerate() {
             let (before, after) = (totals.before.total()?, totals.after.total()?);
@@ -310,9 +287,7 @@ impl Report<'_> {
         }
         if self.plan.changes.stale_outside > 0 {
             let count = counted(self.plan.changes.stale_outside, "window");
-            let text = format!(
-                "{count} in these billing periods, out of the range: stale, or not stored yet"
-            );
+            let text = format!("{count} in these billing periods, out of the range: stale, or not stored yet");
             self.line(out, "outside", &text)?;
         }
         for warning in &self.plan.warnings {
@@ -320,6 +295,44 @@ impl Report<'_> {
         }
         let steps: Vec<_> = self.plan.steps.iter().map(|step| format!("{} {:.2}", step.name, step.seconds)).collect();
         self.line(out, "time", &format!("{:.2} s ({})", self.seconds, steps.join(", ")))?;
+        Ok(())
+    }
+
+    fn range(&self, out: &mut String, range: Span) -> std::fmt::Result {
+        self.line(out, "range", &format!("{} to {}", range.start, range.end))?;
+        if let Some(asked) = self.plan.widened_from {
+            self.line(out, "", &format!("widened to whole windows from {} to {}", asked.start, asked.end))?;
+        }
+        if let Some(reach) = self.plan.reach.filter(|reach| *reach != range) {
+            self.line(out, "priced", &format!("{} to {}, the billing periods that the range touches", reach.start, reach.end))?;
+        }
+        Ok(())
+    }
+
+    fn counts(&self, out: &mut String) -> std::fmt::Result {
+        let e = self.plan.events;
+        self.line(
+            out,
+            "events",
+            &self.sum(
+                e.read,
+                "read",
+                &[
+                    (e.metered, "metered"),
+                    (e.duplicates, "duplicates"),
+                    (e.voided, "voided"),
+                    (e.unmatched, "unmatched"),
+                    (e.dead_lettered, "dead-lettered"),
+                    (e.out_of_range, "out of range"),
+                ],
+            ),
+        )?;
+        let u = self.plan.usage;
+        self.line(
+            out,
+            "matches",
+            &self.sum(u.matches, "with meters", &[(u.counted, "counted"), (u.skipped, "skipped"), (u.rejected, "rejected")]),
+        )?;
         Ok(())
     }
 

@@ -178,6 +178,12 @@ impl ClickHouseSource {
 }
 
 impl EventSource for ClickHouseSource {
+    fn probe(&self) -> Result<String> {
+        let layout = self.layout()?;
+        self.select_list(&layout, Wanted::Whole)?;
+        Ok(format!("ClickHouse {}, {} of {} event columns", self.name, layout.0.len(), Field::ALL.len()))
+    }
+
     fn splits(&self, selection: &Selection) -> Result<Vec<Split>> {
         let layout = self.layout()?;
         let condition = self.condition(&layout, selection)?;

@@ -51,6 +51,11 @@ impl Snapshot {
 }
 
 impl EventSource for KafkaSource {
+    fn probe(&self) -> Result<String> {
+        let partitions = Topic::connect(&self.connection, &self.topic)?.partitions()?.len();
+        Ok(format!("Kafka topic {}, {partitions} partition{}", self.topic, if partitions == 1 { "" } else { "s" }))
+    }
+
     fn splits(&self, selection: &Selection) -> Result<Vec<Split>> {
         let topic = Topic::connect(&self.connection, &self.topic)?;
         let partitions = topic.partitions()?;

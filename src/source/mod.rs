@@ -79,6 +79,12 @@ pub enum Wanted<'f> {
 
 /// A set of raw events that can be read several times with the same result.
 pub trait EventSource: Sync {
+    /// Whether it can be read at all, and what there is, in a few words.
+    ///
+    /// # Errors
+    /// What is missing: a file, a server, a table, a column, a topic.
+    fn probe(&self) -> Result<String>;
+
     /// What there is to read, now.
     fn splits(&self, selection: &Selection) -> Result<Vec<Split>>;
 

@@ -68,6 +68,13 @@ impl FileSource {
 }
 
 impl EventSource for FileSource {
+    fn probe(&self) -> Result<String> {
+        // Splitting opens the Parquet files, so that a damaged one is found.
+        let splits = self.splits(&Selection::default())?;
+        let files: std::collections::BTreeSet<_> = splits.iter().map(|split| &split.name).collect();
+        Ok(format!("{} file{}", files.len(), if files.len() == 1 { "" } else { "s" }))
+    }
+
     fn splits(&self, _: &Selection) -> Result<Vec<Split>> {
         let mut splits = Vec::new();
         for path in self.files()? {
