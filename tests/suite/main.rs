@@ -5,6 +5,7 @@
 mod bad_input;
 mod causes;
 mod commands;
+mod deployment;
 mod golden;
 mod kafka;
 mod kafka_topic;

@@ -21,7 +21,7 @@ use crate::golden::{compare_json, compare_rows};
 use crate::support::{Workspace, fixtures};
 
 /// The server, or `None` where there is none and none is required.
-fn clickhouse() -> Option<String> {
+pub fn clickhouse() -> Option<String> {
     let url = std::env::var("TRUEUP_TEST_CLICKHOUSE_URL").ok();
     if url.is_none() {
         assert!(std::env::var_os("TRUEUP_TEST_REQUIRE_SERVICES").is_none(), "TRUEUP_TEST_CLICKHOUSE_URL is not set");
@@ -48,13 +48,13 @@ fn sql(url: &str, database: &str, statement: &str) -> String {
 }
 
 /// A database of its own for each test, dropped with it.
-struct Scratch {
-    url: String,
-    name: String,
+pub struct Scratch {
+    pub url: String,
+    pub name: String,
 }
 
 impl Scratch {
-    fn new(url: &str) -> Self {
+    pub fn new(url: &str) -> Self {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let name = format!("trueup_test_{}_{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         sql(url, "default", &format!("CREATE DATABASE {name}"));
@@ -62,12 +62,12 @@ impl Scratch {
     }
 
     #[track_caller]
-    fn sql(&self, statement: &str) -> String {
+    pub fn sql(&self, statement: &str) -> String {
         sql(&self.url, &self.name, statement)
     }
 
     /// The connection for a job file.
-    fn connection(&self, url: &str) -> String {
+    pub fn connection(&self, url: &str) -> String {
         format!("connections: {{clickhouse: {{url: \"{url}\", database: {}}}}}\n", self.name)
     }
 }
@@ -81,7 +81,7 @@ impl Drop for Scratch {
 }
 
 /// Replaces a top-level key of a YAML file, whatever it held.
-fn replace_key(yaml: &str, key: &str, with: &str) -> String {
+pub fn replace_key(yaml: &str, key: &str, with: &str) -> String {
     let mut out = String::new();
     let mut inside = false;
     for line in yaml.lines() {
