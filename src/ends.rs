@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use crate::config::{Job, Keep, Source, Store};
 use crate::fault::configuration;
-use crate::pipeline::{Inputs, Observer, Published, Request, plan};
+use crate::pipeline::{Inputs, Observer, Plan, Published, Request, plan};
 use crate::reference::Reference;
 use crate::source::EventSource;
 use crate::source::clickhouse::ClickHouseSource;
@@ -53,6 +53,24 @@ pub fn run(job: &Job, request: &Request, options: &RunOptions<'_>) -> Result<Pub
         plan.check_guard(job)?;
     }
     plan.publish(job, &mut *store)
+}
+
+/// Computes what a run would change, and writes nothing. Gives the store too, if
+/// there is one.
+///
+/// # Errors
+/// Where it cannot be computed.
+pub fn preview(
+    job: &Job,
+    request: &Request,
+    threads: usize,
+    progress: &dyn Observer,
+) -> Result<(Plan, Option<Box<dyn AggregateStore>>)> {
+    let reference = Reference::load(job)?;
+    let store = read_store(job)?;
+    let source = source(job)?;
+    let inputs = Inputs { job, reference: &reference, source: &*source, store: store.as_deref(), threads, progress };
+    Ok((plan(&inputs, request)?, store))
 }
 
 /// The source of a job.

@@ -21,8 +21,7 @@ use crate::model::counts::{EventCounts, RowCounts, UsageCounts};
 use crate::model::decimal::Decimal;
 use crate::model::run::RunRecord;
 use crate::model::window::Span;
-use crate::pipeline::{Inputs, Plan, Step, plan as compute};
-use crate::reference::Reference;
+use crate::pipeline::{Plan, Step};
 
 #[derive(Debug, Args)]
 pub struct PlanArguments {
@@ -41,18 +40,8 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
     let request = arguments.range.request(job.timezone)?;
-    let reference = Reference::load(&job)?;
-    let store = ends::read_store(&job)?;
     let progress = Progress::new(session.quiet);
-    let inputs = Inputs {
-        job: &job,
-        reference: &reference,
-        source: &*ends::source(&job)?,
-        store: store.as_deref(),
-        threads: session.threads,
-        progress: &progress,
-    };
-    let plan = compute(&inputs, &request)?;
+    let (plan, _) = ends::preview(&job, &request, session.threads, &progress)?;
     drop(progress);
     match session.format {
         Format::Json => emit_json(&Document::new("trueup.plan/1", None, &plan)?)?,

@@ -15,8 +15,7 @@ use crate::audit::{Finding, check_ledger, describe};
 use crate::config::Job;
 use crate::ends;
 use crate::model::counts::RowCounts;
-use crate::pipeline::{Inputs, Plan, plan as compute};
-use crate::reference::Reference;
+use crate::pipeline::Plan;
 
 #[derive(Debug, Args)]
 pub struct VerifyArguments {
@@ -40,18 +39,8 @@ struct Document<'v> {
 pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;
     let request = arguments.range.request(job.timezone)?;
-    let reference = Reference::load(&job)?;
-    let store = ends::read_store(&job)?;
     let progress = Progress::new(session.quiet);
-    let inputs = Inputs {
-        job: &job,
-        reference: &reference,
-        source: &*ends::source(&job)?,
-        store: store.as_deref(),
-        threads: session.threads,
-        progress: &progress,
-    };
-    let plan = compute(&inputs, &request)?;
+    let (plan, store) = ends::preview(&job, &request, session.threads, &progress)?;
     drop(progress);
     let findings = store.as_deref().map_or(Ok(Vec::new()), |store| check_ledger(store, &job.name))?;
     let periods_differing = plan.periods.changed();

@@ -1,0 +1,188 @@
+//! What earlier runs left: which rows are stored, which events were known, which
+//! dead letters are open.
+
+use anyhow::Result;
+use rustc_hash::{FxHashMap, FxHashSet};
+
+use super::aggregate::OpenDeadLetters;
+use super::enrich::Scope;
+use super::price::Priced;
+use crate::config::Job;
+use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodRow, StoredWindow, WindowKey};
+use crate::model::run::RunRecord;
+use crate::model::timestamp::Timestamp;
+use crate::model::window::Span;
+use crate::reference::Reference;
+use crate::source::{Part, Split};
+use crate::store::{AggregateStore, StoredDeadLetter};
+
+/// What earlier runs left in the store.
+pub struct Past {
+    pub runs: Vec<RunRecord>,
+    pub extent: Option<Span>,
+    pub dead_letters: Vec<StoredDeadLetter>,
+}
+
+/// Stored rows that a plan is compared with.
+pub struct Stored {
+    pub windows: Vec<StoredWindow>,
+    pub periods: Vec<PeriodRow>,
+}
+
+/// What a run knew when it computed its range.
+pub struct Coverage<'p> {
+    range: Span,
+    /// Fingerprints of the files that it read.
+    files: FxHashMap<&'p str, &'p str>,
+    ingested_until: Option<Timestamp>,
+}
+
+impl Coverage<'_> {
+    fn knowledge(&self, split: &Split) -> Known {
+        if !matches!(split.part, Part::Whole | Part::RowGroup(_)) {
+            // Databases and topics grow in place: only ingestion times tell what is new.
+            return self.ingested_until.map_or(Known::None, Known::Until);
+        }
+        match (self.files.get(split.label().as_str()), self.ingested_until) {
+            (Some(fingerprint), _) if *fingerprint == split.fingerprint => Known::All,
+            (Some(_), Some(cut_off)) => Known::Until(cut_off),
+            _ => Known::None,
+        }
+    }
+}
+
+/// Which events of a split earlier runs counted, the last run first.
+#[derive(Default)]
+pub struct Knowledge(Vec<(Span, Known)>);
+
+impl Knowledge {
+    pub fn of(split: &Split, coverage: &[Coverage<'_>]) -> Self {
+        Knowledge(coverage.iter().map(|run| (run.range, run.knowledge(split))).collect())
+    }
+
+    /// Whether the last run that covered `time` read an event ingested at `ingested_at`.
+    pub fn holds(&self, time: Option<Timestamp>, ingested_at: Timestamp) -> bool {
+        let covering = self.0.iter().find(|(range, _)| time.is_none_or(|t| range.contains(t)));
+        covering.is_some_and(|(_, known)| known.holds(ingested_at))
+    }
+}
+
+/// Which events of a split a run read.
+enum Known {
+    All,
+    None,
+    /// Those ingested no later.
+    Until(Timestamp),
+}
+
+impl Known {
+    pub fn holds(&self, ingested_at: Timestamp) -> bool {
+        match self {
+            Known::All => true,
+            Known::None => false,
+            Known::Until(cut_off) => ingested_at <= *cut_off,
+        }
+    }
+}
+
+impl Past {
+    pub fn load(store: Option<&dyn AggregateStore>, job: &Job) -> Result<Past> {
+        let Some(store) = store else {
+            return Ok(Past { runs: Vec::new(), extent: None, dead_letters: Vec::new() });
+        };
+        Ok(Past { runs: store.runs(&job.name)?, extent: store.extent(&job.name)?, dead_letters: store.dead_letters(&job.name)? })
+    }
+
+    pub fn ingested_until(&self) -> Option<Timestamp> {
+        self.runs.last().and_then(|run| run.input.ingested_until)
+    }
+
+    /// The runs that computed part of `reach`, the last one first. A run reads every
+    /// file, but knows only what it computed: not what lies outside of its range, nor
+    /// (in a run of a part of the job) what belongs to others.
+    pub fn coverage(&self, reach: Span) -> Vec<Coverage<'_>> {
+        let mut coverage: Vec<Coverage<'_>> = Vec::new();
+        for run in self.runs.iter().rev().filter(|run| run.basis.scope.is_whole()) {
+            let Some(range) = run.range.filter(|range| range.overlaps(reach)) else { continue };
+            if coverage.iter().any(|later| later.range.covers(range)) {
+                continue;
+            }
+            let files = run.input.files.iter().map(|file| (file.name.as_str(), file.fingerprint.as_str())).collect();
+            coverage.push(Coverage { range, files, ingested_until: run.input.ingested_until });
+        }
+        coverage
+    }
+
+    pub fn open_dead_letters(&self, reference: &Reference) -> OpenDeadLetters {
+        let mut open = OpenDeadLetters::default();
+        for stored in self.dead_letters.iter().filter(|stored| stored.resolved_run_id.is_none()) {
+            let key = &stored.letter.key;
+            let meter = reference.meters.iter().position(|meter| meter.id == key.meter_id);
+            open.add(&key.tenant_id, &key.event_id, meter);
+        }
+        open
+    }
+
+    /// Open dead letters that the run covers and did not find again.
+    pub fn resolved(
+        &self,
+        job: &Job,
+        reference: &Reference,
+        scope: &Scope,
+        range: Span,
+        found: &[DeadLetter],
+    ) -> Vec<DeadLetterKey> {
+        let again: FxHashSet<_> = found.iter().map(|letter| &letter.key).collect();
+        let is_covered = |letter: &DeadLetter| {
+            // A part of a job covers only what it can tell apart.
+            let in_scope = scope.customer.is_none()
+                && scope.tenant.as_ref().is_none_or(|tenant| *tenant == letter.key.tenant_id)
+                && scope.meter.as_ref().is_none_or(|meter| *meter == letter.key.meter_id);
+            let sizes = || reference.meters.iter().map(|meter| meter.window);
+            in_scope && letter.event_time.is_none_or(|t| sizes().all(|size| range.covers(size.window(t, job.timezone))))
+        };
+        let open = self.dead_letters.iter().filter(|stored| stored.resolved_run_id.is_none()).map(|stored| &stored.letter);
+        open.filter(|letter| is_covered(letter) && !again.contains(&letter.key)).map(|letter| letter.key.clone()).collect()
+    }
+
+    /// Rows of the billing periods that the range touches.
+    pub fn stored(
+        &self,
+        store: Option<&dyn AggregateStore>,
+        job: &Job,
+        scope: &Scope,
+        range: Span,
+        reach: Span,
+        priced: &Priced,
+    ) -> Result<Stored> {
+        let Some(store) = store else { return Ok(Stored { windows: Vec::new(), periods: Vec::new() }) };
+        let mut windows = store.windows(&job.name, reach)?;
+        let mut periods = store.periods(&job.name, range)?;
+        // A row that is computed now is compared whoever it belonged to.
+        let window_keys: FxHashSet<_> = priced.windows.iter().map(|window| &window.row.key).collect();
+        windows.retain(|StoredWindow { row, .. }| {
+            let in_scope = scope.holds(&row.key.period.tenant_id, &row.customer_id, &row.key.period.meter_id);
+            row.period().overlaps(range) && (in_scope || window_keys.contains(&row.key))
+        });
+        let period_keys: FxHashSet<_> = priced.periods.iter().map(|period| &period.key).collect();
+        periods.retain(|row| {
+            let in_scope = scope.holds(&row.key.tenant_id, &row.customer_id, &row.key.meter_id);
+            in_scope || period_keys.contains(&row.key)
+        });
+        Ok(Stored { windows, periods })
+    }
+}
+
+/// The keys of the rows that the ledger leaves in the store.
+pub fn ledger_rows(store: &dyn AggregateStore, job: &str) -> Result<FxHashSet<WindowKey>> {
+    let mut rows = FxHashSet::default();
+    store.ledger(job, &mut |entry| {
+        if entry.after.is_some() {
+            rows.insert(entry.key)
+        } else {
+            rows.remove(&entry.key)
+        };
+        Ok(())
+    })?;
+    Ok(rows)
+}
