@@ -32,7 +32,8 @@ pub(super) fn read(
         if read == 0 {
             break;
         }
-        push_line(&mut builder, &keys, &line, || format!("{} line {number}", path.display()));
+        let line = if number == 1 { line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line) } else { &line };
+        push_line(&mut builder, &keys, line, || format!("{} line {number}", path.display()));
         if builder.is_full() {
             sink(&builder.finish())?;
         }
@@ -70,9 +71,8 @@ fn text_event<'f>(fields: &'f [Option<Cow<'_, str>>; 8]) -> TextEvent<'f> {
 
 /// CloudEvents 1.0 attributes (JSON format) with the field that each one stands for.
 /// Extension attributes are lower-case letters and digits, hence `tenantid`.
-const CLOUD_EVENTS: [(&str, Field); 9] = [
+const CLOUD_EVENTS: [(&str, Field); 8] = [
     ("tenantid", Field::TenantId),
-    ("namespace", Field::TenantId),
     // The specification makes source + id unique, so the source stands in for a tenant.
     ("source", Field::TenantId),
     ("type", Field::EventName),
