@@ -30,6 +30,7 @@ pub struct RunOptions<'o> {
 /// Whatever the run could not do; the store is then as it was.
 pub fn run(job: &Job, request: &Request, options: &RunOptions<'_>) -> Result<Published> {
     let reference = Reference::load(job)?;
+    check_scope(&reference, request)?;
     let _lock = Lock::take(&lock_path(job), &job.name)?;
     let mut store = write_store(job)?;
     let source = source(job)?;
@@ -46,6 +47,14 @@ pub fn run(job: &Job, request: &Request, options: &RunOptions<'_>) -> Result<Pub
         plan.check_guard(job)?;
     }
     plan.publish(job, &mut *store, &uuid::Uuid::now_v7().to_string())
+}
+
+/// Refuses a tenant or customer that the reference tables do not know.
+///
+/// # Errors
+/// A configuration fault that names it.
+pub fn check_scope(reference: &Reference, request: &Request) -> Result<()> {
+    reference.check_scope(request.scope.tenant.as_deref(), request.scope.customer.as_deref())
 }
 
 /// The source of a job.

@@ -41,6 +41,7 @@ pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;
     let request = arguments.range.request(job.timezone)?;
     let reference = Reference::load(&job)?;
+    ends::check_scope(&reference, &request)?;
     let store = ends::read_store(&job)?;
     let progress = Progress::new(session.quiet);
     let inputs = Inputs {
@@ -82,8 +83,9 @@ fn text(job: &Job, plan: &Plan, periods_differing: u64, findings: &[Finding]) ->
         return Ok(out);
     }
     let drift = format!(
-        "{} differ from the events ({} missing, {} wrong, {} too many), {} wrong, {} in the ledger",
+        "{} {} from the events ({} missing, {} wrong, {} too many), {} wrong, {} in the ledger",
         counted(rows.changed(), "window"),
+        if rows.changed() == 1 { "differs" } else { "differ" },
         rows.inserted,
         rows.updated,
         rows.retracted,
