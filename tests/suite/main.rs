@@ -6,6 +6,7 @@ mod bad_input;
 mod causes;
 mod commands;
 mod golden;
+mod inputs;
 mod parts;
 mod promises;
 mod support;

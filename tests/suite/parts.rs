@@ -25,6 +25,7 @@ fn clickhouse() -> Option<String> {
     let url = std::env::var("TRUEUP_TEST_CLICKHOUSE_URL").ok();
     if url.is_none() {
         assert!(std::env::var_os("TRUEUP_TEST_REQUIRE_SERVICES").is_none(), "TRUEUP_TEST_CLICKHOUSE_URL is not set");
+        #[allow(clippy::print_stderr)]
         eprintln!("skipped: TRUEUP_TEST_CLICKHOUSE_URL is not set (tests/run starts a server)");
     }
     url
@@ -341,7 +342,7 @@ fn killed_at_any_step_of_publishing_the_next_run_makes_it_right() {
             assert_eq!(workspace.trueup(&["run", "parts.yaml"]).code, 0);
             change(&workspace);
             let direct = workspace.read("parts.yaml");
-            workspace.write("parts.yaml", &direct.replace(&url, &executioner.url));
+            workspace.write("parts.yaml", direct.replace(&url, &executioner.url));
             let mut child = Command::new(env!("CARGO_BIN_EXE_trueup"))
                 .args(["run", "parts.yaml", "--yes"])
                 .current_dir(workspace.path("."))
