@@ -21,11 +21,11 @@ use crate::golden::{compare_json, compare_rows};
 use crate::support::{Workspace, fixtures};
 
 /// The server, or `None` where there is none and none is required.
+#[allow(clippy::print_stderr)]
 fn clickhouse() -> Option<String> {
     let url = std::env::var("TRUEUP_TEST_CLICKHOUSE_URL").ok();
     if url.is_none() {
         assert!(std::env::var_os("TRUEUP_TEST_REQUIRE_SERVICES").is_none(), "TRUEUP_TEST_CLICKHOUSE_URL is not set");
-        #[allow(clippy::print_stderr)]
         eprintln!("skipped: TRUEUP_TEST_CLICKHOUSE_URL is not set (tests/run starts a server)");
     }
     url
