@@ -34,6 +34,7 @@ pub struct RunOptions<'o> {
 /// Whatever the run could not do; the store is then as it was.
 pub fn run(job: &Job, request: &Request, options: &RunOptions<'_>) -> Result<Published> {
     let reference = Reference::load(job)?;
+    reference.check_scope(request.scope.tenant.as_deref(), request.scope.customer.as_deref())?;
     let _lock = Lock::take(&lock_path(job), &job.name)?;
     let mut store = write_store(job)?;
     let (source, request) = match options.snapshot {
@@ -67,6 +68,7 @@ pub fn preview(
     progress: &dyn Observer,
 ) -> Result<(Plan, Option<Box<dyn AggregateStore>>)> {
     let reference = Reference::load(job)?;
+    reference.check_scope(request.scope.tenant.as_deref(), request.scope.customer.as_deref())?;
     let store = read_store(job)?;
     let source = source(job)?;
     let inputs = Inputs { job, reference: &reference, source: &*source, store: store.as_deref(), threads, progress };

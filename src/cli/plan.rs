@@ -44,9 +44,10 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
     let (plan, _) = ends::preview(&job, &request, session.threads, &progress)?;
     drop(progress);
     match session.format {
-        Format::Json => emit_json(&Document::new("trueup.plan/1", None, &plan)?)?,
+        Format::Json => emit_json(&Document::new("trueup.plan/1", &job, None, &plan)?)?,
         Format::Text => {
-            let report = Report { plan: &plan, job: &job, seconds: watch.seconds(), style: Style::for_stdout() };
+            let report =
+                Report { plan: &plan, job: &job, range: &arguments.range, seconds: watch.seconds(), style: Style::for_stdout() };
             emit(&report.of_plan()?)?;
         }
     }
@@ -59,7 +60,7 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
 pub struct Document<'p> {
     schema: &'static str,
     run_id: Option<&'p str>,
-    job: Option<&'p str>,
+    job: &'p str,
     status: &'p str,
     range: RangeDocument,
     /// The billing periods that are priced as a whole.
@@ -105,14 +106,14 @@ struct TotalDocument<'p> {
 }
 
 impl<'p> Document<'p> {
-    pub fn new(schema: &'static str, run: Option<&'p RunRecord>, plan: &'p Plan) -> Result<Self> {
+    pub fn new(schema: &'static str, job: &'p Job, run: Option<&'p RunRecord>, plan: &'p Plan) -> Result<Self> {
         let total = |(currency, totals): (&'p crate::model::aggregate::Text, &crate::pipeline::Totals)| {
             Ok(TotalDocument { currency, cost_before: totals.before.total()?, cost_after: totals.after.total()? })
         };
         Ok(Document {
             schema,
             run_id: run.map(|run| run.run_id.as_str()),
-            job: run.map(|run| run.job.as_str()),
+            job: &job.name,
             status: run.map_or("planned", |run| run.status.as_str()),
             range: plan.range.into(),
             reach: plan.reach.into(),
@@ -155,6 +156,7 @@ fn reasons(plan: &Plan) -> BTreeMap<&'static str, u64> {
 pub struct Report<'p> {
     pub plan: &'p Plan,
     pub job: &'p Job,
+    pub range: &'p RangeArguments,
     pub seconds: f64,
     pub style: Style,
 }
@@ -189,9 +191,9 @@ impl Report<'_> {
         }
         if changed {
             next.push((format!("trueup export {job} corrections --format csv"), "every change and its cause"));
-            next.push((format!("trueup run {job}"), "run again: nothing changes"));
+            next.push((format!("trueup run {job}{}", self.range.as_options()), "run again: nothing changes"));
         } else {
-            next.push((format!("trueup verify {job}"), "prove that store, events and ledger agree"));
+            next.push((format!("trueup verify {job}{}", self.range.as_options()), "prove that store, events and ledger agree"));
         }
         self.next(&mut out, &next)?;
         Ok(out)
@@ -222,11 +224,17 @@ impl Report<'_> {
         self.largest(&mut out)?;
         if rows.changed() + periods > 0 {
             if let Err(refusal) = self.plan.check_guard(self.job) {
-                writeln!(out, "\n{} {refusal}", self.style.yellow("note:"))?;
+                // Only the reason: a plan publishes nothing, and is what the remedy names.
+                let refusal = refusal.to_string();
+                let reason = refusal.split_once(". Nothing was published").map_or(refusal.as_str(), |(reason, _)| reason);
+                writeln!(out, "\n{} {reason}", self.style.yellow("note:"))?;
             }
             self.next(
                 &mut out,
-                &[(format!("trueup run {}", self.job.path.display()), "publish exactly this, if nothing changes meanwhile")],
+                &[(
+                    format!("trueup run {}{}", self.job.path.display(), self.range.as_options()),
+                    "publish exactly this, if nothing changes meanwhile",
+                )],
             )?;
         }
         Ok(out)
@@ -290,7 +298,7 @@ impl Report<'_> {
     fn range(&self, out: &mut String, range: Span) -> std::fmt::Result {
         self.line(out, "range", &format!("{} to {}", range.start, range.end))?;
         if let Some(asked) = self.plan.widened_from {
-            self.line(out, "", &format!("widened to whole windows from {} to {}", asked.start, asked.end))?;
+            self.line(out, "", &format!("asked for {} to {}, widened to whole windows", asked.start, asked.end))?;
         }
         if let Some(reach) = self.plan.reach.filter(|reach| *reach != range) {
             self.line(out, "priced", &format!("{} to {}, the billing periods that the range touches", reach.start, reach.end))?;
@@ -308,7 +316,7 @@ impl Report<'_> {
                 "read",
                 &[
                     (e.metered, "metered"),
-                    (e.duplicates, "duplicates"),
+                    (e.duplicates, if e.duplicates == 1 { "duplicate" } else { "duplicates" }),
                     (e.voided, "voided"),
                     (e.unmatched, "unmatched"),
                     (e.dead_lettered, "dead-lettered"),

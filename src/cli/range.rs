@@ -68,7 +68,9 @@ impl RangeArguments {
             let length =
                 duration(last).ok_or_else(|| configuration(format!("--last {last} is no duration such as 12h, 3d or 2w")))?;
             let now = clock::now();
-            Some(Span { start: Timestamp::from_utc(now.utc() - length), end: now })
+            let start = Timestamp::in_range(Timestamp::from_utc(now.utc() - length).nanos());
+            let start = start.ok_or_else(|| configuration(format!("--last {last} begins before the year 1700")))?;
+            Some(Span { start, end: now })
         } else {
             None
         };
@@ -80,6 +82,30 @@ impl RangeArguments {
             range => Ok(Request { range, scope }),
         }
     }
+}
+
+impl RangeArguments {
+    /// The options that repeat the request, each after a space.
+    pub fn as_options(&self) -> String {
+        let options = [
+            ("start", &self.start),
+            ("end", &self.end),
+            ("day", &self.day),
+            ("month", &self.month),
+            ("last", &self.last),
+            ("tenant", &self.tenant),
+            ("customer", &self.customer),
+            ("meter", &self.meter),
+        ];
+        let given = options.into_iter().filter_map(|(name, value)| Some((name, value.as_deref()?)));
+        given.map(|(name, value)| format!(" --{name} {}", shell_word(value))).collect()
+    }
+}
+
+/// A value as a shell takes it.
+fn shell_word(value: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.:+/@".contains(c);
+    if !value.is_empty() && value.chars().all(plain) { value.to_owned() } else { format!("'{}'", value.replace('\'', "'\\''")) }
 }
 
 fn date(text: &str) -> Option<NaiveDate> {

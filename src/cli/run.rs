@@ -39,9 +39,15 @@ pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
     let published = ends::run(&job, &request, &options)?;
     drop(progress);
     match session.format {
-        Format::Json => emit_json(&plan::Document::new("trueup.run/1", Some(&published.run), &published.plan)?)?,
+        Format::Json => emit_json(&plan::Document::new("trueup.run/1", &job, Some(&published.run), &published.plan)?)?,
         Format::Text => {
-            let report = plan::Report { plan: &published.plan, job: &job, seconds: watch.seconds(), style: Style::for_stdout() };
+            let report = plan::Report {
+                plan: &published.plan,
+                job: &job,
+                range: &arguments.range,
+                seconds: watch.seconds(),
+                style: Style::for_stdout(),
+            };
             emit(&report.of_run(&published.run)?)?;
         }
     }

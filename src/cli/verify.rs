@@ -71,8 +71,9 @@ fn text(job: &Job, plan: &Plan, periods_differing: u64, findings: &[Finding]) ->
         return Ok(out);
     }
     let drift = format!(
-        "{} differ from the events ({} missing, {} wrong, {} too many), {} wrong, {} in the ledger",
+        "{} {} from the events ({} missing, {} wrong, {} too many), {} wrong, {} in the ledger",
         counted(rows.changed(), "window"),
+        if rows.changed() == 1 { "differs" } else { "differ" },
         rows.inserted,
         rows.updated,
         rows.retracted,

@@ -19,7 +19,7 @@ use crate::fault::configuration;
 use crate::model::decimal::Decimal;
 use crate::model::digest::Digest;
 use crate::model::window::WindowSize;
-use crate::source::files::{ColumnMap, Field};
+use crate::source::files::{ColumnMap, Field, FilePattern};
 use connection::Connections;
 pub use connection::{ClickHouseConnection, KafkaConnection, Secret, default_environment};
 use raw::{RawJob, RawSource, RawStore, RawTable};
@@ -46,7 +46,7 @@ pub struct Job {
 
 #[derive(Debug, Clone)]
 pub enum Source {
-    Files { patterns: Vec<String>, columns: ColumnMap },
+    Files { patterns: Vec<FilePattern>, columns: ColumnMap },
     ClickHouse { connection: ClickHouseConnection, events: Relation, columns: ColumnMap },
     Kafka { connection: KafkaConnection, topic: String, margin: Duration, tenant_id: Option<String>, columns: ColumnMap },
 }
@@ -311,7 +311,11 @@ impl Validator<'_> {
                 let Some(paths) = raw.paths.filter(|paths| !paths.is_empty()) else {
                     return Err(self.error(&raw.kind, "source.paths must list at least one file or glob pattern"));
                 };
-                let patterns = paths.iter().map(|path| self.resolve(path).display().to_string()).collect();
+                let folder = self.path.parent().unwrap_or(Path::new(""));
+                let patterns: Option<Vec<_>> = paths.iter().map(|path| FilePattern::new(folder, path)).collect();
+                let patterns = patterns.ok_or_else(|| {
+                    configuration(format!("{}: the name of its folder is not UTF-8: rename the folder", self.path.display()))
+                })?;
                 Ok(Source::Files { patterns, columns })
             }
             "clickhouse" => {

@@ -17,8 +17,22 @@ pub type Placed<T> = serde_saphyr::Spanned<T>;
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text =
         std::fs::read_to_string(path).map_err(|error| configuration(format!("cannot read {}: {error}", path.display())))?;
-    serde_saphyr::from_str(&text).map_err(|error| {
-        let line = error.location().map_or(String::new(), |location| format!(":{}", location.line()));
-        configuration(format!("{}{line}: {}", path.display(), error.render().trim_end()))
-    })
+    serde_saphyr::from_str(&text).map_err(|error| configuration(located(path, &error)))
+}
+
+/// `file:line:column: what is wrong`, then the excerpt under the file's own name.
+fn located(path: &Path, error: &serde_saphyr::Error) -> String {
+    let rendered = error.render();
+    let (first, excerpt) = rendered.trim_end().split_once('\n').unwrap_or((rendered.trim_end(), ""));
+    let mut message = first.strip_prefix("error: ").unwrap_or(first);
+    let mut place = path.display().to_string();
+    if let Some(location) = error.location() {
+        let (line, column) = (location.line(), location.column());
+        message = message.strip_prefix(&format!("line {line} column {column}: ")).unwrap_or(message);
+        place = format!("{place}:{line}:{column}");
+    }
+    // The caret alone: what it says stands in the first line.
+    let excerpt = excerpt.lines().map(|line| line.strip_suffix(message).unwrap_or(line).trim_end());
+    let excerpt: String = excerpt.map(|line| format!("\n{}", line.replace("<input>", &path.display().to_string()))).collect();
+    format!("{place}: {message}{excerpt}")
 }

@@ -4,6 +4,7 @@
 //! kept, as slices of the text itself, so numbers keep every digit.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
@@ -72,10 +73,7 @@ impl<'a> Property<'a> {
             Property::Text(text) => write_json_text(text, out),
             Property::Number(number) => out.push_str(&canonical_number(number)),
             Property::Bool(value) => out.push_str(if *value { "true" } else { "false" }),
-            Property::Composite(raw) => {
-                let value: Option<serde_json::Value> = serde_json::from_str(raw).ok();
-                let _ = write!(out, "{}", value.unwrap_or_default());
-            }
+            Property::Composite(raw) => Tree::parse(raw).write(out),
         }
     }
 }
@@ -89,6 +87,127 @@ pub fn write_json_text(text: &str, out: &mut String) {
     } else {
         let _ = write!(out, "{}", serde_json::Value::from(text));
     }
+}
+
+/// An object or array in parts. Neither reading nor writing recurses, so any depth
+/// is fine, and numbers stay text, so every digit is kept.
+#[derive(Debug, Default)]
+struct Tree<'a> {
+    nodes: Vec<TreeNode<'a>>,
+}
+
+#[derive(Debug)]
+enum TreeNode<'a> {
+    Scalar(&'a str),
+    Array(Vec<usize>),
+    /// By key, so that the order and the number of times it was written do not matter.
+    Object(BTreeMap<Cow<'a, str>, usize>),
+}
+
+impl<'a> Tree<'a> {
+    /// The parts of a text that is known to be valid JSON.
+    fn parse(raw: &'a str) -> Tree<'a> {
+        let mut tree = Tree::default();
+        let mut open: Vec<usize> = Vec::new();
+        let mut key = None;
+        let mut rest = raw;
+        while let Some((token, after)) = next_token(rest) {
+            rest = after;
+            let parent = open.last().copied().and_then(|at| tree.nodes.get_mut(at));
+            if token.starts_with('"') && key.is_none() && matches!(parent, Some(TreeNode::Object(_))) {
+                key = Some(unquote(token));
+                continue;
+            }
+            if token == "}" || token == "]" {
+                open.pop();
+                continue;
+            }
+            let at = tree.nodes.len();
+            match tree.nodes.get_mut(open.last().copied().unwrap_or(at)) {
+                Some(TreeNode::Object(entries)) => {
+                    entries.insert(key.take().unwrap_or_default(), at);
+                }
+                Some(TreeNode::Array(items)) => items.push(at),
+                Some(TreeNode::Scalar(_)) | None => {}
+            }
+            let node = match token {
+                "{" => TreeNode::Object(BTreeMap::new()),
+                "[" => TreeNode::Array(Vec::new()),
+                scalar => TreeNode::Scalar(scalar),
+            };
+            if !matches!(node, TreeNode::Scalar(_)) {
+                open.push(at);
+            }
+            tree.nodes.push(node);
+        }
+        tree
+    }
+
+    fn write(&self, out: &mut String) {
+        let mut tasks = vec![Task::Node(0)];
+        while let Some(task) = tasks.pop() {
+            let at = match task {
+                Task::Text(text) => {
+                    out.push_str(text);
+                    continue;
+                }
+                Task::Key(key) => {
+                    write_json_text(key, out);
+                    out.push(':');
+                    continue;
+                }
+                Task::Node(at) => at,
+            };
+            // What comes last is put on the stack first.
+            match self.nodes.get(at) {
+                Some(TreeNode::Scalar(raw)) => Property::from_raw(raw).write_json(out),
+                Some(TreeNode::Array(items)) => {
+                    out.push('[');
+                    tasks.push(Task::Text("]"));
+                    for (number, item) in items.iter().enumerate().rev() {
+                        tasks.push(Task::Node(*item));
+                        tasks.push(Task::Text(if number == 0 { "" } else { "," }));
+                    }
+                }
+                Some(TreeNode::Object(entries)) => {
+                    out.push('{');
+                    tasks.push(Task::Text("}"));
+                    for (number, (key, value)) in entries.iter().enumerate().rev() {
+                        tasks.push(Task::Node(*value));
+                        tasks.push(Task::Key(key));
+                        tasks.push(Task::Text(if number == 0 { "" } else { "," }));
+                    }
+                }
+                None => {}
+            }
+        }
+    }
+}
+
+/// What is left to write.
+enum Task<'t> {
+    Text(&'t str),
+    Key(&'t str),
+    Node(usize),
+}
+
+/// The next bracket, string, number or word of valid JSON, and what follows it.
+fn next_token(text: &str) -> Option<(&str, &str)> {
+    let text = text.trim_start_matches([' ', '\t', '\r', '\n', ',', ':']);
+    let length = match text.as_bytes().first()? {
+        b'{' | b'}' | b'[' | b']' => 1,
+        b'"' => {
+            let mut escaped = false;
+            let end = text.bytes().skip(1).position(|byte| {
+                let is_end = byte == b'"' && !escaped;
+                escaped = byte == b'\\' && !escaped;
+                is_end
+            });
+            end.map_or(text.len(), |at| at + 2)
+        }
+        _ => text.find([',', ':', '}', ']', ' ', '\t', '\r', '\n']).unwrap_or(text.len()),
+    };
+    text.split_at_checked(length)
 }
 
 fn canonical_number(text: &str) -> Cow<'_, str> {
@@ -262,5 +381,32 @@ mod tests {
             out.push(' ');
         }
         assert_eq!(out, "1.5 \"é\\n\" null true ");
+    }
+
+    #[test]
+    fn composites_are_canonical_and_keep_every_digit() {
+        let canonical = |raw: &str| {
+            let mut out = String::new();
+            Property::from_raw(raw).write_json(&mut out);
+            out
+        };
+        for (raw, expected) in [
+            ("[ ]", "[]"),
+            ("{ }", "{}"),
+            ("[1.50, 1e2,-0, true ,null,\"x\"]", r#"[1.5,100,0,true,null,"x"]"#),
+            ("[12345678901234567890.123456789012345678]", "[12345678901234567890.123456789012345678]"),
+            ("[1e999, 1e998]", "[1e999,1e998]"),
+            (
+                r#"{"b": {"d": [], "c": 1}, "a\u0062": "\u00e9\"}", "a": [{}, [2]]}"#,
+                r#"{"a":[{},[2]],"ab":"é\"}","b":{"c":1,"d":[]}}"#,
+            ),
+            (r#"{"a": 1, "a": 2}"#, r#"{"a":2}"#),
+            (r#"{"": "a,b:]", "\\": "\\"}"#, r#"{"":"a,b:]","\\":"\\"}"#),
+        ] {
+            assert_eq!(canonical(raw), expected, "{raw}");
+        }
+        assert_ne!(canonical(r#"["\ud800"]"#), canonical(r#"["\ud801"]"#), "lone surrogates are different values");
+        let deep = "[".repeat(200_000) + &"]".repeat(200_000);
+        assert_eq!(canonical(&deep), deep);
     }
 }

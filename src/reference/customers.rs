@@ -7,7 +7,7 @@ use polars::prelude::{Column, DataFrame, DataFrameJoinOps, JoinArgs, JoinType, N
 use rustc_hash::FxHashMap;
 
 use super::table::Table;
-use super::{ExternalCustomer, Subscription, list_digest};
+use super::{ExternalCustomer, Subscription, is_open_end, list_digest};
 use crate::config::ReferenceTable;
 use crate::model::digest::Digest;
 use crate::model::price::Currency;
@@ -21,7 +21,7 @@ pub(super) struct Customers {
     frame: DataFrame,
     row_digests: Vec<String>,
     /// Tenant and customer, then the digest of all its rows.
-    by_customer: FxHashMap<(String, String), String>,
+    pub by_customer: FxHashMap<(String, String), String>,
 }
 
 /// The subscriptions table.
@@ -233,7 +233,7 @@ fn validity(table: &Table, from: &str, to: &str) -> Result<Vec<Span>> {
     };
     let span = |(row, (start, end)): (usize, (&Option<String>, &Option<String>))| {
         let start = parse(row, from, start.as_ref(), Timestamp::MIN)?;
-        let end = parse(row, to, end.as_ref(), Timestamp::MAX)?;
+        let end = parse(row, to, end.as_ref().filter(|text| !is_open_end(text)), Timestamp::MAX)?;
         if end <= start {
             return Err(table.error(row, format!("{to} {end} is not after {from} {start}")));
         }

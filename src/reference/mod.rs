@@ -12,9 +12,10 @@ mod table;
 use std::collections::BTreeSet;
 
 use anyhow::Result;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::config::Job;
+use crate::fault::configuration;
 use crate::model::digest::Digest;
 use crate::model::meter::Meter;
 use crate::model::price::Price;
@@ -31,6 +32,8 @@ pub struct Reference {
     customers: FxHashMap<String, FxHashMap<String, ExternalCustomer>>,
     /// Plan and meter index, then indexes of prices.
     price_index: FxHashMap<(String, usize), Vec<usize>>,
+    /// Tenant and customer of every row of the customers table.
+    known: FxHashSet<(String, String)>,
     pub digests: ReferenceDigests,
     /// What is odd but no error.
     pub warnings: Vec<String>,
@@ -111,8 +114,31 @@ impl Reference {
             prices: list_digest("prices", prices.iter().map(|p| format!("{}{}{:?}", p.id, p.digest, p.valid))),
         };
         let warnings = [bound.warnings, plan_warnings(&subscriptions.list, &prices)].concat();
+        let known = customers.by_customer.into_keys().collect();
         let customers = bound.customers;
-        Ok(Reference { subscriptions: subscriptions.list, meters, prices, customers, price_index, digests, warnings })
+        Ok(Reference { subscriptions: subscriptions.list, meters, prices, customers, price_index, known, digests, warnings })
+    }
+
+    /// Refuses a tenant or customer that no table knows: a slip of the pen would
+    /// otherwise look like a run that found nothing to do.
+    ///
+    /// # Errors
+    /// A configuration fault that names it.
+    pub fn check_scope(&self, tenant: Option<&str>, customer: Option<&str>) -> Result<()> {
+        let subscribed = self.subscriptions.iter().map(|s| (s.tenant_id.as_str(), s.customer_id.as_str()));
+        let everyone =
+            || self.known.iter().map(|(tenant, customer)| (tenant.as_str(), customer.as_str())).chain(subscribed.clone());
+        let in_tenant = |of: &str| tenant.is_none_or(|tenant| tenant == of);
+        if let Some(tenant) = tenant.filter(|_| !everyone().any(|(of, _)| in_tenant(of))) {
+            return Err(configuration(format!("--tenant {tenant} is neither in the customers nor in the subscriptions table")));
+        }
+        if let Some(customer) = customer.filter(|wanted| !everyone().any(|(of, id)| in_tenant(of) && id == *wanted)) {
+            let of = tenant.map_or(String::new(), |tenant| format!(" of tenant {tenant}"));
+            return Err(configuration(format!(
+                "--customer {customer} is neither in the customers nor in the subscriptions table{of}"
+            )));
+        }
+        Ok(())
     }
 
     /// The index of the subscription that an event of `external_id` at `t` belongs to.
@@ -170,6 +196,12 @@ impl Reference {
             Some((index, _)) => Ok(index),
         }
     }
+}
+
+/// Whether the end of a row's validity is the usual sign for "open": the last day of
+/// the year 9999, or the day before it where UTC shows a midnight of the east.
+fn is_open_end(text: &str) -> bool {
+    ["9999-12-31", "9999-12-30"].iter().any(|day| text.trim().starts_with(day))
 }
 
 /// A digest that does not depend on the order of rows.

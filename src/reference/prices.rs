@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::definitions::{self, Located};
+use super::is_open_end;
 use crate::config::ReferenceTable;
 use crate::model::decimal::Decimal;
 use crate::model::digest::Digest;
@@ -35,6 +36,7 @@ struct RawPrice {
     matches: BTreeMap<String, FilterValue>,
     free_units: Option<Decimal>,
     valid_from: Option<Timestamp>,
+    #[serde(default, deserialize_with = "end")]
     valid_to: Option<Timestamp>,
     // Known to the format, not to this version.
     multiplier: Option<Value>,
@@ -49,6 +51,13 @@ struct RawPrice {
     transform: Option<Value>,
     charge_zero_usage: Option<Value>,
     prorate: Option<Value>,
+}
+
+/// An end that may be the sign for none.
+fn end<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
+    let text: Option<String> = Option::deserialize(deserializer)?;
+    let text = text.filter(|text| !is_open_end(text));
+    text.map(|text| text.parse().map_err(serde::de::Error::custom)).transpose()
 }
 
 #[derive(Debug, Deserialize)]

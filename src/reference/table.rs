@@ -4,16 +4,20 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use arrow::array::Array;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use polars::prelude::{Column, DataFrame, NamedFrom, Series};
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use crate::clickhouse_client::Database;
 use crate::config::{ClickHouseConnection, ReferenceTable};
 use crate::fault::configuration;
 use crate::source::arrow_batch::reference_texts;
+use crate::source::files::csv::{END, UNCLOSED, with_end};
+use crate::source::files::without_bom;
 
 /// A table as it was read: text columns, and where each row stands.
 pub struct Table {
@@ -22,6 +26,8 @@ pub struct Table {
     pub frame: DataFrame,
     rows: Vec<u64>,
     unit: &'static str,
+    /// Columns that hold binary floats: no amount and no id can be read from them.
+    floats: Vec<String>,
 }
 
 impl Table {
@@ -41,13 +47,14 @@ impl Table {
         }
         .map_err(problem)?;
         let frame = columns.frame().map_err(problem)?;
-        Ok(Table { name: path.display().to_string(), frame, rows: columns.rows, unit })
+        let Columns { rows, floats, .. } = columns;
+        Ok(Table { name: path.display().to_string(), frame, rows, unit, floats })
     }
 
     /// Rows of a ClickHouse query, every column as text.
     fn query(connection: &ClickHouseConnection, sql: &str) -> Result<Table> {
         let (names, cells) = Database::connect(connection)?.texts(sql).with_context(|| format!("reference query `{sql}`"))?;
-        let mut columns = Columns { texts: vec![Vec::new(); names.len()], names, rows: Vec::new() };
+        let mut columns = Columns { texts: vec![Vec::new(); names.len()], names, ..Columns::default() };
         for (number, row) in (1u64..).zip(cells) {
             for (column, cell) in columns.texts.iter_mut().zip(row) {
                 column.push(cell);
@@ -55,7 +62,7 @@ impl Table {
             columns.rows.push(number);
         }
         let frame = columns.frame()?;
-        Ok(Table { name: format!("query `{}`", sql.trim()), frame, rows: columns.rows, unit: "row" })
+        Ok(Table { name: format!("query `{}`", sql.trim()), frame, rows: columns.rows, unit: "row", floats: Vec::new() })
     }
 
     /// Reads a reference table, wherever it is.
@@ -101,10 +108,21 @@ impl Table {
         };
         let texts = column.str().with_context(|| format!("column {name}"))?;
         let texts: Vec<_> = texts.iter().map(|text| text.filter(|text| !text.is_empty()).map(str::to_owned)).collect();
+        if let Some(row) = texts.iter().position(Option::is_some) {
+            self.reject_float(row, name)?;
+        }
         match texts.iter().position(Option::is_none) {
             Some(row) if required => Err(self.error(row, format!("`{name}` is empty, but every row needs it"))),
             _ => Ok(texts),
         }
+    }
+
+    /// Money must not pass through a float, and 1.0 is no id.
+    fn reject_float(&self, row: usize, name: &str) -> Result<()> {
+        if self.floats.iter().any(|float| float == name) {
+            return Err(self.error(row, format!("column `{name}` holds binary floats: store it as text or decimal")));
+        }
+        Ok(())
     }
 
     /// A row as a JSON object without its empty fields; `nested` columns hold JSON.
@@ -117,6 +135,7 @@ impl Table {
             let text = column.str().ok().and_then(|texts| texts.get(row)).filter(|text| !text.is_empty());
             let Some(text) = text else { continue };
             let name = column.name().to_string();
+            self.reject_float(row, &name)?;
             let value = if nested.contains(&name.as_str()) || (name == "window" && text.starts_with('{')) {
                 serde_json::from_str(text).map_err(|error| self.error(row, format!("`{name}` is no JSON: {error}")))?
             } else {
@@ -128,12 +147,45 @@ impl Table {
     }
 }
 
+/// A JSON object whose values stay as they are written: no digit passes through a float.
+struct RawObject<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for RawObject<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Pairs;
+        impl<'de> Visitor<'de> for Pairs {
+            type Value = Vec<(String, &'de RawValue)>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a JSON object with one row")
+            }
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
+                let mut pairs = Vec::new();
+                while let Some(pair) = map.next_entry()? {
+                    pairs.push(pair);
+                }
+                Ok(pairs)
+            }
+        }
+        deserializer.deserialize_map(Pairs).map(RawObject)
+    }
+}
+
+/// Text without its quotes, null as none, everything else as written.
+fn raw_text(raw: &str) -> Result<Option<String>, serde_json::Error> {
+    match raw.as_bytes().first() {
+        Some(b'"') => serde_json::from_str(raw).map(Some),
+        Some(b'n') => Ok(None),
+        _ => Ok(Some(raw.to_owned())),
+    }
+}
+
 /// Columns under construction.
 #[derive(Default)]
 struct Columns {
     names: Vec<String>,
     texts: Vec<Vec<Option<String>>>,
     rows: Vec<u64>,
+    floats: Vec<String>,
 }
 
 impl Columns {
@@ -148,17 +200,32 @@ impl Columns {
     }
 
     fn read_csv(&mut self, path: &Path) -> Result<()> {
-        let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_path(path)?;
+        let input = with_end(File::open(path)?);
+        let mut reader = csv::ReaderBuilder::new().flexible(true).trim(csv::Trim::All).from_reader(input);
         let header = reader.headers()?.clone();
-        for name in &header {
-            self.column(name);
+        let mut records = reader.records().collect::<Result<Vec<_>, _>>()?;
+        let is_whole = |record: Option<csv::StringRecord>| record.is_some_and(|last| last.len() == 1 && last.get(0) == Some(END));
+        // Of an empty file, the end is the header.
+        if !is_whole(Some(header.clone())) {
+            ensure!(is_whole(records.pop()), "{UNCLOSED}");
+            self.name_columns(&header)?;
         }
-        for record in reader.records() {
-            let record = record?;
+        for record in records {
+            let line = record.position().map_or(0, csv::Position::line);
+            ensure!(record.len() == header.len(), "line {line}: {} fields where the header has {}", record.len(), header.len());
             for (text, column) in record.iter().zip(&mut self.texts) {
                 column.push(Some(text.to_owned()));
             }
-            self.rows.push(record.position().map_or(0, csv::Position::line));
+            self.rows.push(line);
+        }
+        Ok(())
+    }
+
+    /// One column for each name of a header, in its order.
+    fn name_columns(&mut self, header: &csv::StringRecord) -> Result<()> {
+        for name in header {
+            ensure!(!self.names.iter().any(|known| known == name), "has two columns `{name}`: rename or remove one");
+            self.column(name);
         }
         Ok(())
     }
@@ -166,20 +233,16 @@ impl Columns {
     fn read_ndjson(&mut self, path: &Path) -> Result<()> {
         let mut text = String::new();
         File::open(path)?.read_to_string(&mut text)?;
-        for (number, line) in (1u64..).zip(text.lines()) {
+        for (number, line) in (1u64..).zip(without_bom(&text).lines()) {
             if line.trim().is_empty() {
                 continue;
             }
-            let object: serde_json::Map<String, Value> = serde_json::from_str(line).with_context(|| format!("line {number}"))?;
-            for (name, value) in object {
-                let text = match value {
-                    Value::Null => None,
-                    Value::String(text) => Some(text),
-                    other => Some(other.to_string()),
-                };
-                if let Some(column) = self.column(&name) {
-                    column.push(text);
-                }
+            let object: RawObject<'_> = serde_json::from_str(line).with_context(|| format!("line {number}"))?;
+            for (name, raw) in object.0 {
+                let height = self.rows.len();
+                let Some(column) = self.column(&name) else { continue };
+                ensure!(column.len() == height, "line {number}: has `{name}` twice");
+                column.push(raw_text(raw.get()).with_context(|| format!("line {number}: `{name}`"))?);
             }
             self.rows.push(number);
             let height = self.rows.len();
@@ -194,13 +257,16 @@ impl Columns {
         let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?.build()?;
         for batch in reader {
             let batch = batch?;
+            let first = self.rows.len() as u64 + 1;
             for (field, array) in batch.schema().fields().iter().zip(batch.columns()) {
                 let texts = reference_texts(array).with_context(|| format!("column {}", field.name()))?;
+                if field.data_type().is_floating() && !self.floats.contains(field.name()) {
+                    self.floats.push(field.name().clone());
+                }
                 if let Some(column) = self.column(field.name()) {
                     column.extend((0..texts.len()).map(|row| (!texts.is_null(row)).then(|| texts.value(row).to_owned())));
                 }
             }
-            let first = self.rows.len() as u64 + 1;
             self.rows.extend(first..first + batch.num_rows() as u64);
         }
         Ok(())

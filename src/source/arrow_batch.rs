@@ -6,11 +6,13 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, StringArray, StringBuilder};
 use arrow::compute::cast;
-use arrow::datatypes::{DataType, Field as ArrowField, Int64Type, TimeUnit, TimestampNanosecondType};
+use arrow::datatypes::{DataType, Field as ArrowField, Int64Type, TimeUnit};
 use arrow::json::writer::{EncoderOptions, make_encoder};
+use chrono::{DateTime, SecondsFormat};
 
+use super::batch::flag;
 use super::files::{ColumnMap, Field};
-use super::{EventBatch, Problem};
+use super::{EventBatch, EventRef, Problem};
 use crate::model::timestamp::Timestamp;
 
 /// The message for a column that a source lacks.
@@ -38,28 +40,23 @@ pub fn convert(origin: &str, first_row: u64, batch: &RecordBatch, columns: &Colu
         let Some(array) = column(field) else { return Ok(StringArray::new_null(rows)) };
         texts(array).with_context(|| wrong_type(field, array, "text"))
     };
+    let place = |row: usize| format!("{origin} row {}", first_row + row as u64 + 1);
     let mut problems = Vec::new();
     let mut instants = |field: Field| -> Result<Int64Array> {
         let Some(array) = column(field) else { return Ok(Int64Array::new_null(rows)) };
-        let place = |row: usize| format!("{origin} row {}", first_row + row as u64 + 1);
         nanoseconds(array, field, &place, &mut problems)
             .with_context(|| wrong_type(field, array, "a timestamp, or RFC 3339 text"))
     };
     let (timestamp, ingested_at) = (instants(Field::Timestamp)?, instants(Field::IngestedAt)?);
-    problems.sort_by_key(|problem: &Problem| problem.row);
-    problems.dedup_by_key(|problem| problem.row);
     let properties = match column(Field::Properties) {
         None => StringArray::new_null(rows),
         Some(array) => json_texts(array).with_context(|| wrong_type(Field::Properties, array, "JSON text, a struct or a map"))?,
     };
     let deleted = match column(Field::Deleted) {
         None => BooleanArray::new_null(rows),
-        Some(array) if matches!(array.data_type(), DataType::Boolean | DataType::UInt8 | DataType::Int8) => {
-            cast(array, &DataType::Boolean)?.as_boolean().clone()
-        }
-        Some(array) => bail!("{}", wrong_type(Field::Deleted, array, "a boolean")),
+        Some(array) => flags(array, &place, &mut problems).with_context(|| wrong_type(Field::Deleted, array, "a boolean"))?,
     };
-    Ok(EventBatch {
+    let mut batch = EventBatch {
         tenant_id: text(Field::TenantId)?,
         id: text(Field::Id)?,
         event_name: text(Field::EventName)?,
@@ -68,14 +65,41 @@ pub fn convert(origin: &str, first_row: u64, batch: &RecordBatch, columns: &Colu
         ingested_at,
         properties,
         deleted,
-        problems,
-    })
+        problems: Vec::new(),
+    };
+    // A scan for keys has not every column.
+    if Field::ALL.into_iter().all(|field| !field.is_required() || column(field).is_some()) {
+        let missing = |(row, event): (usize, EventRef<'_>)| Some((row, event.missing_field()?));
+        problems
+            .extend(batch.rows().enumerate().filter_map(missing).map(|(row, field)| Problem::missing(row, field, &place(row))));
+    }
+    problems.sort_by_key(|problem: &Problem| problem.row);
+    problems.dedup_by_key(|problem| problem.row);
+    batch.problems = problems;
+    Ok(batch)
+}
+
+/// A column of booleans, numbers that stand for them, or text as CSV has it.
+fn flags(array: &ArrayRef, place: &dyn Fn(usize) -> String, problems: &mut Vec<Problem>) -> Result<BooleanArray> {
+    if array.data_type().is_integer() || matches!(array.data_type(), DataType::Boolean | DataType::Null) {
+        return Ok(cast(array, &DataType::Boolean)?.as_boolean().clone());
+    }
+    let texts = texts(array)?;
+    let parse = |(row, text): (usize, Option<&str>)| {
+        let flag = flag(text);
+        if let Err(error) = &flag {
+            problems.push(Problem { row, detail: format!("{}: {error}", place(row)), raw: None });
+        }
+        flag.ok()
+    };
+    Ok(texts.iter().enumerate().map(parse).collect())
 }
 
 /// A column as text; whole numbers (as ids are) are written out.
 fn texts(array: &ArrayRef) -> Result<StringArray> {
     let plain = match array.data_type() {
         DataType::Utf8 => return Ok(array.as_string::<i32>().clone()),
+        DataType::Null => return Ok(StringArray::new_null(array.len())),
         DataType::Dictionary(_, value) => value.as_ref().clone(),
         other => other.clone(),
     };
@@ -84,6 +108,31 @@ fn texts(array: &ArrayRef) -> Result<StringArray> {
         bail!("no text");
     }
     Ok(cast(array, &DataType::Utf8)?.as_string::<i32>().clone())
+}
+
+/// Whole numbers since 1970 that are instants by their column's type.
+struct RawInstants {
+    values: Int64Array,
+    /// Nanoseconds in one.
+    factor: i64,
+}
+
+/// The numbers of a column of timestamps or dates; `None` for other types.
+fn raw_instants(array: &ArrayRef) -> Result<Option<RawInstants>> {
+    let factor = match array.data_type() {
+        DataType::Date32 => 86_400 * 1_000_000_000,
+        DataType::Timestamp(TimeUnit::Second, _) => 1_000_000_000,
+        DataType::Timestamp(TimeUnit::Millisecond, _) | DataType::Date64 => 1_000_000,
+        DataType::Timestamp(TimeUnit::Microsecond, _) => 1_000,
+        DataType::Timestamp(TimeUnit::Nanosecond, _) => 1,
+        _ => return Ok(None),
+    };
+    let values = if *array.data_type() == DataType::Date32 {
+        cast(array, &DataType::Int32).and_then(|days| cast(&days, &DataType::Int64))?
+    } else {
+        cast(array, &DataType::Int64)?
+    };
+    Ok(Some(RawInstants { values: values.as_primitive::<Int64Type>().clone(), factor }))
 }
 
 /// Instants in nanoseconds. Text that is none becomes null and a problem of its row.
@@ -100,27 +149,15 @@ fn nanoseconds(
             None
         }
     };
+    if let Some(instants) = raw_instants(array)? {
+        let convert = |(row, value): (usize, Option<i64>)| {
+            let instant = value?.checked_mul(instants.factor).and_then(Timestamp::in_range);
+            checked(row, instant.ok_or_else(|| "is outside of the years 1700 to 2199".to_owned()))
+        };
+        return Ok(instants.values.iter().enumerate().map(convert).collect());
+    }
     match array.data_type() {
-        DataType::Timestamp(unit, _) => {
-            let factor = match unit {
-                TimeUnit::Second => 1_000_000_000,
-                TimeUnit::Millisecond => 1_000_000,
-                TimeUnit::Microsecond => 1_000,
-                TimeUnit::Nanosecond => 1,
-            };
-            let values = array.to_data();
-            let values = arrow::array::make_array(values.into_builder().data_type(DataType::Int64).build()?);
-            let values = values.as_primitive::<Int64Type>();
-            let convert = |(row, value): (usize, Option<i64>)| {
-                let instant = value?.checked_mul(factor).and_then(Timestamp::in_range);
-                checked(row, instant.ok_or_else(|| "is outside of the years 1700 to 2199".to_owned()))
-            };
-            Ok(values.iter().enumerate().map(convert).collect())
-        }
-        DataType::Date32 | DataType::Date64 => {
-            let array = cast(array, &DataType::Timestamp(TimeUnit::Nanosecond, None))?;
-            Ok(array.as_primitive::<TimestampNanosecondType>().reinterpret_cast::<Int64Type>())
-        }
+        DataType::Null => Ok(Int64Array::new_null(array.len())),
         other if other.is_integer() => bail!("a number could be seconds or milliseconds"),
         _ => {
             let texts = texts(array)?;
@@ -154,14 +191,21 @@ fn json_texts(array: &ArrayRef) -> Result<StringArray> {
     Ok(out.finish())
 }
 
-/// Any column as text, nested ones as JSON: for reference tables.
+/// Any column as text, nested ones as JSON: for reference tables. Instants of any
+/// year are written out; whether they are in range is for the reader to say.
 pub fn reference_texts(array: &ArrayRef) -> Result<StringArray> {
-    match array.data_type() {
-        other if other.is_nested() => json_texts(array),
-        DataType::Timestamp(..) | DataType::Date32 | DataType::Date64 => {
-            let nanos = nanoseconds(array, Field::Timestamp, &|row| format!("row {}", row + 1), &mut Vec::new())?;
-            Ok(nanos.iter().map(|value| value.map(|nanos| Timestamp::from_nanos(nanos).to_string())).collect())
-        }
-        _ => Ok(cast(array, &DataType::Utf8)?.as_string::<i32>().clone()),
-    }
+    let Some(values) = raw_instants(array)? else {
+        return match array.data_type() {
+            other if other.is_nested() => json_texts(array),
+            _ => Ok(cast(array, &DataType::Utf8)?.as_string::<i32>().clone()),
+        };
+    };
+    let text = |(value, factor): (i64, i64)| {
+        let nanos = i128::from(value) * i128::from(factor);
+        let (seconds, rest) = (nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000));
+        let instant = i64::try_from(seconds).ok().zip(u32::try_from(rest).ok());
+        let instant = instant.and_then(|(seconds, rest)| DateTime::from_timestamp(seconds, rest));
+        instant.map_or_else(|| value.to_string(), |instant| instant.to_rfc3339_opts(SecondsFormat::AutoSi, true))
+    };
+    Ok(values.values.iter().map(|value| value.map(|value| text((value, values.factor)))).collect())
 }

@@ -32,6 +32,13 @@ pub struct Problem {
     pub raw: Option<String>,
 }
 
+impl Problem {
+    /// `place` is where the row stands.
+    pub fn missing(row: usize, field: &str, place: &str) -> Problem {
+        Problem { row, detail: format!("{place}: `{field}` is missing"), raw: None }
+    }
+}
+
 /// One row of a batch.
 #[derive(Debug, Clone, Copy)]
 pub struct EventRef<'a> {
@@ -96,22 +103,29 @@ impl EventRef<'_> {
 
     /// What is missing of the fields that every event needs; a void needs only its key.
     pub fn missing_field(&self) -> Option<&'static str> {
-        let absent = |text: Option<&str>| text.is_none_or(str::is_empty);
-        if absent(self.tenant_id) {
-            Some("tenant_id")
-        } else if absent(self.id) {
-            Some("id")
-        } else if self.deleted {
-            None
-        } else if absent(self.event_name) {
-            Some("event_name")
-        } else if absent(self.external_customer_id) {
-            Some("external_customer_id")
-        } else if self.timestamp.is_none() {
-            Some("timestamp")
-        } else {
-            None
-        }
+        let texts = [self.tenant_id, self.id, self.event_name, self.external_customer_id];
+        missing_field(texts, self.timestamp.is_some(), self.deleted)
+    }
+}
+
+fn missing_field(texts: [Option<&str>; 4], has_time: bool, deleted: bool) -> Option<&'static str> {
+    let [tenant_id, id, event_name, external_customer_id] = texts.map(|text| text.is_some_and(|text| !text.is_empty()));
+    let needed = [
+        ("tenant_id", tenant_id),
+        ("id", id),
+        ("event_name", event_name || deleted),
+        ("external_customer_id", external_customer_id || deleted),
+        ("timestamp", has_time || deleted),
+    ];
+    needed.into_iter().find(|(_, given)| !given).map(|(name, _)| name)
+}
+
+/// Whether an event is deleted, as text formats say it.
+pub fn flag(text: Option<&str>) -> Result<bool, String> {
+    match text {
+        None | Some("" | "false" | "False" | "FALSE" | "0" | "null") => Ok(false),
+        Some("true" | "True" | "TRUE" | "1") => Ok(true),
+        Some(other) => Err(format!("deleted `{other}` is neither true nor false")),
     }
 }
 
@@ -126,6 +140,13 @@ pub struct TextEvent<'a> {
     pub ingested_at: Option<&'a str>,
     pub properties: Option<&'a str>,
     pub deleted: Option<&'a str>,
+}
+
+impl TextEvent<'_> {
+    fn missing_field(&self, deleted: bool) -> Option<&'static str> {
+        let texts = [self.tenant_id, self.id, self.event_name, self.external_customer_id];
+        missing_field(texts, self.timestamp.is_some_and(|text| !text.is_empty()), deleted)
+    }
 }
 
 /// Collects the rows of text formats into batches.
@@ -169,14 +190,10 @@ impl BatchBuilder {
         self.timestamp.append_option(instant("timestamp", event.timestamp));
         let ingested_at = instant("ingested_at", event.ingested_at);
         self.ingested_at.append_option(ingested_at.or(default.map(Timestamp::nanos)));
-        let deleted = match event.deleted {
-            None | Some("" | "false" | "False" | "0" | "null") => false,
-            Some("true" | "True" | "TRUE" | "1") => true,
-            Some(other) => {
-                problem = Some(format!("{}: deleted `{other}` is neither true nor false", place()));
-                false
-            }
-        };
+        let deleted = flag(event.deleted).unwrap_or_else(|error| {
+            problem = Some(format!("{}: {error}", place()));
+            false
+        });
         self.deleted.append_value(deleted);
         self.tenant_id.append_option(event.tenant_id);
         self.id.append_option(event.id);
@@ -185,6 +202,8 @@ impl BatchBuilder {
         self.properties.append_option(event.properties);
         if let Some(detail) = problem {
             self.problems.push(Problem { row: self.rows, detail, raw: None });
+        } else if let Some(field) = event.missing_field(deleted) {
+            self.problems.push(Problem::missing(self.rows, field, &place()));
         }
         self.rows += 1;
     }

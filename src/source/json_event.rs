@@ -13,9 +13,8 @@ use crate::model::timestamp::Timestamp;
 
 /// CloudEvents 1.0 attributes (JSON format) with the field that each one stands for.
 /// Extension attributes are lower-case letters and digits, hence `tenantid`.
-const CLOUD_EVENTS: [(&str, Field); 9] = [
+const CLOUD_EVENTS: [(&str, Field); 8] = [
     ("tenantid", Field::TenantId),
-    ("namespace", Field::TenantId),
     // The specification makes source + id unique, so the source stands in for a tenant.
     ("source", Field::TenantId),
     ("type", Field::EventName),

@@ -41,7 +41,9 @@ impl Lock {
         }
         file.set_len(0).with_context(context)?;
         file.rewind().with_context(context)?;
-        writeln!(file, "process {} since {}", std::process::id(), clock::now()).with_context(context)?;
+        // One write: who finds the lock taken must not read half of it.
+        let holder = format!("process {} since {}\n", std::process::id(), clock::now());
+        file.write_all(holder.as_bytes()).with_context(context)?;
         Ok(Lock { _file: file })
     }
 }

@@ -54,7 +54,7 @@ fn the_first_run_says_what_it_published() {
     trueup run my_usage: published 7 corrections
       range        2026-01-01T00:00:00Z to 2026-01-02T00:00:00Z
       priced       2026-01-01T00:00:00Z to 2026-02-01T00:00:00Z, the billing periods that the range touches
-      events       8 read = 6 metered + 1 duplicates + 1 dead-lettered
+      events       8 read = 6 metered + 1 duplicate + 1 dead-lettered
       matches      10 with meters = 10 counted
       windows      7 inserted, 0 updated, 0 retracted, 0 unchanged
       periods      5 written, 0 removed, 0 unchanged
@@ -76,7 +76,7 @@ fn the_second_run_says_that_nothing_changed() {
     trueup run my_usage: nothing changed: the store agrees with the events
       range        2026-01-01T00:00:00Z to 2026-01-02T00:00:00Z
       priced       2026-01-01T00:00:00Z to 2026-02-01T00:00:00Z, the billing periods that the range touches
-      events       8 read = 6 metered + 1 duplicates + 1 dead-lettered
+      events       8 read = 6 metered + 1 duplicate + 1 dead-lettered
       matches      10 with meters = 10 counted
       windows      0 inserted, 0 updated, 0 retracted, 7 unchanged
       periods      0 written, 0 removed, 5 unchanged
@@ -96,9 +96,9 @@ fn a_run_of_a_range_says_how_it_was_widened() {
     assert_snapshot!(shown(&fresh(), 0, &range), @r"
     trueup run my_usage: published 2 corrections
       range        2026-01-01T09:00:00Z to 2026-01-01T11:00:00Z
-                   widened to whole windows from 2026-01-01T09:30:00Z to 2026-01-01T10:30:00Z
+                   asked for 2026-01-01T09:30:00Z to 2026-01-01T10:30:00Z, widened to whole windows
       priced       2026-01-01T00:00:00Z to 2026-02-01T00:00:00Z, the billing periods that the range touches
-      events       8 read = 3 metered + 1 duplicates + 4 out of range
+      events       8 read = 3 metered + 1 duplicate + 4 out of range
       matches      3 with meters = 3 counted
       windows      2 inserted, 0 updated, 0 retracted, 0 unchanged
       periods      2 written, 0 removed, 0 unchanged
@@ -108,8 +108,8 @@ fn a_run_of_a_range_says_how_it_was_widened() {
       time         <seconds> s (read keys <seconds>, aggregate <seconds>, price <seconds>, reconcile <seconds>, publish <seconds>)
       run          <run>
 
-      trueup export job.yaml corrections --format csv  # every change and its cause
-      trueup run job.yaml                              # run again: nothing changes
+      trueup export job.yaml corrections --format csv                                        # every change and its cause
+      trueup run job.yaml --start 2026-01-01T09:30 --end 2026-01-01T10:30 --meter api_calls  # run again: nothing changes
     ");
 }
 
@@ -262,7 +262,7 @@ fn a_plan_says_what_would_change() {
     trueup plan my_usage: 0 to insert, 3 to update, 0 to retract
       range        2026-01-01T00:00:00Z to 2026-01-02T00:00:00Z
       priced       2026-01-01T00:00:00Z to 2026-02-01T00:00:00Z, the billing periods that the range touches
-      events       8 read = 6 metered + 1 duplicates + 1 dead-lettered
+      events       8 read = 6 metered + 1 duplicate + 1 dead-lettered
       matches      10 with meters = 10 counted
       windows      0 inserted, 3 updated, 0 retracted, 4 unchanged
       periods      2 written, 0 removed, 3 unchanged
@@ -286,7 +286,7 @@ fn a_plan_says_what_the_guard_would_refuse() {
     workspace.edit("prices.yaml", NEW_PRICE.0, NEW_PRICE.1);
     workspace.edit("job.yaml", "window: hour ", "guard: {max_cost_change: \"5%\"} ");
     let plan = shown(&workspace, 0, &["plan", "job.yaml"]);
-    assert_snapshot!(plan.split_once("note:").unwrap().1.lines().next().unwrap(), @" guard: 0.003654 USD of 0.013654 USD stored would move, more than max_cost_change 5%. Nothing was published. Customers: cus_1 (2 rows), cus_2 (1 rows). See what would change with `trueup plan`, then publish it with `trueup run --yes`, or raise the limit in the job file");
+    assert_snapshot!(plan.split_once("note:").unwrap().1.lines().next().unwrap(), @" guard: 0.003654 USD of 0.013654 USD stored would move, more than max_cost_change 5%");
 }
 
 #[test]
@@ -359,7 +359,7 @@ fn a_window_changed_by_hand_is_drift() {
     );
     let before = workspace.dump();
     assert_snapshot!(shown(&workspace, 3, &["verify", "job.yaml"]), @r"
-    trueup verify my_usage: 1 window differ from the events (0 missing, 1 wrong, 0 too many), 0 periods wrong, 1 finding in the ledger
+    trueup verify my_usage: 1 window differs from the events (0 missing, 1 wrong, 0 too many), 0 periods wrong, 1 finding in the ledger
       demo / sub_1 / bytes_sent / standard_bytes / 2026-01-01T09:00:00Z: stored quantity 2001 cost 0.002, should be quantity 2000 cost 0.002 (store_altered)
       usage_windows demo / sub_1 / bytes_sent / standard_bytes / 2026-01-01T09:00:00Z: holds quantity 2001 and cost 0.002, the ledger says 2000 and 0.002
 
@@ -789,9 +789,9 @@ fn the_help_lists_commands_and_exit_codes() {
           --customer <CUSTOMER_ID>  Only this customer
           --meter <METER_ID>        Only this meter
           --snapshot <RUN_ID>       Read the same Kafka offsets as this run, over its range
+          --yes                     Publish even if the change is larger than the job's guard allows
           --output <OUTPUT>         How results are printed on stdout [default: text] [possible values:
                                     text, json]
-          --yes                     Publish even if the change is larger than the job's guard allows
           --threads <N>             Threads that read and aggregate [default: one a core]
           --environment <NAME>      Connections of environments/NAME.yaml beside the job [default:
                                     $TRUEUP_ENVIRONMENT]

@@ -21,6 +21,7 @@ use crate::golden::{compare_json, compare_rows};
 use crate::support::{Workspace, fixtures};
 
 /// The server, or `None` where there is none and none is required.
+#[allow(clippy::print_stderr)]
 pub fn clickhouse() -> Option<String> {
     let url = std::env::var("TRUEUP_TEST_CLICKHOUSE_URL").ok();
     if url.is_none() {
@@ -341,7 +342,7 @@ fn killed_at_any_step_of_publishing_the_next_run_makes_it_right() {
             assert_eq!(workspace.trueup(&["run", "parts.yaml"]).code, 0);
             change(&workspace);
             let direct = workspace.read("parts.yaml");
-            workspace.write("parts.yaml", &direct.replace(&url, &executioner.url));
+            workspace.write("parts.yaml", direct.replace(&url, &executioner.url));
             let mut child = Command::new(env!("CARGO_BIN_EXE_trueup"))
                 .args(["run", "parts.yaml", "--yes"])
                 .current_dir(workspace.path("."))

@@ -10,34 +10,79 @@ use crate::source::arrow_batch::missing_column;
 use crate::source::batch::TextEvent;
 use crate::source::{BatchBuilder, EventBatch};
 
+/// Follows the file as a record of its own. A quote that is never closed swallows
+/// it: if the last record is another one, the file ends inside quotes.
+pub const END: &str = "\u{1f}trueup: end of file\u{1f}";
+
+/// The file, then [`END`].
+pub fn with_end<R: Read>(input: R) -> impl Read {
+    input.chain(std::io::Cursor::new(format!("\n{END}\n")))
+}
+
+/// The message for a file without its [`END`].
+pub const UNCLOSED: &str = "ends inside quotes: a quote is opened and never closed; correct it or replace the file";
+
+/// The first name that stands twice in a header; columns without a name are nobody's.
+pub fn repeated_name(header: &::csv::StringRecord) -> Option<&str> {
+    let names = || header.iter().map(str::trim);
+    names()
+        .enumerate()
+        .find(|(at, name)| !name.is_empty() && names().take(*at).any(|earlier| earlier == *name))
+        .map(|(_, name)| name)
+}
+
+fn is_end(record: &::csv::ByteRecord) -> bool {
+    record.len() == 1 && record.get(0) == Some(END.as_bytes())
+}
+
 /// Reads all records. A record with too few or too many fields becomes a problem of its row.
+///
+/// # Errors
+/// Where a column is missing or stands twice, or the file ends inside quotes.
 pub(super) fn read(
     path: &Path,
     input: Box<dyn Read>,
     columns: &ColumnMap,
     sink: &mut dyn FnMut(&EventBatch) -> Result<()>,
 ) -> Result<()> {
+    let input = with_end(input);
     let mut reader = ::csv::ReaderBuilder::new().flexible(true).buffer_capacity(256 * 1024).from_reader(input);
     let header = reader.headers().with_context(|| format!("events file {}: its header", path.display()))?.clone();
+    if header.iter().any(|name| name.contains(END)) && !is_end(header.as_byte_record()) {
+        bail!("events file {} {UNCLOSED} (its header)", path.display());
+    }
+    let header = if is_end(header.as_byte_record()) { ::csv::StringRecord::new() } else { header };
     let places = locate(path, &header, columns)?;
     let mut builder = BatchBuilder::default();
-    let mut record = ::csv::ByteRecord::new();
-    loop {
-        let more = reader.read_byte_record(&mut record);
-        if !more.with_context(|| format!("events file {} breaks off", path.display()))? {
-            break;
+    let (mut record, mut next) = (::csv::ByteRecord::new(), ::csv::ByteRecord::new());
+    let mut advance = |record: &mut ::csv::ByteRecord| {
+        reader.read_byte_record(record).with_context(|| format!("events file {} breaks off", path.display()))
+    };
+    let mut more = advance(&mut record)?;
+    // One record ahead: only the last one is the end.
+    while more {
+        more = advance(&mut next)?;
+        if more {
+            let line = record.position().map_or(0, ::csv::Position::line);
+            push_record(&mut builder, &record, header.len(), places, || format!("{} line {line}", path.display()));
+            std::mem::swap(&mut record, &mut next);
         }
-        let line = record.position().map_or(0, ::csv::Position::line);
-        push_record(&mut builder, &record, header.len(), places, || format!("{} line {line}", path.display()));
         if builder.is_full() {
             sink(&builder.finish())?;
         }
+    }
+    if !is_end(&record) {
+        let line = record.position().map_or(1, ::csv::Position::line);
+        bail!("events file {} {UNCLOSED} (the record that begins in line {line})", path.display());
     }
     sink(&builder.finish())
 }
 
 /// The column of each field, in the order of [`Field::ALL`].
 fn locate(path: &Path, header: &::csv::StringRecord, columns: &ColumnMap) -> Result<[Option<usize>; 8]> {
+    if let Some(name) = repeated_name(header) {
+        bail!("events file {} has two columns `{name}`: rename or remove one", path.display());
+    }
     let places = Field::ALL.map(|field| header.iter().position(|name| name.trim() == columns.name(field)));
     for (field, place) in Field::ALL.into_iter().zip(places) {
         if place.is_none() && (field.is_required() || columns.is_mapped(field)) {

@@ -1,7 +1,7 @@
 //! Event files: Parquet, NDJSON and CSV, plain, gzip or zstd.
 
 mod columns;
-mod csv;
+pub(crate) mod csv;
 mod ndjson;
 mod parquet;
 
@@ -19,8 +19,79 @@ use super::{EventBatch, EventSource, Part, Selection, Split, Wanted};
 /// Event files by glob patterns.
 #[derive(Debug)]
 pub struct FileSource {
-    patterns: Vec<String>,
+    patterns: Vec<FilePattern>,
     columns: ColumnMap,
+}
+
+/// A glob pattern of a job file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FilePattern {
+    /// For messages: the folder and the pattern as they are.
+    shown: String,
+    /// For matching: only what people wrote is a pattern, the folder's name is none.
+    glob: String,
+}
+
+impl FilePattern {
+    /// The pattern `written`, relative to `folder`; `None` where the folder's name is not UTF-8.
+    pub fn new(folder: &Path, written: &str) -> Option<Self> {
+        let escaped = PathBuf::from(glob::Pattern::escape(folder.to_str()?));
+        Some(FilePattern { shown: folder.join(written).display().to_string(), glob: escaped.join(written).display().to_string() })
+    }
+
+    /// The files that match. Folders are passed over; anything else that is no file is an error.
+    fn files(&self) -> Result<Vec<PathBuf>> {
+        self.reject_unreadable_names()?;
+        let mut files = Vec::new();
+        for path in self.matches(&self.glob)? {
+            let metadata = path.metadata().with_context(|| {
+                format!("events file {}: cannot be read (a link that leads nowhere?): repair or remove it", path.display())
+            })?;
+            if metadata.is_file() {
+                files.push(path);
+            } else if !metadata.is_dir() {
+                bail!("events file {}: is no regular file: remove it or narrow source.paths", path.display());
+            }
+        }
+        if files.is_empty() {
+            bail!("source path `{}` matches no file: check source.paths in the job file (paths are relative to it)", self.shown);
+        }
+        Ok(files)
+    }
+
+    fn matches(&self, pattern: &str) -> Result<Vec<PathBuf>> {
+        let paths = glob::glob(pattern).with_context(|| format!("source path `{}` is no glob pattern", self.shown))?;
+        paths.map(|entry| entry.with_context(|| format!("reading what `{}` matches", self.shown))).collect()
+    }
+
+    /// The glob passes over names that are not UTF-8, and with them over events.
+    fn reject_unreadable_names(&self) -> Result<()> {
+        let mut folder = PathBuf::new();
+        for component in Path::new(&self.glob).components() {
+            let pattern = component.as_os_str().to_string_lossy();
+            if pattern.contains(['*', '?', '[']) {
+                let matching =
+                    glob::Pattern::new(&pattern).with_context(|| format!("source path `{}` is no glob pattern", self.shown))?;
+                let parent = if folder.as_os_str().is_empty() { ".".to_owned() } else { folder.display().to_string() };
+                for parent in self.matches(&parent)?.iter().filter(|parent| parent.is_dir()) {
+                    reject_unreadable_names_in(parent, &matching)?;
+                }
+            }
+            folder.push(component);
+        }
+        Ok(())
+    }
+}
+
+fn reject_unreadable_names_in(folder: &Path, pattern: &glob::Pattern) -> Result<()> {
+    for entry in folder.read_dir().with_context(|| format!("reading folder {}", folder.display()))? {
+        let path = entry.with_context(|| format!("reading folder {}", folder.display()))?.path();
+        let name = path.file_name().unwrap_or_default();
+        if name.to_str().is_none() && pattern.matches(&name.to_string_lossy()) {
+            bail!("events file {}: its name is not UTF-8: rename it or narrow source.paths", path.display());
+        }
+    }
+    Ok(())
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,28 +109,19 @@ enum Compression {
 }
 
 impl FileSource {
-    /// Files that match any of the absolute glob `patterns`.
-    pub fn new(patterns: Vec<String>, columns: ColumnMap) -> Self {
+    /// Files that match any of the `patterns`.
+    pub fn new(patterns: Vec<FilePattern>, columns: ColumnMap) -> Self {
         Self { patterns, columns }
     }
 
     /// The files, sorted, each once.
     ///
     /// # Errors
-    /// Where a pattern matches nothing.
+    /// Where a pattern matches nothing, or something that cannot be read.
     fn files(&self) -> Result<Vec<PathBuf>> {
         let mut files = Vec::new();
         for pattern in &self.patterns {
-            let before = files.len();
-            for entry in glob::glob(pattern).with_context(|| format!("source path `{pattern}` is no glob pattern"))? {
-                let path = entry.with_context(|| format!("reading what `{pattern}` matches"))?;
-                if path.is_file() {
-                    files.push(path);
-                }
-            }
-            if files.len() == before {
-                bail!("source path `{pattern}` matches no file: check source.paths in the job file (paths are relative to it)");
-            }
+            files.append(&mut pattern.files()?);
         }
         files.sort();
         files.dedup();
@@ -106,6 +168,11 @@ impl EventSource for FileSource {
             Format::Csv => csv::read(path, open(path, compression)?, &self.columns, sink),
         }
     }
+}
+
+/// The text without the byte order mark that some programs write first.
+pub fn without_bom(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
 }
 
 /// Format and compression by the file's name.

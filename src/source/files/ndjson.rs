@@ -28,7 +28,7 @@ pub(super) fn read(
         if read == 0 {
             break;
         }
-        let text = line.trim_ascii();
+        let text = if number == 1 { line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line) } else { &line }.trim_ascii();
         if !text.is_empty() {
             events.push(&mut builder, text, Defaults::default(), || format!("{} line {number}", path.display()));
         }

@@ -6,8 +6,8 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
-use rusqlite::{Connection, OpenFlags};
+use anyhow::{Context, Result, bail};
+use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::{AggregateStore, LedgerEntry, Publication, RowSink, StoredDeadLetter, Table};
 use crate::model::aggregate::{PeriodRow, StoredWindow};
@@ -48,9 +48,7 @@ impl SqliteStore {
         if !path.exists() {
             return Ok(None);
         }
-        let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)
-            .with_context(|| format!("store {}: cannot be read", path.display()))?;
-        connection.busy_timeout(std::time::Duration::from_secs(30))?;
+        let connection = connect_read_only(path)?;
         match migrate::check_version(&connection, path)? {
             0 => Ok(None),
             _ => Ok(Some(SqliteStore { connection })),
@@ -63,6 +61,32 @@ impl SqliteStore {
         name.push(format!(".{job}.lock"));
         path.with_file_name(name)
     }
+}
+
+/// A connection that only reads. SQLite itself wants to write files beside the store
+/// for that; where it may not and nobody is writing, the file can be read as it is.
+fn connect_read_only(path: &Path) -> Result<Connection> {
+    let unreadable = || format!("store {}: cannot be read", path.display());
+    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY).with_context(unreadable)?;
+    connection.busy_timeout(std::time::Duration::from_secs(30))?;
+    let probe = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, i64>(0));
+    let code = probe.err().and_then(|error| error.sqlite_error_code());
+    if !matches!(code, Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen)) {
+        return Ok(connection);
+    }
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    if Path::new(&log).exists() {
+        bail!(
+            "store {}: another user is writing it, or was interrupted ({} exists), and its folder cannot be written: \
+             wait, or read it as a user who may write there",
+            path.display(),
+            Path::new(&log).display()
+        );
+    }
+    let name = path.to_str().with_context(unreadable)?.replace('%', "%25").replace('?', "%3f").replace('#', "%23");
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
+    Connection::open_with_flags(format!("file:{name}?immutable=1"), flags).with_context(unreadable)
 }
 
 impl AggregateStore for SqliteStore {
