@@ -254,8 +254,10 @@ impl Report<'_> {
     }
 
     fn body(&self, out: &mut String) -> Result<()> {
-        if let Some(range) = self.plan.range {
-            self.range(out, range)?;
+        match self.plan.range {
+            Some(range) => self.range(out, range)?,
+            None if self.plan.events.read == 0 => return Ok(()),
+            None => {}
         }
         self.counts(out)?;
         self.rows(out)?;

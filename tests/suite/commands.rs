@@ -457,12 +457,28 @@ fn a_check_counts_what_it_found() {
       "schema": "trueup.check/1",
       "job": "my_usage",
       "status": "ok",
-      "meters": 3,
-      "prices": 2,
-      "subscriptions": 2,
-      "files": 1,
-      "store": "trueup.db",
-      "store_exists": false,
+      "checks": [
+        {
+          "name": "reference",
+          "ok": true,
+          "says": "3 meters, 2 prices, 2 subscriptions"
+        },
+        {
+          "name": "source",
+          "ok": true,
+          "says": "1 file"
+        },
+        {
+          "name": "store",
+          "ok": true,
+          "says": "trueup.db (will be created by the first run)"
+        },
+        {
+          "name": "schedule",
+          "ok": true,
+          "says": "0 2 * * * (Europe/Berlin)"
+        }
+      ],
       "warnings": [
         "plan `premium` has subscriptions but no price"
       ]
@@ -789,9 +805,9 @@ fn the_help_lists_commands_and_exit_codes() {
           --customer <CUSTOMER_ID>  Only this customer
           --meter <METER_ID>        Only this meter
           --snapshot <RUN_ID>       Read the same Kafka offsets as this run, over its range
-          --yes                     Publish even if the change is larger than the job's guard allows
           --output <OUTPUT>         How results are printed on stdout [default: text] [possible values:
                                     text, json]
+          --yes                     Publish even if the change is larger than the job's guard allows
           --threads <N>             Threads that read and aggregate [default: one a core]
           --environment <NAME>      Connections of environments/NAME.yaml beside the job [default:
                                     $TRUEUP_ENVIRONMENT]
