@@ -18,7 +18,7 @@ use crate::model::digest::{SetDigest, frame};
 use crate::model::properties::{Property, write_json_text};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowSize};
-use crate::source::files::Field;
+use crate::source::Field;
 use crate::source::{EventBatch, EventRef};
 
 /// Settings of one computation, shared by all threads.
@@ -182,14 +182,15 @@ impl<'c, 'r> Aggregator<'c, 'r> {
                 continue;
             }
             let mut key = std::mem::take(&mut self.key);
-            if write_key(&self.context.rules.key, &event, &mut key) {
-                if self.context.repeated.contains(key_hash(&key)) {
-                    self.held.hold(self.context.rules, Some(self.context.range), &key, &event, known);
-                    self.key = key;
-                    continue;
-                }
+            let has_key = write_key(&self.context.rules.key, &event, &mut key);
+            let held = has_key && self.context.repeated.contains(key_hash(&key));
+            if held {
+                self.held.hold(self.context.rules, Some(self.context.range), &key, &event, known);
             }
             self.key = key;
+            if held {
+                continue;
+            }
             let arrival = if known { Arrival::Known } else { Arrival::Late };
             self.take(&event, Purpose::Count(arrival), &mut slots);
         }

@@ -13,8 +13,7 @@ use crate::config::{Deduplicate, Keep};
 use crate::model::digest::frame;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
-use crate::source::files::Field;
-use crate::source::{EventRef, Problem};
+use crate::source::{EventRef, Field, Problem};
 
 /// Appends the key of an event; false where it has none.
 pub fn write_key(fields: &[Field], event: &EventRef<'_>, key: &mut Vec<u8>) -> bool {

@@ -106,8 +106,7 @@ pub fn reconcile(stored: Vec<StoredWindow>, computed: &[PricedWindow], range: Sp
                 out.correct(Some(&before.row), None, causes);
                 out.unproved.extend((!proved).then(|| out.corrections.len() - 1));
             }
-            Pair::Stored(_) => out.stale_outside += 1,
-            Pair::Computed(_) => out.stale_outside += 1,
+            Pair::Stored(_) | Pair::Computed(_) => out.stale_outside += 1,
         }
     }
     out

@@ -11,7 +11,7 @@ use arrow::json::writer::{EncoderOptions, make_encoder};
 use chrono::{DateTime, SecondsFormat};
 
 use super::batch::flag;
-use super::files::{ColumnMap, Field};
+use super::columns::{ColumnMap, Field};
 use super::{EventBatch, EventRef, Problem};
 use crate::model::timestamp::Timestamp;
 

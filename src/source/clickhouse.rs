@@ -11,7 +11,7 @@ use arrow::buffer::Buffer;
 use arrow::ipc::reader::StreamDecoder;
 
 use super::arrow_batch::{convert, missing_column};
-use super::files::{ColumnMap, Field};
+use super::columns::{ColumnMap, Field};
 use super::{EventBatch, EventSource, Part, Selection, Split, Wanted};
 use crate::clickhouse_client::{Database, identifier, literal};
 use crate::config::{ClickHouseConnection, Relation};

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use rdkafka::message::{BorrowedMessage, Message};
 
 use super::batch::TextEvent;
-use super::files::{ColumnMap, Field};
+use super::columns::{ColumnMap, Field};
 use super::json_event::{Defaults, JsonEvents};
 use super::{BatchBuilder, EventBatch, EventSource, Part, Selection, Split, Wanted};
 use crate::config::KafkaConnection;

@@ -3,6 +3,7 @@
 pub mod arrow_batch;
 pub mod batch;
 pub mod clickhouse;
+mod columns;
 pub mod files;
 mod json_event;
 pub mod kafka;
@@ -11,9 +12,8 @@ use anyhow::Result;
 
 use crate::model::window::Span;
 
-use files::Field;
-
 pub use batch::{BatchBuilder, EventBatch, EventRef, Problem};
+pub use columns::{ColumnMap, Field};
 
 /// A part of a source that one thread reads from start to end.
 #[derive(Debug, Clone)]

@@ -113,12 +113,12 @@ fn connections_come_in_layers_and_secrets_stay_secret() {
     workspace.write("secret.txt", "hunter2hunter2\n");
     workspace.write(
         "platform.yaml",
-        &format!(
+        format!(
             "connections:\n  clickhouse: {{url: \"http://127.0.0.1:1\", database: {}, password: \"${{file:secret.txt}}\"}}\n",
             scratch.name
         ),
     );
-    workspace.write("environments/here.yaml", &format!("connections: {{clickhouse: {{url: \"{url}\", password: \"\"}}}}\n"));
+    workspace.write("environments/here.yaml", format!("connections: {{clickhouse: {{url: \"{url}\", password: \"\"}}}}\n"));
     // The environment's address wins, the platform's database stays.
     let outcome = workspace.trueup(&["run", "job.yaml", "--environment", "here"]);
     assert_eq!(outcome.code, 0, "{outcome:?}");
@@ -238,6 +238,23 @@ fn serve_catches_up_once_on_a_missed_time() {
     std::thread::sleep(Duration::from_secs(3));
     server.wait_for("/metrics", "trueup_runs_total{job=\"my_usage\",status=\"succeeded\"} 1");
     assert_eq!(server.terminate(), 143);
+}
+
+#[test]
+fn the_jobs_that_are_shipped_are_valid() {
+    let workspace = Workspace::new();
+    let jobs = fixtures().join("../jobs");
+    let mut checked = 0;
+    for entry in std::fs::read_dir(&jobs).unwrap() {
+        let path = entry.unwrap().path();
+        let is_job = path.is_file() && path.file_name().is_some_and(|name| name != "platform.yaml");
+        if is_job {
+            let outcome = workspace.trueup(&["check", path.to_str().unwrap()]);
+            assert_eq!(outcome.code, 0, "{outcome:?}");
+            checked += 1;
+        }
+    }
+    assert!(checked >= 5, "only {checked} jobs");
 }
 
 #[test]

@@ -29,7 +29,7 @@ fn read_from(workspace: &Workspace, broker: &str, topic: &str) {
     workspace.edit("job.yaml", "kind: files", "kind: kafka");
     workspace.edit("job.yaml", "  paths: [\"events/*.ndjson\"]\n", &format!("  topic: {topic}\n"));
     let job = workspace.read("job.yaml");
-    workspace.write("job.yaml", &format!("{job}connections: {{kafka: {{brokers: \"{broker}\"}}}}\n"));
+    workspace.write("job.yaml", format!("{job}connections: {{kafka: {{brokers: \"{broker}\"}}}}\n"));
 }
 
 /// An event, written when it happened.

@@ -1,6 +1,5 @@
 //! Event files: Parquet, NDJSON and CSV, plain, gzip or zstd.
 
-mod columns;
 pub(crate) mod csv;
 mod ndjson;
 mod parquet;
@@ -12,9 +11,7 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail};
 
-pub use columns::{ColumnMap, Field};
-
-use super::{EventBatch, EventSource, Part, Selection, Split, Wanted};
+use super::{ColumnMap, EventBatch, EventSource, Part, Selection, Split, Wanted};
 
 /// Event files by glob patterns.
 #[derive(Debug)]

@@ -10,10 +10,10 @@ use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 use parquet::file::reader::ChunkReader;
 
-use super::columns::{ColumnMap, Field};
 use super::{Compression, open};
 use crate::source::arrow_batch::{convert, missing_column};
 use crate::source::batch::BATCH_ROWS;
+use crate::source::columns::{ColumnMap, Field};
 use crate::source::{EventBatch, Part, Split, Wanted};
 
 /// Appends a split for every row group.
