@@ -310,10 +310,12 @@ fn forward(
                 while let Ok(more @ 1..) = client.read(&mut buffer) {
                     let _ = server.write_all(&buffer[..more]);
                 }
-                std::thread::sleep(std::time::Duration::from_millis(200));
+                std::thread::sleep(std::time::Duration::from_millis(300));
             }
             let process = victim.load(Ordering::SeqCst).to_string();
             Command::new("kill").args(["-9", &process]).status().unwrap();
+            // The sockets of a killed process are closed; an insert half sent is aborted.
+            let _ = server.shutdown(std::net::Shutdown::Both);
             return;
         }
         if server.write_all(&buffer[..read]).is_err() {
