@@ -13,6 +13,7 @@ use trueup::source::{EventBatch, EventSource as _, Selection, Wanted};
 
 use crate::golden::{cases, check_step};
 use crate::kafka_topic::{Message, Topic, broker};
+use crate::parts::{self, Scratch, clickhouse, replace_key};
 use crate::support::{Workspace, fixtures};
 
 /// The case `sum`, with days as billing periods, on a topic.
@@ -52,8 +53,19 @@ fn window(start: &str, quantity: &str) -> (String, String) {
 }
 
 #[test]
-fn every_case_gives_the_same_rows_from_a_topic() {
+fn every_case_gives_the_expected_rows_from_a_topic() {
     let Some(broker) = broker() else { return };
+    golden_cases(&|case, problems| check_case(&broker, case, None, problems));
+}
+
+#[test]
+fn every_case_gives_the_expected_rows_from_a_topic_to_clickhouse() {
+    let (Some(broker), Some(url)) = (broker(), clickhouse()) else { return };
+    golden_cases(&|case, problems| check_case(&broker, case, Some(&Scratch::new(&url)), problems));
+}
+
+/// Every case whose events can be messages.
+fn golden_cases(check_case: &(dyn Fn(&Path, &mut String) + Sync)) {
     let cases = cases();
     let readable = |case: &&PathBuf| fs::read_to_string(case.join("job.yaml")).unwrap().contains(".ndjson");
     let cases: Vec<_> = cases.iter().filter(readable).collect();
@@ -61,7 +73,7 @@ fn every_case_gives_the_same_rows_from_a_topic() {
     // Most of the time is waiting for the broker.
     let check = |cases: &[&PathBuf]| {
         let mut problems = String::new();
-        cases.iter().for_each(|case| check_case(&broker, case, &mut problems));
+        cases.iter().for_each(|case| check_case(case, &mut problems));
         problems
     };
     let problems: String = std::thread::scope(|scope| {
@@ -71,7 +83,8 @@ fn every_case_gives_the_same_rows_from_a_topic() {
     assert!(problems.is_empty(), "{problems}");
 }
 
-fn check_case(broker: &str, case: &Path, problems: &mut String) {
+/// One case through a topic of its own, into SQLite or the given database.
+fn check_case(broker: &str, case: &Path, store: Option<&Scratch>, problems: &mut String) {
     let topic = Topic::create(broker, 3, &[]);
     let workspace = Workspace::new();
     let overlays = (1..).map(|step| case.join(format!("then-{step}"))).take_while(|overlay| overlay.exists());
@@ -82,7 +95,18 @@ fn check_case(broker: &str, case: &Path, problems: &mut String) {
             read_from(&workspace, broker, &topic.name);
         }
         topic.produce(&messages_of(&step.join("events")));
-        check_step(&workspace, &step, &step.display().to_string(), problems);
+        let name = step.display().to_string();
+        let Some(store) = store else {
+            check_step(&workspace, &step, &name, problems);
+            continue;
+        };
+        let both = format!(
+            "connections: {{kafka: {{brokers: \"{broker}\"}}, clickhouse: {{url: \"{}\", database: {}}}}}",
+            store.url, store.name
+        );
+        let job = replace_key(&workspace.read("job.yaml"), "connections", &both);
+        workspace.write("parts.yaml", replace_key(&job, "store", "store: {kind: clickhouse}"));
+        parts::check_step(&workspace, &step, &name, false, problems);
     }
 }
 

@@ -167,7 +167,7 @@ fn golden_cases(url: &str, from_clickhouse: bool, to_clickhouse: bool) {
     assert!(checked > 40, "only {checked} steps");
 }
 
-fn check_step(workspace: &Workspace, step: &Path, name: &str, from_clickhouse: bool, problems: &mut String) {
+pub fn check_step(workspace: &Workspace, step: &Path, name: &str, from_clickhouse: bool, problems: &mut String) {
     let arguments = fs::read_to_string(step.join("args")).unwrap_or_default();
     let mut command = vec!["run", "parts.yaml", "--output", "json"];
     command.extend(arguments.split_whitespace());
