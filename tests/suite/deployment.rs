@@ -4,6 +4,8 @@
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::parts::{Scratch, clickhouse, replace_key};
@@ -58,6 +60,52 @@ fn an_answer_that_is_cut_off_fails_the_run() {
     }
     workspace.write("job.yaml", &(job + &scratch.connection(&url)));
     assert_eq!(workspace.run(&[])["events"]["metered"], 200_000);
+}
+
+/// A proxy that drops its first connections, and counts all of them.
+fn flaky_proxy(upstream: &str, dropped: usize) -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let upstream = upstream.trim_start_matches("http://").trim_end_matches('/').to_owned();
+    let connections = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&connections);
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let Ok(client) = client else { continue };
+            if count.fetch_add(1, Ordering::SeqCst) < dropped {
+                continue;
+            }
+            let Ok(server) = TcpStream::connect(&upstream) else { continue };
+            let (mut to_server, mut from_client) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut from_client, &mut to_server);
+                let _ = to_server.shutdown(std::net::Shutdown::Write);
+            });
+            std::thread::spawn(move || relay(server, client, usize::MAX));
+        }
+    });
+    (url, connections)
+}
+
+#[test]
+fn what_may_pass_is_tried_again_and_what_is_final_is_not() {
+    let Some(url) = clickhouse() else { return };
+    let scratch = Scratch::new(&url);
+    let workspace = Workspace::of("init");
+    let job = replace_key(&workspace.read("job.yaml"), "store", "store: {kind: clickhouse}");
+    let (flaky, _) = flaky_proxy(&url, 2);
+    workspace.write("job.yaml", job.clone() + &scratch.connection(&flaky));
+    let outcome = workspace.trueup(&["run", "job.yaml"]);
+    assert_eq!(outcome.code, 0, "{outcome:?}");
+    assert!(outcome.stderr.contains("trying again"), "{}", outcome.stderr);
+    // A table that is not there will not come by waiting.
+    let (counting, connections) = flaky_proxy(&url, 0);
+    let job = replace_key(&job, "source", "source: {kind: clickhouse, table: nowhere}");
+    workspace.write("job.yaml", job + &scratch.connection(&counting));
+    let outcome = workspace.trueup(&["plan", "job.yaml"]);
+    outcome.fails_with(1, &["nowhere"]);
+    assert!(!outcome.stderr.contains("trying again"), "{}", outcome.stderr);
+    assert!(connections.load(Ordering::SeqCst) < 20);
 }
 
 #[test]
