@@ -153,7 +153,7 @@ impl Database {
 }
 
 /// A server's error says its code in its text: `Code: 60. DB::Exception: …`.
-pub fn error_code(error: &Error) -> Option<u32> {
+fn error_code(error: &Error) -> Option<u32> {
     let Error::BadResponse(text) = error else { return None };
     let (_, rest) = text.split_once("Code: ")?;
     rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()

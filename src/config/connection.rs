@@ -16,10 +16,6 @@ use crate::fault::configuration;
 pub struct Secret(String);
 
 impl Secret {
-    pub fn new(text: impl Into<String>) -> Self {
-        Secret(text.into())
-    }
-
     /// The text itself, for the one place that needs it.
     pub fn reveal(&self) -> &str {
         &self.0

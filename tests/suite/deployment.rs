@@ -11,14 +11,21 @@ use std::time::{Duration, Instant};
 use crate::parts::{Scratch, clickhouse, replace_key};
 use crate::support::{Workspace, fixtures};
 
-/// A proxy that cuts the first answer longer than `after` bytes, and no other.
-fn cutting_proxy(upstream: &str, after: usize) -> String {
+/// A proxy that drops its first connections and cuts answers longer than `after`
+/// bytes. Gives its address, and the count of connections.
+fn proxy(upstream: &str, dropped: usize, after: usize) -> (String, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let upstream = upstream.trim_start_matches("http://").trim_end_matches('/').to_owned();
+    let connections = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&connections);
     std::thread::spawn(move || {
         for client in listener.incoming() {
-            let (Ok(client), Ok(server)) = (client, TcpStream::connect(&upstream)) else { continue };
+            let Ok(client) = client else { continue };
+            if count.fetch_add(1, Ordering::SeqCst) < dropped {
+                continue;
+            }
+            let Ok(server) = TcpStream::connect(&upstream) else { continue };
             let (mut to_server, mut from_client) = (server.try_clone().unwrap(), client.try_clone().unwrap());
             std::thread::spawn(move || {
                 let _ = std::io::copy(&mut from_client, &mut to_server);
@@ -27,7 +34,7 @@ fn cutting_proxy(upstream: &str, after: usize) -> String {
             std::thread::spawn(move || relay(server, client, after));
         }
     });
-    url
+    (url, connections)
 }
 
 fn relay(mut server: TcpStream, mut client: TcpStream, after: usize) {
@@ -53,7 +60,7 @@ fn an_answer_that_is_cut_off_fails_the_run() {
     let workspace = Workspace::of("init");
     let job = replace_key(&workspace.read("job.yaml"), "source", "source: {kind: clickhouse, table: events}");
     for after in [100_000, 1_000_000] {
-        let proxy = cutting_proxy(&url, after);
+        let (proxy, _) = proxy(&url, 0, after);
         workspace.write("job.yaml", &(job.clone() + &scratch.connection(&proxy)));
         workspace.trueup(&["run", "job.yaml"]).fails_with(1, &["table events"]);
         assert!(workspace.query("SELECT * FROM runs").is_empty());
@@ -62,44 +69,19 @@ fn an_answer_that_is_cut_off_fails_the_run() {
     assert_eq!(workspace.run(&[])["events"]["metered"], 200_000);
 }
 
-/// A proxy that drops its first connections, and counts all of them.
-fn flaky_proxy(upstream: &str, dropped: usize) -> (String, Arc<AtomicUsize>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let upstream = upstream.trim_start_matches("http://").trim_end_matches('/').to_owned();
-    let connections = Arc::new(AtomicUsize::new(0));
-    let count = Arc::clone(&connections);
-    std::thread::spawn(move || {
-        for client in listener.incoming() {
-            let Ok(client) = client else { continue };
-            if count.fetch_add(1, Ordering::SeqCst) < dropped {
-                continue;
-            }
-            let Ok(server) = TcpStream::connect(&upstream) else { continue };
-            let (mut to_server, mut from_client) = (server.try_clone().unwrap(), client.try_clone().unwrap());
-            std::thread::spawn(move || {
-                let _ = std::io::copy(&mut from_client, &mut to_server);
-                let _ = to_server.shutdown(std::net::Shutdown::Write);
-            });
-            std::thread::spawn(move || relay(server, client, usize::MAX));
-        }
-    });
-    (url, connections)
-}
-
 #[test]
 fn what_may_pass_is_tried_again_and_what_is_final_is_not() {
     let Some(url) = clickhouse() else { return };
     let scratch = Scratch::new(&url);
     let workspace = Workspace::of("init");
     let job = replace_key(&workspace.read("job.yaml"), "store", "store: {kind: clickhouse}");
-    let (flaky, _) = flaky_proxy(&url, 2);
+    let (flaky, _) = proxy(&url, 2, usize::MAX);
     workspace.write("job.yaml", job.clone() + &scratch.connection(&flaky));
     let outcome = workspace.trueup(&["run", "job.yaml"]);
     assert_eq!(outcome.code, 0, "{outcome:?}");
     assert!(outcome.stderr.contains("trying again"), "{}", outcome.stderr);
     // A table that is not there will not come by waiting.
-    let (counting, connections) = flaky_proxy(&url, 0);
+    let (counting, connections) = proxy(&url, 0, usize::MAX);
     let job = replace_key(&job, "source", "source: {kind: clickhouse, table: nowhere}");
     workspace.write("job.yaml", job + &scratch.connection(&counting));
     let outcome = workspace.trueup(&["plan", "job.yaml"]);
