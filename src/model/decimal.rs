@@ -32,13 +32,15 @@ pub enum DecimalError {
 
 type Result<T> = std::result::Result<T, DecimalError>;
 
-/// How [`Decimal::divide_to_integer`] rounds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How a result is cut to fewer places.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub enum Rounding {
     /// Towards positive infinity.
     Up,
     /// Towards negative infinity.
     Down,
+    /// To the nearest, half away from zero.
+    HalfUp,
 }
 
 impl Decimal {
@@ -111,16 +113,32 @@ impl Decimal {
         }
         // |a|, |b| < 10^38, so the product fits 256 bits with room for the rounding.
         let product = i256::from_i128(self.0).wrapping_mul(i256::from_i128(factor.0));
-        let divisor = i256::from_i128(divisor.0);
-        let (quotient, rest) = (product.wrapping_div(divisor), product.wrapping_rem(divisor));
-        let twice = rest.wrapping_abs().wrapping_mul(i256::from_i128(2));
-        let rounded = if twice >= divisor.wrapping_abs() {
-            let away = if (product < i256::ZERO) == (divisor < i256::ZERO) { 1 } else { -1 };
-            quotient.wrapping_add(i256::from_i128(away))
-        } else {
-            quotient
-        };
-        Self::from_units(rounded.to_i128().ok_or(DecimalError::Overflow)?)
+        let quotient = divide(product, i256::from_i128(divisor.0), Rounding::HalfUp);
+        Self::from_units(quotient.to_i128().ok_or(DecimalError::Overflow)?)
+    }
+
+    /// `self * factor / divisor`, exact up to the cut to `places` (0 to 18) places.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`], also for a division by zero.
+    pub fn mul_div_round(self, factor: Self, divisor: Self, places: u32, rounding: Rounding) -> Result<Self> {
+        if divisor.0 == 0 {
+            return Err(DecimalError::Overflow);
+        }
+        let step = 10i128.pow(SCALE.saturating_sub(places));
+        let product = i256::from_i128(self.0).wrapping_mul(i256::from_i128(factor.0));
+        let steps = divide(product, i256::from_i128(divisor.0).wrapping_mul(i256::from_i128(step)), rounding);
+        let steps = steps.to_i128().ok_or(DecimalError::Overflow)?;
+        Self::from_units(steps.checked_mul(step).ok_or(DecimalError::Overflow)?)
+    }
+
+    /// The share `part / whole`, rounded half away from zero.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`], also for a whole of zero.
+    pub fn share(self, part: i64, whole: i64) -> Result<Self> {
+        // As units of 10^-18 both: their scale cancels out.
+        self.mul_div(Decimal(part.into()), Decimal(whole.into()))
     }
 
     /// How many whole `size`s are in the value, a started one counted or not.
@@ -128,16 +146,15 @@ impl Decimal {
     /// # Errors
     /// [`DecimalError::Overflow`], also for a `size` of zero.
     pub fn divide_to_integer(self, size: Self, rounding: Rounding) -> Result<Self> {
-        if size.0 == 0 {
-            return Err(DecimalError::Overflow);
-        }
-        let floor = self.0.div_euclid(size.0);
-        let exact = self.0.rem_euclid(size.0) == 0;
-        let whole = match rounding {
-            Rounding::Up if !exact => floor + 1,
-            _ => floor,
-        };
-        Self::from_units(whole.checked_mul(ONE).ok_or(DecimalError::Overflow)?)
+        self.mul_div_round(Decimal::ONE, size, 0, rounding)
+    }
+
+    /// Rounded to `places` (0 to 18) digits after the point.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`] where rounding needs a 39th digit.
+    pub fn round_with(self, places: u32, rounding: Rounding) -> Result<Self> {
+        self.mul_div_round(Decimal::ONE, Decimal::ONE, places, rounding)
     }
 
     /// Rounded half away from zero to `places` (0 to 18) digits after the point.
@@ -175,6 +192,20 @@ impl DecimalSum {
         self.0 = self.0.wrapping_add(other.0);
     }
 
+    /// Adds `value` for as long as `nanos`.
+    pub fn add_weighted(&mut self, value: DecimalSum, nanos: i64) {
+        self.0 = self.0.wrapping_add(value.0.wrapping_mul(i256::from_i128(nanos.into())));
+    }
+
+    pub fn is_zero(self) -> bool {
+        self.0 == i256::ZERO
+    }
+
+    /// Little-endian bytes for digests.
+    pub fn to_le_bytes(self) -> [u8; 32] {
+        self.0.to_le_bytes()
+    }
+
     /// # Errors
     /// [`DecimalError::Overflow`] where the total needs more than 38 digits.
     pub fn total(self) -> Result<Decimal> {
@@ -186,17 +217,31 @@ impl DecimalSum {
     /// # Errors
     /// [`DecimalError::Overflow`], also for a count of zero.
     pub fn mean(self, count: u64) -> Result<Decimal> {
-        let divisor = i256::from_i128(i128::from(count));
-        let quotient = self.0.checked_div(divisor).ok_or(DecimalError::Overflow)?;
-        let rest = self.0.wrapping_sub(quotient.wrapping_mul(divisor)).wrapping_abs();
-        let away = if rest.wrapping_mul(i256::from_i128(2)) < divisor {
-            i256::ZERO
-        } else if self.0 < i256::ZERO {
-            i256::MINUS_ONE
-        } else {
-            i256::ONE
-        };
-        Decimal::from_units(quotient.wrapping_add(away).to_i128().ok_or(DecimalError::Overflow)?)
+        if count == 0 {
+            return Err(DecimalError::Overflow);
+        }
+        let quotient = divide(self.0, i256::from_i128(count.into()), Rounding::HalfUp);
+        Decimal::from_units(quotient.to_i128().ok_or(DecimalError::Overflow)?)
+    }
+}
+
+/// The quotient as a whole number; the divisor is not zero.
+fn divide(dividend: i256, divisor: i256, rounding: Rounding) -> i256 {
+    let (quotient, rest) = (dividend.wrapping_div(divisor), dividend.wrapping_rem(divisor));
+    if rest == i256::ZERO {
+        return quotient;
+    }
+    let is_negative = (dividend < i256::ZERO) != (divisor < i256::ZERO);
+    let is_away = match rounding {
+        Rounding::Up => !is_negative,
+        Rounding::Down => is_negative,
+        // Compared without doubling, which could overflow.
+        Rounding::HalfUp => rest.wrapping_abs() >= divisor.wrapping_abs().wrapping_sub(rest.wrapping_abs()),
+    };
+    match (is_away, is_negative) {
+        (false, _) => quotient,
+        (true, false) => quotient.wrapping_add(i256::ONE),
+        (true, true) => quotient.wrapping_sub(i256::ONE),
     }
 }
 
@@ -414,5 +459,21 @@ mod tests {
         assert_eq!((up("10.1", "5"), down("10.1", "5")), ("3".into(), "2".into()));
         assert_eq!((up("10", "5"), down("10", "5")), ("2".into(), "2".into()));
         assert_eq!((up("-1", "5"), down("-1", "5")), ("0".into(), "-1".into()));
+    }
+
+    #[test]
+    fn rounds_the_exact_quotient() {
+        let cut =
+            |q: &str, f: &str, by: &str, places, rounding| d(q).mul_div_round(d(f), d(by), places, rounding).unwrap().to_string();
+        // Too small for 18 places, and still a started unit.
+        assert_eq!(cut("0.000000000000000001", "1", "1000", 0, Rounding::Up), "1");
+        assert_eq!(cut("-0.000000000000000001", "1", "1000", 0, Rounding::Down), "-1");
+        assert_eq!(cut("2.5", "1", "1", 0, Rounding::HalfUp), "3");
+        assert_eq!(cut("-2.5", "1", "1", 0, Rounding::HalfUp), "-3");
+        assert_eq!(cut("1", "2", "3", 2, Rounding::HalfUp), "0.67");
+        assert_eq!(cut("10", "1", "3", 2, Rounding::Down), "3.33");
+        assert_eq!(d("62").share(1, 2), Ok(d("31")));
+        assert_eq!(d("1").share(1, 3).unwrap().to_string(), "0.333333333333333333");
+        assert_eq!(d("1").share(1, 0), Err(DecimalError::Overflow));
     }
 }

@@ -4,8 +4,9 @@ use std::borrow::Cow;
 use std::cmp::Ordering;
 
 use super::decimal::Decimal;
+use super::expression::Expression;
 use super::properties::Property;
-use super::window::WindowSize;
+use super::window::WindowKind;
 
 /// How the events of a window become one quantity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,11 +20,18 @@ pub enum Aggregation {
     Latest,
     /// Distinct values, exact.
     CountUnique,
+    /// Distinct values by a HyperLogLog sketch.
+    CountUniqueApprox,
+    /// A level that events change, weighted with the time that it lasts, over the
+    /// length of the billing period.
+    WeightedSum,
+    /// The sum times the meter's multiplier.
+    SumWithMultiplier,
 }
 
 impl Aggregation {
     /// Every aggregation by the name that a meter gives it.
-    pub const NAMES: [(&'static str, Aggregation); 7] = [
+    pub const NAMES: [(&'static str, Aggregation); 10] = [
         ("count", Aggregation::Count),
         ("sum", Aggregation::Sum),
         ("avg", Aggregation::Avg),
@@ -31,7 +39,15 @@ impl Aggregation {
         ("max", Aggregation::Max),
         ("latest", Aggregation::Latest),
         ("count_unique", Aggregation::CountUnique),
+        ("count_unique_approx", Aggregation::CountUniqueApprox),
+        ("weighted_sum", Aggregation::WeightedSum),
+        ("sum_with_multiplier", Aggregation::SumWithMultiplier),
     ];
+
+    /// Whether it counts distinct values of any kind, not only numbers.
+    pub fn is_of_values(self) -> bool {
+        matches!(self, Aggregation::CountUnique | Aggregation::CountUniqueApprox)
+    }
 }
 
 /// What the quantity of a billing period is made of.
@@ -56,17 +72,30 @@ pub struct Meter {
     pub id: String,
     pub event_name: String,
     pub aggregation: Aggregation,
-    /// The metered property; `count` has none.
-    pub property: Option<String>,
+    pub input: Input,
+    /// Where `count_unique` is told whether a value is added or removed.
+    pub operation_property: Option<String>,
+    /// Of `sum_with_multiplier`; 1 for all others.
+    pub multiplier: Decimal,
     pub filters: Vec<Filter>,
     /// Property paths, sorted.
     pub dimensions: Vec<String>,
-    pub window: WindowSize,
+    pub window: WindowKind,
     pub charge_on: ChargeOn,
     /// Usage only: no price is looked up.
     pub unpriced: bool,
     /// Changes when anything that can change a quantity changes.
     pub digest: String,
+}
+
+/// What of an event is aggregated.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// The event itself.
+    Event,
+    /// The property with this path.
+    Property(String),
+    Expression(Expression),
 }
 
 /// A condition on one property. All filters of a meter must pass.

@@ -4,6 +4,7 @@
 //! [`Price::cost`], and its keys in `reference/prices.rs`.
 
 use super::decimal::{Decimal, DecimalError, Rounding};
+use super::percentage::{Percentage, Transactions};
 use super::window::Span;
 
 /// A price of one meter on one plan, validated.
@@ -14,13 +15,125 @@ pub struct Price {
     pub meter_id: String,
     pub currency: Currency,
     pub model: PriceModel,
-    /// Taken off a positive quantity before the model sees it.
-    pub free_units: Decimal,
+    pub options: PriceOptions,
     /// Dimension and canonical JSON value; empty matches everything.
     pub matches: Vec<(String, String)>,
     pub valid: Span,
     /// Changes when anything that can change a cost changes.
     pub digest: String,
+}
+
+/// What any model can be given beside its own keys.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct PriceOptions {
+    /// Taken off a positive quantity before anything else.
+    pub free_units: Decimal,
+    pub transform: Option<Transform>,
+    /// Due at least for a period.
+    pub minimum_amount: Option<Decimal>,
+    /// Due at most.
+    pub maximum_amount: Option<Decimal>,
+    pub commitment: Option<Commitment>,
+    /// Whether a first-tier flat amount is due at quantity 0.
+    pub charge_zero_usage: bool,
+    /// Whether amounts fixed for a period shrink with the part of it that is active.
+    pub prorate: bool,
+}
+
+impl Default for PriceOptions {
+    fn default() -> Self {
+        PriceOptions {
+            free_units: Decimal::ZERO,
+            transform: None,
+            minimum_amount: None,
+            maximum_amount: None,
+            commitment: None,
+            charge_zero_usage: true,
+            prorate: false,
+        }
+    }
+}
+
+/// A change of unit before pricing.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Transform {
+    pub divide: bool,
+    pub factor: Decimal,
+    /// `None` keeps all 18 places.
+    pub rounding: Option<Rounding>,
+    /// Places that rounding keeps.
+    pub precision: u32,
+}
+
+impl Transform {
+    fn apply(&self, quantity: Decimal) -> Result<Decimal, DecimalError> {
+        let (factor, divisor) = if self.divide { (Decimal::ONE, self.factor) } else { (self.factor, Decimal::ONE) };
+        match self.rounding {
+            None => quantity.mul_div(factor, divisor),
+            Some(rounding) => quantity.mul_div_round(factor, divisor, self.precision, rounding),
+        }
+    }
+}
+
+/// An amount that a customer promises to spend in a period.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Commitment {
+    pub amount: Decimal,
+    /// What is spent beyond the amount is charged so many times.
+    pub overage_factor: Decimal,
+    /// Whether what is missing to the amount is due.
+    pub true_up: bool,
+}
+
+/// What is priced.
+#[derive(Debug, Clone, Copy)]
+pub struct Usage<'u> {
+    pub quantity: Decimal,
+    /// Events that were counted.
+    pub events: u64,
+    /// One by one, where [`Price::transactions`] asks for it.
+    pub transactions: Option<&'u Transactions>,
+}
+
+impl Usage<'_> {
+    pub const NONE: Usage<'static> = Usage { quantity: Decimal::ZERO, events: 0, transactions: None };
+}
+
+/// The part of a billing period in which subscription and price are active, in
+/// nanoseconds, as far as amounts depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    pub part: i64,
+    pub whole: i64,
+}
+
+impl Share {
+    pub const WHOLE: Share = Share { part: 1, whole: 1 };
+
+    /// The share of `period` that lies in `active`.
+    pub fn of(period: Span, active: Span) -> Share {
+        let part = period.end.min(active.end).nanos().saturating_sub(period.start.max(active.start).nanos());
+        Share { part: part.max(0), whole: period.end.nanos().saturating_sub(period.start.nanos()) }
+    }
+
+    fn apply(self, amount: Decimal) -> Result<Decimal, DecimalError> {
+        if self.part == self.whole { Ok(amount) } else { amount.share(self.part, self.whole) }
+    }
+}
+
+/// What is due beside the cost of usage.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Adjustments {
+    pub commitment: Decimal,
+    pub minimum: Decimal,
+}
+
+impl Adjustments {
+    /// # Errors
+    /// [`DecimalError::Overflow`].
+    pub fn total(self) -> Result<Decimal, DecimalError> {
+        self.commitment.checked_add(self.minimum)
+    }
 }
 
 /// An ISO 4217 currency.
@@ -49,46 +162,121 @@ pub enum PriceModel {
     Graduated(Vec<Tier>),
     /// The tier that the quantity reaches charges all of it.
     Volume(Vec<Tier>),
-    /// A share of the quantity, which is an amount of money.
-    Percentage { rate_percent: Decimal },
+    /// A share of the quantity, which is an amount of money; or of each event.
+    Percentage(Percentage),
+    /// As graduated, with shares of the quantity.
+    GraduatedPercentage(Vec<Tier>),
+    /// The quantity is the amount itself.
+    Dynamic { multiplier: Decimal },
+    /// Due whatever the usage.
+    Flat { amount: Decimal },
 }
 
 /// A tier `(previous up_to, up_to]`; the last one has no bound.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Tier {
     pub up_to: Option<Decimal>,
+    /// Of a unit; of a graduated percentage, of a hundred.
     pub unit_amount: Decimal,
     /// Due as a whole once the quantity reaches the tier.
     pub flat_amount: Decimal,
 }
 
 impl Price {
-    /// The price of `quantity`, accumulated from the start of a billing period.
+    /// The percentage price whose events must be known one by one, if this is one.
+    pub fn transactions(&self) -> Option<&Percentage> {
+        match &self.model {
+            PriceModel::Percentage(percentage) if percentage.needs_transactions() => Some(percentage),
+            _ => None,
+        }
+    }
+
+    /// The part of a billing period that amounts of this price are due for; `active` is
+    /// the time of the subscription.
+    pub fn share(&self, period: Span, active: Span) -> Share {
+        if !self.options.prorate {
+            return Share::WHOLE;
+        }
+        Share::of(period, Span { start: active.start.max(self.valid.start), end: active.end.min(self.valid.end) })
+    }
+
+    /// The price of usage, accumulated from the start of a billing period, without what
+    /// belongs to the period as a whole.
     ///
     /// # Errors
     /// [`DecimalError::Overflow`] where an amount needs more than 38 digits.
-    pub fn cost(&self, quantity: Decimal) -> Result<Decimal, DecimalError> {
-        let charged = if quantity.is_negative() || self.free_units.is_zero() {
-            quantity
-        } else {
-            quantity.checked_sub(self.free_units)?.max(Decimal::ZERO)
-        };
+    pub fn cost(&self, usage: Usage<'_>, share: Share) -> Result<Decimal, DecimalError> {
+        let cost = self.uncapped(usage, share)?;
+        Ok(match self.options.maximum_amount {
+            Some(most) => cost.min(share.apply(most)?),
+            None => cost,
+        })
+    }
+
+    fn uncapped(&self, usage: Usage<'_>, share: Share) -> Result<Decimal, DecimalError> {
+        let quantity = self.charged_quantity(usage.quantity)?;
+        let flat_due = self.options.charge_zero_usage || !quantity.is_zero();
         match &self.model {
-            PriceModel::PerUnit { unit_amount } => charged.checked_mul(*unit_amount),
+            PriceModel::PerUnit { unit_amount } => quantity.checked_mul(*unit_amount),
             PriceModel::Package { size, amount, round_up } => {
                 let rounding = if *round_up { Rounding::Up } else { Rounding::Down };
-                charged.divide_to_integer(*size, rounding)?.checked_mul(*amount)
+                quantity.divide_to_integer(*size, rounding)?.checked_mul(*amount)
             }
-            PriceModel::Graduated(tiers) => graduated(tiers, charged),
-            PriceModel::Volume(tiers) => volume(tiers, charged),
-            PriceModel::Percentage { rate_percent } => charged.mul_div(*rate_percent, Decimal::from_u64(100)),
+            PriceModel::Dynamic { multiplier } => quantity.checked_mul(*multiplier),
+            PriceModel::Percentage(percentage) => match usage.transactions.filter(|_| percentage.needs_transactions()) {
+                Some(transactions) => percentage.cost_of(transactions),
+                None => percentage.cost(quantity, usage.events),
+            },
+            _ if !flat_due => Ok(Decimal::ZERO),
+            PriceModel::Flat { amount } => share.apply(*amount),
+            PriceModel::Graduated(tiers) => graduated(tiers, quantity, Decimal::ONE, share),
+            PriceModel::GraduatedPercentage(tiers) => graduated(tiers, quantity, Decimal::from_u64(100), share),
+            PriceModel::Volume(tiers) => volume(tiers, quantity, share),
         }
+    }
+
+    /// The quantity that the model sees.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`].
+    pub fn charged_quantity(&self, quantity: Decimal) -> Result<Decimal, DecimalError> {
+        let free = self.options.free_units;
+        let charged =
+            if quantity.is_negative() || free.is_zero() { quantity } else { quantity.checked_sub(free)?.max(Decimal::ZERO) };
+        self.options.transform.map_or(Ok(charged), |transform| transform.apply(charged))
+    }
+
+    /// What a period is due beside its cost: commitment, then minimum, then both held
+    /// below the maximum.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`].
+    pub fn adjustments(&self, cost: Decimal, share: Share) -> Result<Adjustments, DecimalError> {
+        let mut due = Adjustments::default();
+        if let Some(commitment) = &self.options.commitment {
+            let difference = cost.checked_sub(share.apply(commitment.amount)?)?;
+            if difference.is_negative() && commitment.true_up {
+                due.commitment = Decimal::ZERO.checked_sub(difference)?;
+            } else if !difference.is_negative() {
+                due.commitment = difference.checked_mul(commitment.overage_factor.checked_sub(Decimal::ONE)?)?;
+            }
+        }
+        let committed = cost.checked_add(due.commitment)?;
+        if let Some(least) = self.options.minimum_amount {
+            due.minimum = share.apply(least)?.checked_sub(committed)?.max(Decimal::ZERO);
+        }
+        if let Some(most) = self.options.maximum_amount {
+            let beyond = committed.checked_add(due.minimum)?.checked_sub(share.apply(most)?)?;
+            due.commitment = due.commitment.checked_sub(beyond.max(Decimal::ZERO))?;
+        }
+        Ok(due)
     }
 }
 
 /// Bounds are continuous: 1000.5 units in tiers of 1000 puts the half unit in the
-/// second tier. A quantity at or below zero stays in the first.
-fn graduated(tiers: &[Tier], quantity: Decimal) -> Result<Decimal, DecimalError> {
+/// second tier. A quantity at or below zero stays in the first. `per` units cost a
+/// tier's unit amount.
+fn graduated(tiers: &[Tier], quantity: Decimal, per: Decimal, share: Share) -> Result<Decimal, DecimalError> {
     let mut cost = Decimal::ZERO;
     let mut lower = None;
     for tier in tiers {
@@ -97,16 +285,16 @@ fn graduated(tiers: &[Tier], quantity: Decimal) -> Result<Decimal, DecimalError>
         }
         let upper = tier.up_to.map_or(quantity, |up_to| up_to.min(quantity));
         let inside = upper.checked_sub(lower.unwrap_or(Decimal::ZERO))?;
-        cost = cost.checked_add(inside.checked_mul(tier.unit_amount)?)?.checked_add(tier.flat_amount)?;
+        cost = cost.checked_add(inside.mul_div(tier.unit_amount, per)?)?.checked_add(share.apply(tier.flat_amount)?)?;
         lower = tier.up_to;
     }
     Ok(cost)
 }
 
-fn volume(tiers: &[Tier], quantity: Decimal) -> Result<Decimal, DecimalError> {
+fn volume(tiers: &[Tier], quantity: Decimal, share: Share) -> Result<Decimal, DecimalError> {
     let reached = tiers.iter().find(|tier| tier.up_to.is_none_or(|up_to| quantity <= up_to));
     match reached {
-        Some(tier) => quantity.checked_mul(tier.unit_amount)?.checked_add(tier.flat_amount),
+        Some(tier) => quantity.checked_mul(tier.unit_amount)?.checked_add(share.apply(tier.flat_amount)?),
         None => Ok(Decimal::ZERO),
     }
 }
@@ -124,19 +312,27 @@ mod tests {
         Tier { up_to: up_to.map(d), unit_amount: d(unit), flat_amount: d(flat) }
     }
 
-    fn cost(model: PriceModel, free: &str, quantity: &str) -> String {
-        let price = Price {
+    fn price(model: PriceModel, options: PriceOptions) -> Price {
+        Price {
             id: "p".into(),
             plan_id: "plan".into(),
             meter_id: "m".into(),
             currency: Currency::from_code("USD").unwrap(),
             model,
-            free_units: d(free),
+            options,
             matches: vec![],
             valid: Span { start: Timestamp::MIN, end: Timestamp::MAX },
             digest: String::new(),
-        };
-        price.cost(d(quantity)).unwrap().to_string()
+        }
+    }
+
+    fn usage(quantity: &str) -> Usage<'static> {
+        Usage { quantity: d(quantity), ..Usage::NONE }
+    }
+
+    fn cost(model: PriceModel, free: &str, quantity: &str) -> String {
+        let price = price(model, PriceOptions { free_units: d(free), ..PriceOptions::default() });
+        price.cost(usage(quantity), Share::WHOLE).unwrap().to_string()
     }
 
     #[test]
@@ -171,10 +367,44 @@ mod tests {
         let package = |round_up| PriceModel::Package { size: d("1000"), amount: d("3"), round_up };
         assert_eq!((cost(package(true), "0", "1001"), cost(package(false), "0", "1999")), ("6".into(), "3".into()));
         assert_eq!(cost(package(true), "0", "0"), "0");
-        assert_eq!(cost(PriceModel::Percentage { rate_percent: d("2.9") }, "0", "10.01"), "0.29029");
         let per_unit = || PriceModel::PerUnit { unit_amount: d("0.5") };
         assert_eq!(cost(per_unit(), "10", "4"), "0");
         assert_eq!(cost(per_unit(), "10", "14"), "2");
         assert_eq!(cost(per_unit(), "10", "-4"), "-2");
+    }
+    #[test]
+    fn adjustments_hold_a_period_between_its_bounds() {
+        let options = PriceOptions {
+            minimum_amount: Some(d("5")),
+            maximum_amount: Some(d("150")),
+            commitment: Some(Commitment { amount: d("100"), overage_factor: d("2"), true_up: false }),
+            ..PriceOptions::default()
+        };
+        let price = price(PriceModel::PerUnit { unit_amount: d("1") }, options);
+        let due = |quantity: &str| {
+            let cost = price.cost(usage(quantity), Share::WHOLE).unwrap();
+            let due = price.adjustments(cost, Share::WHOLE).unwrap();
+            [cost, due.commitment, due.minimum].map(|amount| amount.to_string())
+        };
+        assert_eq!(due("0"), ["0", "0", "5"]);
+        assert_eq!(due("99"), ["99", "0", "0"]);
+        assert_eq!(due("110"), ["110", "10", "0"]);
+        assert_eq!(due("140"), ["140", "10", "0"]);
+        assert_eq!(due("1000"), ["150", "0", "0"]);
+    }
+
+    #[test]
+    fn fixed_amounts_are_prorated_on_demand() {
+        let t = |text: &str| text.parse::<Timestamp>().unwrap();
+        let period = Span { start: t("2026-01-01"), end: t("2026-02-01") };
+        let active = Span { start: t("2026-01-16T12:00:00Z"), end: Timestamp::MAX };
+        let options = |prorate| PriceOptions { prorate, minimum_amount: Some(d("100")), ..PriceOptions::default() };
+        for (prorate, flat, minimum) in [(false, "62", "38"), (true, "31", "19")] {
+            let price = price(PriceModel::Flat { amount: d("62") }, options(prorate));
+            let share = price.share(period, active);
+            let cost = price.cost(Usage::NONE, share).unwrap();
+            let due = price.adjustments(cost, share).unwrap();
+            assert_eq!((cost.to_string(), due.minimum.to_string()), (flat.to_owned(), minimum.to_owned()));
+        }
     }
 }

@@ -109,6 +109,207 @@ impl WindowSize {
     }
 }
 
+/// How a meter divides time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WindowKind {
+    Tumbling(WindowSize),
+    Hopping(Hopping),
+    /// From an event to the gap after the last event that followed within the gap.
+    Session {
+        gap_nanos: i64,
+    },
+}
+
+impl WindowKind {
+    /// The smallest span of whole windows that covers `span`, as far as the calendar
+    /// tells; how far sessions reach, only their events tell.
+    #[must_use]
+    pub fn widen(self, span: Span, tz: Tz) -> Span {
+        match self {
+            WindowKind::Tumbling(size) => size.widen(span, tz),
+            WindowKind::Hopping(hopping) => hopping.widen(span, tz),
+            WindowKind::Session { .. } => span,
+        }
+    }
+
+    /// The smallest span of whole windows that covers events from `first` to `last`.
+    #[must_use]
+    pub fn around_events(self, first: Timestamp, last: Timestamp, tz: Tz) -> Span {
+        let after = |nanos: i64| Timestamp::from_nanos(last.nanos().saturating_add(nanos));
+        match self {
+            WindowKind::Session { gap_nanos } => Span { start: first, end: after(gap_nanos) },
+            _ => self.widen(Span { start: first, end: after(1) }, tz),
+        }
+    }
+
+    /// The tumbling window that an event at `t` is first put into: a pane of hopping
+    /// windows, the gap after the event for a session.
+    pub fn slot(self, t: Timestamp, tz: Tz) -> Span {
+        match self {
+            WindowKind::Tumbling(size) => size.window(t, tz),
+            WindowKind::Hopping(hopping) => hopping.pane(t, tz),
+            WindowKind::Session { gap_nanos } => {
+                Span { start: t, end: Timestamp::from_nanos(t.nanos().saturating_add(gap_nanos)) }
+            }
+        }
+    }
+
+    /// The length of a slot between clock changes, for caches; `None` where no two
+    /// events share one.
+    pub fn nominal_nanos(self) -> Option<i64> {
+        match self {
+            WindowKind::Tumbling(size) => Some(size.nominal_nanos()),
+            WindowKind::Hopping(hopping) => Some(hopping.pane_length().nominal_nanos()),
+            WindowKind::Session { .. } => None,
+        }
+    }
+}
+
+/// A length of time: by the clock, or by the calendar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Length {
+    Minutes(u32),
+    /// Local days, of 23 to 25 hours where clocks change.
+    Days(u32),
+}
+
+impl Length {
+    /// `15m`, `1h`, `7d`, or a name such as `hour`, `day` and `week`.
+    pub fn parse(text: &str) -> Option<Length> {
+        let named =
+            [("minute", Length::Minutes(1)), ("hour", Length::Minutes(60)), ("day", Length::Days(1)), ("week", Length::Days(7))];
+        if let Some((_, length)) = named.iter().find(|(name, _)| *name == text) {
+            return Some(*length);
+        }
+        let unit = text.chars().last()?;
+        let count: u32 = text.strip_suffix(unit)?.parse().ok().filter(|count| (1..=100_000).contains(count))?;
+        match unit {
+            'm' => Some(Length::Minutes(count)),
+            'h' => count.checked_mul(60).map(Length::Minutes),
+            'd' => Some(Length::Days(count)),
+            'w' => count.checked_mul(7).map(Length::Days),
+            _ => None,
+        }
+    }
+
+    /// Between clock changes.
+    pub fn nominal_nanos(self) -> i64 {
+        match self {
+            Length::Minutes(minutes) => i64::from(minutes) * MINUTE,
+            Length::Days(days) => i64::from(days) * 24 * 60 * MINUTE,
+        }
+    }
+
+    /// The span of a grid of this length that holds `t`: minutes from local midnight,
+    /// days from 1970-01-01.
+    fn span(self, t: Timestamp, tz: Tz) -> Span {
+        match self {
+            Length::Minutes(minutes) => fixed_window(t, tz, i64::from(minutes) * MINUTE),
+            Length::Days(days) => {
+                let day = calendar_span(t, tz, Step::Days(1));
+                let number = (local_time(day.start, tz).date() - NaiveDate::default()).num_days();
+                let first = number - number.rem_euclid(i64::from(days));
+                let midnight = |number: i64| {
+                    let date = NaiveDate::default().checked_add_signed(Duration::days(number)).unwrap_or(NaiveDate::MAX);
+                    instant_of(date.and_time(NaiveTime::MIN), tz)
+                };
+                Span { start: midnight(first), end: midnight(first + i64::from(days)) }
+            }
+        }
+    }
+}
+
+/// Windows of `size` that begin every `advance`. Events are kept in panes of a length
+/// that divides both; a window is a row of panes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Hopping {
+    size: Length,
+    advance: Length,
+}
+
+/// Windows that may hold one event.
+const MOST_HOPS: i64 = 1000;
+
+impl Hopping {
+    /// # Errors
+    /// What does not fit together.
+    pub fn new(size: Length, advance: Length) -> Result<Hopping, String> {
+        const DAY: u32 = 24 * 60;
+        let size = match (size, advance) {
+            (Length::Days(days), Length::Minutes(_)) => days.checked_mul(DAY).map_or(size, Length::Minutes),
+            _ => size,
+        };
+        match (size, advance) {
+            (Length::Minutes(_), Length::Days(_)) => {
+                return Err("advance is longer than size: events would be left out".to_owned());
+            }
+            (_, Length::Minutes(minutes)) if DAY.checked_rem(minutes) != Some(0) => {
+                return Err(format!("an advance of {minutes} minutes does not divide a day"));
+            }
+            _ => {}
+        }
+        if advance.nominal_nanos() > size.nominal_nanos() {
+            return Err("advance is longer than size: events would be left out".to_owned());
+        }
+        if size.nominal_nanos() / advance.nominal_nanos() > MOST_HOPS {
+            return Err(format!("an event would count in more than {MOST_HOPS} windows"));
+        }
+        Ok(Hopping { size, advance })
+    }
+
+    fn pane_length(self) -> Length {
+        match (self.size, self.advance) {
+            (Length::Days(size), Length::Days(advance)) => Length::Days(greatest_common_divisor(size, advance)),
+            (Length::Minutes(size), Length::Minutes(advance)) => Length::Minutes(greatest_common_divisor(size, advance)),
+            _ => self.advance,
+        }
+    }
+
+    /// The pane that holds `t`.
+    pub fn pane(self, t: Timestamp, tz: Tz) -> Span {
+        self.pane_length().span(t, tz)
+    }
+
+    /// The windows that hold a pane, the latest first. A window ends with its last
+    /// pane, also where a clock change has cut that.
+    pub fn windows(self, pane: Span, tz: Tz) -> Vec<Span> {
+        let mut windows = Vec::new();
+        let mut start = self.advance.span(pane.start, tz).start;
+        loop {
+            let window = Span { start, end: self.end(start, tz) };
+            if !window.contains(pane.start) {
+                return windows;
+            }
+            windows.push(window);
+            start = self.advance.span(Timestamp::from_nanos(start.nanos().saturating_sub(1)), tz).start;
+        }
+    }
+
+    fn end(self, start: Timestamp, tz: Tz) -> Timestamp {
+        match self.size {
+            Length::Minutes(_) => {
+                let last = start.nanos().saturating_add(self.size.nominal_nanos() - 1);
+                self.pane(Timestamp::from_nanos(last), tz).end
+            }
+            Length::Days(days) => {
+                let date = local_time(start, tz).date().checked_add_signed(Duration::days(days.into()));
+                instant_of(date.unwrap_or(NaiveDate::MAX).and_time(NaiveTime::MIN), tz)
+            }
+        }
+    }
+
+    fn widen(self, span: Span, tz: Tz) -> Span {
+        let last = Timestamp::from_nanos(span.end.nanos().saturating_sub(1));
+        let first = self.windows(self.pane(span.start, tz), tz);
+        let last = self.windows(self.pane(last, tz), tz);
+        first.into_iter().chain(last).fold(span, Span::union)
+    }
+}
+
+fn greatest_common_divisor(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
+}
+
 /// The length of a billing period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PeriodLength {
@@ -343,6 +544,35 @@ mod tests {
         assert_eq!(shown(second), "2026-10-25T01:00:00Z 2026-10-25T02:00:00Z");
     }
 
+    fn hopping(size: &str, advance: &str) -> Result<Hopping, String> {
+        Hopping::new(Length::parse(size).unwrap(), Length::parse(advance).unwrap())
+    }
+
+    #[test]
+    fn hopping_windows_overlap() {
+        let windows = |size: &str, advance: &str, at: &str, tz: Tz| {
+            let hopping = hopping(size, advance).unwrap();
+            hopping.windows(hopping.pane(t(at), tz), tz).into_iter().map(shown).collect::<Vec<_>>()
+        };
+        let utc = Tz::UTC;
+        assert_eq!(
+            windows("1h", "30m", "2026-01-01T10:10:00Z", utc),
+            ["2026-01-01T10:00:00Z 2026-01-01T11:00:00Z", "2026-01-01T09:30:00Z 2026-01-01T10:30:00Z"]
+        );
+        assert_eq!(windows("50m", "20m", "2026-01-01T10:45:00Z", utc).len(), 3);
+        let berlin = chrono_tz::Europe::Berlin;
+        assert_eq!(
+            windows("2d", "1d", "2026-03-29T12:00:00Z", berlin),
+            ["2026-03-28T23:00:00Z 2026-03-30T22:00:00Z", "2026-03-27T23:00:00Z 2026-03-29T22:00:00Z"]
+        );
+        let widened =
+            hopping("1h", "30m").unwrap().widen(Span { start: t("2026-01-01T10:00:00Z"), end: t("2026-01-01T11:00:00Z") }, utc);
+        assert_eq!(shown(widened), "2026-01-01T09:30:00Z 2026-01-01T11:30:00Z");
+        for (size, advance) in [("1h", "7m"), ("1h", "2h"), ("1h", "1d"), ("7d", "1m")] {
+            assert!(hopping(size, advance).is_err(), "{size} {advance}");
+        }
+    }
+
     #[test]
     fn month_anchors_clamp_and_do_not_stick() {
         let cycle = BillingCycle { length: PeriodLength::Month, anchor: NaiveDate::from_ymd_opt(2026, 1, 31), timezone: Tz::UTC };
@@ -374,6 +604,22 @@ mod tests {
             prop_assert_eq!(size.window(window.start, tz), window);
             prop_assert_eq!(size.window(Timestamp::from_nanos(window.end.nanos() - 1), tz), window);
             prop_assert_eq!(size.window(window.end, tz).start, window.end);
+        }
+
+        /// Every instant lies in size/advance windows, and its pane in each of them.
+        #[test]
+        fn panes_lie_in_their_windows(seconds in 1_000_000_000i64..2_000_000_000, zone in 0usize..7, kind in 0usize..5) {
+            let (size, advance) = [("1h", "30m"), ("50m", "20m"), ("1d", "6h"), ("7d", "1d"), ("6h", "4h")][kind];
+            let (tz, hopping) = (ZONES[zone], hopping(size, advance).unwrap());
+            let t = Timestamp::from_nanos(seconds * SECOND);
+            let pane = hopping.pane(t, tz);
+            prop_assert!(pane.contains(t));
+            prop_assert_eq!(hopping.pane(pane.start, tz), pane);
+            let windows = hopping.windows(pane, tz);
+            prop_assert!(!windows.is_empty());
+            for window in windows {
+                prop_assert!(window.covers(pane), "{} {} {}", tz, shown(window), shown(pane));
+            }
         }
 
         #[test]

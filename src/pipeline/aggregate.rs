@@ -3,21 +3,23 @@
 //! Each thread has an [`Aggregator`]; merging them gives the same whatever event
 //! went to which. Only window-level state stays in memory.
 
-use std::sync::Arc;
-
 use rustc_hash::{FxHashMap, FxHashSet};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
-use super::accumulator::{Accumulator, Moment};
+use super::accumulator::Moment;
 use super::deduplicate::{Copies, Held, RepeatedKeys, key_hash, write_key};
 use super::enrich::{Enricher, MeterPlan, Rejection, Value};
+use super::state::{Interner, NO_PRICE, News, Sessions, StateKey, WindowCache, WindowState, index};
 use crate::config::Deduplicate;
-use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason, Text};
+use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
 use crate::model::counts::{EventCounts, UsageCounts};
-use crate::model::digest::{SetDigest, frame};
+use crate::model::digest::frame;
+use crate::model::meter::Aggregation;
+use crate::model::percentage::Percentage;
+use crate::model::price::Price;
 use crate::model::properties::{Property, write_json_text};
 use crate::model::timestamp::Timestamp;
-use crate::model::window::{Span, WindowSize};
+use crate::model::window::{Span, WindowKind};
 use crate::source::Field;
 use crate::source::{EventBatch, EventRef};
 
@@ -58,50 +60,6 @@ impl OpenDeadLetters {
     }
 }
 
-/// The key of a window's state: indexes into the reference tables instead of names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct StateKey {
-    pub subscription: u32,
-    pub meter: u32,
-    /// [`NO_PRICE`] for usage without a price.
-    pub price: u32,
-    pub dimensions: u32,
-    pub period_start: Timestamp,
-    pub window_start: Timestamp,
-}
-
-/// The price index of usage without a price.
-pub const NO_PRICE: u32 = u32::MAX;
-
-/// What is known about one window.
-#[derive(Debug, Clone)]
-pub struct WindowState {
-    pub window_end: Timestamp,
-    pub period_end: Timestamp,
-    pub event_count: u64,
-    pub events_digest: SetDigest,
-    pub accumulator: Accumulator,
-    pub news: News,
-}
-
-/// Events of a window that the run before did not count the same way.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct News {
-    pub late: u64,
-    pub amended: u64,
-    pub voided: u64,
-    pub resolved: u64,
-}
-
-impl News {
-    pub fn merge(&mut self, other: News) {
-        self.late += other.late;
-        self.amended += other.amended;
-        self.voided += other.voided;
-        self.resolved += other.resolved;
-    }
-}
-
 /// How an event relates to the run before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrival {
@@ -127,6 +85,8 @@ enum Purpose {
 pub struct Aggregator<'c, 'r> {
     context: &'c Context<'r>,
     pub windows: FxHashMap<StateKey, WindowState>,
+    /// By accumulation: their window starts with the billing period.
+    sessions: FxHashMap<StateKey, Sessions>,
     /// News of windows that lost events.
     pub withdrawn: FxHashMap<StateKey, News>,
     pub dimensions: Interner,
@@ -154,6 +114,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         Aggregator {
             context,
             windows: FxHashMap::default(),
+            sessions: FxHashMap::default(),
             withdrawn: FxHashMap::default(),
             dimensions: Interner::default(),
             dead_letters: Vec::new(),
@@ -256,7 +217,10 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             return self.reject_event(event, counting, true, &Rejection { reason: Reason::MalformedEvent, detail });
         }
         let in_range = context.range.contains(t);
-        if (!in_range && !context.reach.contains(t)) || !context.enricher.wants_tenant(tenant) {
+        // A level reaches from any earlier event into the range.
+        let is_needed = in_range || context.reach.contains(t);
+        let only_levels = !is_needed && context.enricher.has_levels() && t < context.reach.end;
+        if !(is_needed || only_levels) || !context.enricher.wants_tenant(tenant) {
             self.events.out_of_range += u64::from(counting);
             return;
         }
@@ -285,11 +249,15 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         let event_was_open = was_open(None);
         let (mut usable, mut rejected) = (false, false);
         for meter in plan.meters.iter().filter(|meter| meter.accepts(slots)) {
+            if only_levels && meter.meter.aggregation != Aggregation::WeightedSum {
+                continue;
+            }
             let Some((window, period)) = self.place(t, subscription, meter.meter.window) else { continue };
             let resolved = event_was_open || was_open(Some(meter.index));
             let outcome = self.take_match(event, subscription, meter, slots, (window, period), purpose, resolved);
             // A longer window can reach out of the range: its match is for another run.
-            if !counting || !in_range || !context.range.covers(window) {
+            let is_session = matches!(meter.meter.window, WindowKind::Session { .. });
+            if !counting || !in_range || !(is_session || context.range.covers(window)) {
                 continue;
             }
             self.usage.matches += 1;
@@ -333,8 +301,10 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     ) -> Result<bool, Rejection> {
         let Some(value) = plan.value(slots)? else { return Ok(false) };
         let Some(t) = event.timestamp else { return Ok(false) };
-        let price = self.context.enricher.price(subscription, plan, t, slots)?;
-        if !period.overlaps(self.context.range) {
+        let price_index = self.context.enricher.price(subscription, plan, t, slots)?;
+        let is_level = plan.meter.aggregation == Aggregation::WeightedSum;
+        let reaches_range = is_level && period.start < self.context.range.end;
+        if !period.overlaps(self.context.range) && !reaches_range {
             // Another subscription's longer period made this event be read.
             return Ok(true);
         }
@@ -343,7 +313,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         let key = StateKey {
             subscription: index(subscription),
             meter: index(plan.index),
-            price: price.map_or(NO_PRICE, index),
+            price: price_index.map_or(NO_PRICE, index),
             dimensions: self.dimensions.intern(&self.scratch.text),
             period_start: period.start,
             window_start: window.start,
@@ -357,28 +327,51 @@ impl<'c, 'r> Aggregator<'c, 'r> {
                 return Ok(true);
             }
         };
-        let state = self.windows.entry(key).or_insert_with(|| WindowState {
-            window_end: window.end,
-            period_end: period.end,
-            event_count: 0,
-            events_digest: SetDigest::default(),
-            accumulator: Accumulator::new(plan.meter.aggregation),
-            news: News::default(),
-        });
-        state.event_count += 1;
-        state.news.late += u64::from(arrival == Arrival::Late && !resolved);
-        // An event amended within its window is one amended event.
-        state.news.amended += u64::from(arrival == Arrival::Amended && !self.replaced.contains(&key));
-        state.news.resolved += u64::from(resolved);
-        let moment = Moment { timestamp: t, ingested_at: event.ingested_at.unwrap_or(t), id: event.id.unwrap_or_default() };
-        state.accumulator.add(&value, moment);
-        state.events_digest.add(contribution(event, t, &value, &mut self.scratch.bytes));
+        let news = News {
+            late: u64::from(arrival == Arrival::Late && !resolved),
+            // An event amended within its window is one amended event.
+            amended: u64::from(arrival == Arrival::Amended && !self.replaced.contains(&key)),
+            voided: 0,
+            resolved: u64::from(resolved),
+        };
+        let reference = self.context.enricher.reference;
+        let price = price_index.and_then(|index| reference.prices.get(index));
+        let moment = Moment {
+            timestamp: t,
+            ingested_at: event.ingested_at.unwrap_or(t),
+            id: event.id.unwrap_or_default(),
+            remaining: if is_level { self.remaining(subscription, plan, slots, t, period) } else { 0 },
+        };
+        let percentage = price.and_then(Price::transactions);
+        let contribution = contribution(event, t, &value, &mut self.scratch.bytes);
+        let count = |state: &mut WindowState| {
+            state
+                .count(&value, moment, percentage, contribution, news)
+                .map_err(|error| Rejection { reason: Reason::ValueOutOfRange, detail: format!("the fee of the event: {error}") })
+        };
+        if let WindowKind::Session { gap_nanos } = plan.meter.window {
+            let mut state = WindowState::new(plan.meter, price, window, period);
+            count(&mut state)?;
+            let key = StateKey { window_start: period.start, ..key };
+            self.sessions.entry(key).or_default().add(t, t, state, gap_nanos, percentage);
+        } else {
+            let state = self.windows.entry(key).or_insert_with(|| WindowState::new(plan.meter, price, window, period));
+            count(state)?;
+        }
         Ok(true)
     }
 
+    /// Nanoseconds for which a level lasts that begins at `t`.
+    fn remaining(&self, subscription: usize, plan: &MeterPlan<'r>, slots: &[Property<'_>], t: Timestamp, period: Span) -> i64 {
+        let reference = self.context.enricher.reference;
+        let Some(subscription) = reference.subscriptions.get(subscription) else { return 0 };
+        let end = reference.level_end(subscription, plan.index, t, period, &plan.dimension_values(slots));
+        end.nanos().saturating_sub(t.nanos())
+    }
+
     /// The window and the billing period of an instant.
-    fn place(&mut self, t: Timestamp, subscription: usize, size: WindowSize) -> Option<(Span, Span)> {
-        let window = self.scratch.windows.window(size, t, self.context.timezone);
+    fn place(&mut self, t: Timestamp, subscription: usize, kind: WindowKind) -> Option<(Span, Span)> {
+        let window = self.scratch.windows.window(kind, t, self.context.timezone);
         let cycle = &self.context.enricher.reference.subscriptions.get(subscription)?.cycle;
         let cached = self.scratch.periods.get_mut(subscription)?;
         let period = match cached {
@@ -411,7 +404,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
 
     /// Adds what another thread has seen.
     pub fn merge(&mut self, other: Aggregator<'c, 'r>) {
-        let renamed: Vec<u32> = other.dimensions.texts.iter().map(|text| self.dimensions.intern(text)).collect();
+        let renamed: Vec<u32> = other.dimensions.texts().iter().map(|text| self.dimensions.intern(text)).collect();
         let rename =
             |key: StateKey| StateKey { dimensions: renamed.get(key.dimensions as usize).copied().unwrap_or_default(), ..key };
         for (key, theirs) in other.windows {
@@ -419,8 +412,14 @@ impl<'c, 'r> Aggregator<'c, 'r> {
                 std::collections::hash_map::Entry::Vacant(entry) => {
                     entry.insert(theirs);
                 }
-                std::collections::hash_map::Entry::Occupied(mut entry) => entry.get_mut().merge(&theirs),
+                std::collections::hash_map::Entry::Occupied(mut entry) => {
+                    entry.get_mut().merge(&theirs, percentage(self.context, &key));
+                }
             }
+        }
+        for (key, theirs) in other.sessions {
+            let gap = session_gap(self.context, &key);
+            self.sessions.entry(rename(key)).or_default().merge(theirs, gap, percentage(self.context, &key));
         }
         for (key, news) in other.withdrawn {
             self.withdrawn.entry(rename(key)).or_default().merge(news);
@@ -433,12 +432,25 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     }
 }
 
-impl WindowState {
-    fn merge(&mut self, other: &WindowState) {
-        self.event_count += other.event_count;
-        self.events_digest.merge(other.events_digest);
-        self.accumulator.merge(&other.accumulator);
-        self.news.merge(other.news);
+impl<'c, 'r> Aggregator<'c, 'r> {
+    /// Makes windows of sessions, once everything is merged.
+    pub fn close_sessions(&mut self) {
+        for (key, sessions) in std::mem::take(&mut self.sessions) {
+            let windows = sessions.into_windows(session_gap(self.context, &key));
+            self.windows.extend(windows.map(|(window_start, state)| (StateKey { window_start, ..key }, state)));
+        }
+    }
+}
+
+/// The price of a state, where it must know events one by one.
+fn percentage<'r>(context: &Context<'r>, key: &StateKey) -> Option<&'r Percentage> {
+    context.enricher.reference.prices.get(key.price as usize).and_then(Price::transactions)
+}
+
+fn session_gap(context: &Context<'_>, key: &StateKey) -> i64 {
+    match context.enricher.reference.meters.get(key.meter as usize).map(|meter| meter.window) {
+        Some(WindowKind::Session { gap_nanos }) => gap_nanos,
+        _ => 0,
     }
 }
 
@@ -453,6 +465,10 @@ fn contribution<'b>(event: &EventRef<'_>, t: Timestamp, value: &Value<'_>, bytes
         Value::Event => bytes.push(0),
         Value::Number(number) => bytes.extend_from_slice(&number.to_le_bytes()),
         Value::Distinct(text) => bytes.extend_from_slice(text.as_bytes()),
+        Value::Operation { text, is_add } => {
+            bytes.push(u8::from(*is_add));
+            bytes.extend_from_slice(text.as_bytes());
+        }
     }
     bytes
 }
@@ -490,53 +506,4 @@ fn event_json(event: &EventRef<'_>, raw: Option<&str>) -> String {
     }
     json.push('}');
     json
-}
-
-/// Every reference table is small enough for 32-bit indexes.
-fn index(at: usize) -> u32 {
-    u32::try_from(at).unwrap_or(NO_PRICE)
-}
-
-/// Texts by number.
-#[derive(Debug, Default)]
-pub struct Interner {
-    numbers: FxHashMap<Text, u32>,
-    texts: Vec<Text>,
-}
-
-impl Interner {
-    fn intern(&mut self, text: &str) -> u32 {
-        if let Some(number) = self.numbers.get(text) {
-            return *number;
-        }
-        let number = index(self.texts.len());
-        let text: Text = Arc::from(text);
-        self.texts.push(Arc::clone(&text));
-        self.numbers.insert(text, number);
-        number
-    }
-
-    pub fn text(&self, number: u32) -> Text {
-        self.texts.get(number as usize).cloned().unwrap_or_else(|| Arc::from(""))
-    }
-}
-
-/// Windows found before: calendar arithmetic in a zone costs more than a look-up.
-#[derive(Debug, Default)]
-struct WindowCache {
-    slots: FxHashMap<(WindowSize, i64), Span>,
-}
-
-impl WindowCache {
-    fn window(&mut self, size: WindowSize, t: Timestamp, timezone: chrono_tz::Tz) -> Span {
-        let slot = (size, t.nanos().div_euclid(size.nominal_nanos()));
-        match self.slots.get(&slot) {
-            Some(window) if window.contains(t) => *window,
-            _ => {
-                let window = size.window(t, timezone);
-                self.slots.insert(slot, window);
-                window
-            }
-        }
-    }
 }

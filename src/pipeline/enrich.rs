@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::aggregate::Reason;
 use crate::model::decimal::{Decimal, DecimalError};
-use crate::model::meter::{Aggregation, FilterTest, Meter};
+use crate::model::expression::ExpressionError;
+use crate::model::meter::{FilterTest, Input, Meter};
 use crate::model::properties::{Property, PropertyPlan, write_json_text};
 use crate::model::timestamp::Timestamp;
 use crate::reference::{Reference, Subscription, Unbound, Unpriced};
@@ -41,6 +42,7 @@ pub struct Enricher<'r> {
     /// By subscription, then meter: indexes of prices.
     candidates: Vec<Vec<&'r [usize]>>,
     scope: Scope,
+    has_levels: bool,
 }
 
 /// What to do with the events of one name.
@@ -56,7 +58,9 @@ pub struct MeterPlan<'r> {
     pub index: usize,
     pub meter: &'r Meter,
     filters: Vec<(usize, &'r FilterTest)>,
-    property: Option<usize>,
+    /// The slots of the metered property, or of the expression's.
+    inputs: Vec<usize>,
+    operation: Option<usize>,
     /// Slot, name, and `{"name":` or `,"name":`.
     dimensions: Vec<(usize, &'r str, String)>,
 }
@@ -68,6 +72,11 @@ pub enum Value<'a> {
     Event,
     Number(Decimal),
     Distinct(Cow<'a, str>),
+    /// A distinct value that is added or removed.
+    Operation {
+        text: Cow<'a, str>,
+        is_add: bool,
+    },
 }
 
 /// A match of an event with a meter that cannot count.
@@ -85,8 +94,13 @@ impl Rejection {
 
 impl<'r> Enricher<'r> {
     pub fn new(reference: &'r Reference, scope: Scope) -> Self {
+        Enricher::of_meters(reference, scope, |_| true)
+    }
+
+    /// For some of the meters: the others are unknown.
+    pub fn of_meters(reference: &'r Reference, scope: Scope, wants: impl Fn(&Meter) -> bool) -> Self {
         let mut events: FxHashMap<&str, EventPlan<'r>> = FxHashMap::default();
-        for (index, meter) in reference.meters.iter().enumerate() {
+        for (index, meter) in reference.meters.iter().enumerate().filter(|(_, meter)| wants(meter)) {
             let plan = events.entry(&meter.event_name).or_insert_with(|| EventPlan {
                 properties: PropertyPlan::default(),
                 meters: Vec::new(),
@@ -104,7 +118,13 @@ impl<'r> Enricher<'r> {
             meters.map(|meter| reference.candidates(&subscription.plan_id, meter)).collect()
         };
         let candidates = reference.subscriptions.iter().map(by_meter).collect();
-        Enricher { reference, events, candidates, scope }
+        let has_levels = reference.has_levels(scope.meter.as_deref());
+        Enricher { reference, events, candidates, scope, has_levels }
+    }
+
+    /// Whether a meter of the scope keeps a level, to which all earlier events belong.
+    pub fn has_levels(&self) -> bool {
+        self.has_levels
     }
 
     /// Whether events of this tenant belong to the scope.
@@ -192,7 +212,14 @@ impl<'r> MeterPlan<'r> {
             index,
             meter,
             filters: meter.filters.iter().map(|filter| (properties.slot(&filter.property), &filter.test)).collect(),
-            property: meter.property.as_ref().map(|property| properties.slot(property)),
+            inputs: match &meter.input {
+                Input::Event => Vec::new(),
+                Input::Property(property) => vec![properties.slot(property)],
+                Input::Expression(expression) => {
+                    expression.properties().iter().map(|property| properties.slot(property)).collect()
+                }
+            },
+            operation: meter.operation_property.as_ref().map(|property| properties.slot(property)),
             dimensions,
         }
     }
@@ -207,23 +234,48 @@ impl<'r> MeterPlan<'r> {
     /// # Errors
     /// The reason for a dead letter where the property is no number.
     pub fn value<'s>(&self, slots: &'s [Property<'_>]) -> Result<Option<Value<'s>>, Rejection> {
-        let Some(property) = self.property.and_then(|slot| slots.get(slot)) else { return Ok(Some(Value::Event)) };
-        if !property.is_present() {
+        let mut inputs = self.inputs.iter().filter_map(|slot| slots.get(*slot));
+        if !inputs.clone().all(Property::is_present) {
             return Ok(None);
         }
-        if self.meter.aggregation == Aggregation::CountUnique {
-            return Ok(Some(Value::Distinct(property.text())));
+        match &self.meter.input {
+            Input::Event => Ok(Some(Value::Event)),
+            Input::Property(name) => {
+                let Some(property) = inputs.next() else { return Ok(None) };
+                if !self.meter.aggregation.is_of_values() {
+                    return number(name, property).map(|number| Some(Value::Number(number)));
+                }
+                Ok(Some(match self.operation {
+                    None => Value::Distinct(property.text()),
+                    Some(slot) => Value::Operation { text: property.text(), is_add: self.is_add(slots.get(slot))? },
+                }))
+            }
+            Input::Expression(expression) => {
+                let names = expression.properties().iter();
+                let values = names.zip(inputs).map(|(name, property)| number(name, property)).collect::<Result<Vec<_>, _>>()?;
+                expression.evaluate(&values).map(|number| Some(Value::Number(number))).map_err(|error| {
+                    let reason = match error {
+                        ExpressionError::Overflow => Reason::ValueOutOfRange,
+                        ExpressionError::DivisionByZero | ExpressionError::Syntax => Reason::InvalidProperty,
+                    };
+                    Rejection::new(reason, format!("expression `{}` {error}", expression.text()))
+                })
+            }
         }
-        let name = self.meter.property.as_deref().unwrap_or_default();
-        match property.decimal() {
-            Ok(number) => Ok(Some(Value::Number(number))),
-            Err(DecimalError::Syntax) => Err(Rejection::new(
+    }
+
+    fn is_add(&self, operation: Option<&Property<'_>>) -> Result<bool, Rejection> {
+        let text = operation.filter(|property| property.is_present()).map_or(Cow::Borrowed("add"), Property::text);
+        match text.as_ref() {
+            "add" => Ok(true),
+            "remove" => Ok(false),
+            other => Err(Rejection::new(
                 Reason::InvalidProperty,
-                format!("property `{name}` is `{}`, not a decimal number", shorten(&property.text())),
-            )),
-            Err(DecimalError::Overflow) => Err(Rejection::new(
-                Reason::ValueOutOfRange,
-                format!("property `{name}` is {}, beyond 38 digits at 18 decimal places", shorten(&property.text())),
+                format!(
+                    "property `{}` is `{}`, neither add nor remove",
+                    self.meter.operation_property.as_deref().unwrap_or_default(),
+                    shorten(other)
+                ),
             )),
         }
     }
@@ -237,7 +289,8 @@ impl<'r> MeterPlan<'r> {
         out.push_str(if self.dimensions.is_empty() { "{}" } else { "}" });
     }
 
-    fn dimension_values(&self, slots: &[Property<'_>]) -> Vec<(&'r str, String)> {
+    /// The values of the dimensions as canonical JSON.
+    pub fn dimension_values(&self, slots: &[Property<'_>]) -> Vec<(&'r str, String)> {
         let value = |(slot, name, _): &(usize, &'r str, String)| {
             let mut text = String::new();
             slots.get(*slot).unwrap_or(&Property::Absent).write_json(&mut text);
@@ -245,6 +298,19 @@ impl<'r> MeterPlan<'r> {
         };
         self.dimensions.iter().map(value).collect()
     }
+}
+
+fn number(name: &str, property: &Property<'_>) -> Result<Decimal, Rejection> {
+    property.decimal().map_err(|error| match error {
+        DecimalError::Syntax => Rejection::new(
+            Reason::InvalidProperty,
+            format!("property `{name}` is `{}`, not a decimal number", shorten(&property.text())),
+        ),
+        DecimalError::Overflow => Rejection::new(
+            Reason::ValueOutOfRange,
+            format!("property `{name}` is {}, beyond 38 digits at 18 decimal places", shorten(&property.text())),
+        ),
+    })
 }
 
 /// Enough of a value to recognise it.

@@ -11,35 +11,43 @@ mod aggregate;
 mod deduplicate;
 pub mod enrich;
 mod guard;
+mod hopping;
 pub mod invariants;
+mod levels;
+mod names;
 mod past;
 mod price;
 mod range;
 mod reconcile;
 mod scan;
+mod sessions;
+mod state;
+mod unused;
 
 use anyhow::Result;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::clock::{Stopwatch, now};
 use crate::config::Job;
-use crate::model::aggregate::{DeadLetter, DeadLetterKey, StoredWindow, WindowKey};
+use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, StoredWindow, WindowKey};
 use crate::model::counts::{EventCounts, UsageCounts};
 use crate::model::run::{InputFile, RunBasis, RunInput, RunRecord, ledger_digest};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
-use crate::reference::Reference;
+use crate::reference::{Reference, Subscription};
 use crate::source::{EventSource, Selection, Split, Wanted};
 use crate::store::{AggregateStore, Publication, next_run_id, next_version};
-use aggregate::{Aggregator, Context, News};
+use aggregate::{Aggregator, Context};
 use deduplicate::{KeyScan, RepeatedKeys};
 use enrich::{Enricher, Scope};
+use names::Names;
 use past::{Knowledge, Past, ledger_rows};
-use price::Names;
 pub use range::Request;
 pub use reconcile::Totals;
 use reconcile::{CurrentDigests, Evidence, PeriodChanges, Reconciliation};
 use scan::Progress;
+use sessions::SessionChanges;
+use state::News;
 
 /// What a run would do: everything is computed, nothing is written.
 #[derive(Debug)]
@@ -125,27 +133,26 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let mut timeline = Timeline { steps: Vec::new(), observer: progress };
     let past = Past::load(store, job)?;
     // A range that was asked for is known before anything is read.
-    let asked = request.range.map(|_| range::resolve(request, job, reference, None, None)).transpose()?;
-    let span = asked.as_ref().and_then(|asked| asked.range).map(|range| range::reach(range, reference, &request.scope));
+    let asked = match request.range {
+        None => None,
+        Some(_) => {
+            let range = range::resolve(request, job, reference, None, None)?;
+            range.map(|range| sessions::widen(inputs, request, &past, range, &mut timeline)).transpose()?
+        }
+    };
+    // A level is made of all events before.
+    let levels = reference.has_levels(request.scope.meter.as_deref());
+    let span = asked.filter(|_| !levels).map(|range| range::reach(range, reference, &request.scope));
     let splits = source.splits(&Selection { span, tenant: request.scope.tenant.clone() })?;
-    let count_rows: Progress<'_> = &|rows| progress.rows(rows);
 
     // read (keys) -> deduplicate
-    let announced = splits.iter().map(|split| split.announced_rows).sum();
-    let keys = timeline.step("read keys", announced, || {
-        let visit = |scan: &mut KeyScan, _: usize, batch: &crate::source::EventBatch| {
-            batch.rows().for_each(|event| scan.visit(&job.deduplicate.key, &event));
-            Ok(())
-        };
-        let (scans, rows) =
-            scan::scan(source, &splits, Wanted::Keys(&job.deduplicate.key), threads, count_rows, KeyScan::default, visit)?;
-        let (repeated, extent) = KeyScan::finish(scans);
-        let total = rows.iter().sum();
-        Ok((Keys { repeated, extent, rows }, total))
-    })?;
-    let resolved_range = range::resolve(request, job, reference, keys.extent, past.extent)?;
+    let keys = read_keys(inputs, &splits, &mut timeline)?;
+    let whole = match asked {
+        Some(range) => Some(range),
+        None => range::resolve(request, job, reference, keys.extent, past.extent)?,
+    };
     // Rows without a time may be all there is: they are still accounted for.
-    let range = resolved_range.range.unwrap_or(EMPTY);
+    let range = whole.unwrap_or(EMPTY);
     let reach = range::reach(range, reference, &request.scope);
 
     // read -> enrich -> aggregate
@@ -159,6 +166,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         open_dead_letters: past.open_dead_letters(reference),
     };
     let total = keys.rows.iter().sum();
+    let count_rows: Progress<'_> = &|rows| progress.rows(rows);
     let coverage = past.coverage(reach);
     let mut seen = timeline.step("aggregate", Some(total), || {
         let visit = |aggregator: &mut Aggregator<'_, '_>, index: usize, batch: &crate::source::EventBatch| {
@@ -177,14 +185,20 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let names = Names::new(reference);
     let withdrawn: FxHashMap<WindowKey, News> =
         seen.withdrawn.iter().map(|(key, news)| (names.window_key(key, &seen.dimensions), *news)).collect();
-    let windows = std::mem::take(&mut seen.windows);
+    let mut windows = std::mem::take(&mut seen.windows);
     let mut priced = timeline.step("price", None, || {
+        if levels {
+            // Without a range that somebody asked for, a level lasts into the period of the last event.
+            let last = keys.extent.map(|(_, last)| last).filter(|_| request.range.is_none());
+            let horizon = |subscription: &Subscription| last.map_or(reach.end, |last| subscription.cycle.period(last).end);
+            levels::carry_in(&mut windows, &seen.dimensions, reference, horizon, job.timezone);
+        }
         let rows = windows.len() as u64;
-        let mut priced = price::price(windows, &seen.dimensions, reference, &names)?;
-        let wants = |subscription: &crate::reference::Subscription, price: &crate::model::price::Price| {
+        let mut priced = price::price(windows, &seen.dimensions, reference, &names, range, job.timezone)?;
+        let wants = |subscription: &Subscription, price: &crate::model::price::Price| {
             request.scope.holds(&subscription.tenant_id, &subscription.customer_id, &price.meter_id)
         };
-        price::add_periods_without_usage(&mut priced.periods, reference, &names, range, wants)?;
+        unused::add_periods(&mut priced.periods, reference, &names, range, wants)?;
         Ok((priced, rows))
     })?;
     invariants::telescoping_cost(&priced)?;
@@ -193,7 +207,16 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let basis = basis(job, reference, &request.scope);
     let stored = past.stored(store, job, &request.scope, range, reach, &priced)?;
     let mut changes = timeline.step("reconcile", None, || {
-        let evidence = Evidence { runs: &past.runs, basis: &basis, withdrawn: &withdrawn, current: current_digests(reference) };
+        let session_meters: FxHashSet<_> =
+            reference.meters.iter().filter(|meter| sessions::is_session(meter)).map(|meter| meter.id.as_str()).collect();
+        let is_session = |key: &PeriodKey| session_meters.contains(&*key.meter_id);
+        let evidence = Evidence {
+            runs: &past.runs,
+            basis: &basis,
+            withdrawn: &withdrawn,
+            sessions: SessionChanges::find(&stored.windows, &priced.windows, &withdrawn, is_session),
+            current: current_digests(reference),
+        };
         let changes = reconcile::reconcile(stored.windows.clone(), &priced.windows, range, &evidence);
         Ok((changes, stored.windows.len() as u64))
     })?;
@@ -210,9 +233,9 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let files = splits.iter().zip(&keys.rows);
     let files = files.map(|(split, rows)| InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows: *rows });
     Ok(Plan {
-        range: resolved_range.range,
-        widened_from: resolved_range.widened_from,
-        reach: resolved_range.range.map(|_| reach),
+        range: whole,
+        widened_from: request.range.filter(|asked| Some(*asked) != whole),
+        reach: whole.map(|_| reach),
         events: seen.events,
         usage: seen.usage,
         changes,
@@ -302,6 +325,23 @@ struct Keys {
     rows: Vec<u64>,
 }
 
+/// read (keys) -> deduplicate
+fn read_keys(inputs: &Inputs<'_>, splits: &[Split], timeline: &mut Timeline<'_>) -> Result<Keys> {
+    let Inputs { job, source, threads, progress, .. } = *inputs;
+    let announced = splits.iter().map(|split| split.announced_rows).sum();
+    timeline.step("read keys", announced, || {
+        let visit = |scan: &mut KeyScan, _: usize, batch: &crate::source::EventBatch| {
+            batch.rows().for_each(|event| scan.visit(&job.deduplicate.key, &event));
+            Ok(())
+        };
+        let wanted = Wanted::Keys(&job.deduplicate.key);
+        let (scans, rows) = scan::scan(source, splits, wanted, threads, &|rows| progress.rows(rows), KeyScan::default, visit)?;
+        let (repeated, extent) = KeyScan::finish(scans);
+        let total = rows.iter().sum();
+        Ok((Keys { repeated, extent, rows }, total))
+    })
+}
+
 /// Merges the threads' work and decides about keys of several copies.
 fn merge<'c, 'r>(context: &'c Context<'r>, workers: Vec<Aggregator<'c, 'r>>) -> Aggregator<'c, 'r> {
     let mut workers = workers.into_iter();
@@ -311,6 +351,7 @@ fn merge<'c, 'r>(context: &'c Context<'r>, workers: Vec<Aggregator<'c, 'r>>) -> 
     seen.events.duplicates += held.duplicates;
     seen.events.out_of_range += held.out_of_range;
     held.into_copies().for_each(|copies| seen.resolve(&copies));
+    seen.close_sessions();
     seen.dead_letters.sort_by(|a, b| (&a.key, a.event_time, &a.detail).cmp(&(&b.key, b.event_time, &b.detail)));
     seen
 }

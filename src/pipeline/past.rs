@@ -11,7 +11,7 @@ use crate::config::Job;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodRow, StoredWindow, WindowKey};
 use crate::model::run::RunRecord;
 use crate::model::timestamp::Timestamp;
-use crate::model::window::Span;
+use crate::model::window::{Span, WindowKind};
 use crate::reference::Reference;
 use crate::source::{Part, Split};
 use crate::store::{AggregateStore, StoredDeadLetter};
@@ -138,11 +138,18 @@ impl Past {
             let in_scope = scope.customer.is_none()
                 && scope.tenant.as_ref().is_none_or(|tenant| *tenant == letter.key.tenant_id)
                 && scope.meter.as_ref().is_none_or(|meter| *meter == letter.key.meter_id);
-            let sizes = || reference.meters.iter().map(|meter| meter.window);
-            in_scope && letter.event_time.is_none_or(|t| sizes().all(|size| range.covers(size.window(t, job.timezone))))
+            let tumbling =
+                || reference.meters.iter().map(|meter| meter.window).filter(|window| matches!(window, WindowKind::Tumbling(_)));
+            let is_covered = |t| range.contains(t) && tumbling().all(|window| range.covers(window.slot(t, job.timezone)));
+            in_scope && letter.event_time.is_none_or(is_covered)
         };
         let open = self.dead_letters.iter().filter(|stored| stored.resolved_run_id.is_none()).map(|stored| &stored.letter);
         open.filter(|letter| is_covered(letter) && !again.contains(&letter.key)).map(|letter| letter.key.clone()).collect()
+    }
+
+    /// Stored rows whose window touches `span`.
+    pub fn windows(&self, store: Option<&dyn AggregateStore>, job: &Job, span: Span) -> Result<Vec<StoredWindow>> {
+        store.map_or(Ok(Vec::new()), |store| store.windows(&job.name, span))
     }
 
     /// Rows of the billing periods that the range touches.

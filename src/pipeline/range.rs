@@ -6,7 +6,7 @@ use super::enrich::Scope;
 use crate::config::Job;
 use crate::fault::configuration;
 use crate::model::timestamp::Timestamp;
-use crate::model::window::Span;
+use crate::model::window::{Span, WindowKind};
 use crate::reference::Reference;
 
 /// What somebody asks for.
@@ -15,12 +15,6 @@ pub struct Request {
     /// `None` for everything.
     pub range: Option<Span>,
     pub scope: Scope,
-}
-
-/// A range of whole windows.
-pub(super) struct Resolved {
-    pub range: Option<Span>,
-    pub widened_from: Option<Span>,
 }
 
 /// The range of whole windows for a request. Without one, it covers every event
@@ -34,24 +28,32 @@ pub(super) fn resolve(
     reference: &Reference,
     events: Option<(Timestamp, Timestamp)>,
     stored: Option<Span>,
-) -> Result<Resolved> {
+) -> Result<Option<Span>> {
     let scope = &request.scope;
     if let Some(meter) = scope.meter.as_ref().filter(|wanted| !reference.meters.iter().any(|meter| meter.id == **wanted)) {
         let known: Vec<_> = reference.meters.iter().map(|meter| meter.id.as_str()).collect();
         return Err(configuration(format!("--meter {meter}: there is no such meter (there are {})", known.join(", "))));
     }
-    let nanosecond_after = |t: Timestamp| Timestamp::from_nanos(t.nanos().saturating_add(1));
-    let events = events.map(|(first, last)| Span { start: first, end: nanosecond_after(last) });
+    let in_scope = || reference.meters.iter().filter(|meter| scope.meter.as_ref().is_none_or(|wanted| *wanted == meter.id));
     let widen = |asked: Span| {
-        let meters = reference.meters.iter().filter(|meter| scope.meter.as_ref().is_none_or(|wanted| *wanted == meter.id));
-        meters.map(|meter| meter.window.widen(asked, job.timezone)).reduce(Span::union).unwrap_or(asked)
+        let windows = in_scope().map(|meter| meter.window.widen(asked, job.timezone));
+        windows.reduce(Span::union).unwrap_or(asked)
     };
-    let range = match request.range {
+    let around = |(first, last): (Timestamp, Timestamp)| {
+        in_scope().map(|meter| meter.window.around_events(first, last, job.timezone)).reduce(Span::union)
+    };
+    Ok(match request.range {
         Some(asked) => Some(widen(asked)),
         // Stored windows are whole already: widening them again would reach further each time.
-        None => [events.map(widen), stored].into_iter().flatten().reduce(Span::union),
-    };
-    Ok(Resolved { range, widened_from: request.range.filter(|asked| Some(*asked) != range) })
+        None => [events.and_then(around), stored].into_iter().flatten().reduce(Span::union),
+    })
+}
+
+/// The range, widened to whole tumbling windows: doing it again changes nothing.
+pub(super) fn widen_tumbling(range: Span, job: &Job, reference: &Reference, scope: &Scope) -> Span {
+    let meters = reference.meters.iter().filter(|meter| scope.meter.as_ref().is_none_or(|wanted| *wanted == meter.id));
+    let tumbling = meters.filter(|meter| matches!(meter.window, WindowKind::Tumbling(_)));
+    tumbling.map(|meter| meter.window.widen(range, job.timezone)).fold(range, Span::union)
 }
 
 /// The span of every billing period that `range` touches.

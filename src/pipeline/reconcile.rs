@@ -8,8 +8,9 @@ use std::iter::Peekable;
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::aggregate::News;
 use super::price::PricedWindow;
+use super::sessions::SessionChanges;
+use super::state::News;
 use crate::model::aggregate::{
     Basis, Cause, Causes, Correction, CorrectionKind, PeriodKey, PeriodRow, StoredWindow, Text, WindowKey, WindowRow,
 };
@@ -49,6 +50,7 @@ pub struct Evidence<'e> {
     pub basis: &'e RunBasis,
     /// News of windows that lost events.
     pub withdrawn: &'e FxHashMap<WindowKey, News>,
+    pub sessions: SessionChanges,
     /// Current digests by id, for rows that are computed no more.
     pub current: CurrentDigests,
 }
@@ -73,7 +75,8 @@ enum Pair<'a> {
 /// `range` covers may change their usage; others may change their cost.
 pub fn reconcile(stored: Vec<StoredWindow>, computed: &[PricedWindow], range: Span, evidence: &Evidence<'_>) -> Reconciliation {
     let known = KnownBasis::of(&stored);
-    let pairs: Vec<_> = Pairs { stored: stored.into_iter().peekable(), computed: computed.iter().peekable() }.collect();
+    let pairs = Pairs { stored: stored.into_iter().peekable(), computed: computed.iter().peekable() };
+    let pairs: Vec<_> = pairs.flat_map(|pair| pair.unless_rebuilt(&evidence.sessions)).collect();
     let moved = moved_periods(&pairs);
     let mut out = Reconciliation::default();
     let replaced = replaced_slots(&pairs);
@@ -109,10 +112,33 @@ pub fn reconcile(stored: Vec<StoredWindow>, computed: &[PricedWindow], range: Sp
             Pair::Stored(_) | Pair::Computed(_) => out.stale_outside += 1,
         }
     }
+    out.keep_what_is_inserted_again(&evidence.sessions);
     out
 }
 
+impl Pair<'_> {
+    /// A session that was joined or split is not the one that began at the same time.
+    fn unless_rebuilt(self, sessions: &SessionChanges) -> impl Iterator<Item = Self> {
+        let (first, second) = match self {
+            Pair::Both(before, after) if sessions.rebuilt.contains(&after.row.key) => {
+                (Pair::Stored(before), Some(Pair::Computed(after)))
+            }
+            pair => (pair, None),
+        };
+        std::iter::once(first).chain(second)
+    }
+}
+
 impl Reconciliation {
+    /// The ledger retracts a session that was joined or split, and inserts what begins at the same
+    /// time; the store's row is written over.
+    fn keep_what_is_inserted_again(&mut self, sessions: &SessionChanges) {
+        if !sessions.rebuilt.is_empty() {
+            let upserted: FxHashSet<_> = self.upserts.iter().map(|row| &row.key).collect();
+            self.retractions.retain(|key| !upserted.contains(key));
+        }
+    }
+
     /// Whether every total can be told.
     ///
     /// # Errors
@@ -349,7 +375,10 @@ impl Judge<'_> {
 
     /// What came, was amended, voided or resolved in this window since the run before.
     fn news(&self, key: &WindowKey, mut news: News) -> Causes {
-        news.merge(self.evidence.withdrawn.get(key).copied().unwrap_or_default());
+        match self.evidence.sessions.news.get(key) {
+            Some(of_sessions) => news = *of_sessions,
+            None => news.merge(self.evidence.withdrawn.get(key).copied().unwrap_or_default()),
+        }
         let counts = [
             (Cause::LateEvent, news.late),
             (Cause::EventAmended, news.amended),

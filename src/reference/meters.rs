@@ -8,8 +8,9 @@ use super::definitions::{self, Located};
 use crate::config::ReferenceTable;
 use crate::model::decimal::Decimal;
 use crate::model::digest::Digest;
-use crate::model::meter::{Aggregation, ChargeOn, Comparison, Filter, FilterTest, FilterValue, Meter};
-use crate::model::window::WindowSize;
+use crate::model::expression::Expression;
+use crate::model::meter::{Aggregation, ChargeOn, Comparison, Filter, FilterTest, FilterValue, Input, Meter};
+use crate::model::window::{Hopping, Length, WindowKind, WindowSize};
 
 /// A meter as people write it. Unknown keys are errors.
 #[derive(Debug, Deserialize)]
@@ -27,9 +28,17 @@ struct RawMeter {
     charge_on: Option<String>,
     #[serde(default, deserialize_with = "boolean")]
     unpriced: bool,
-    expression: Option<Value>,
-    multiplier: Option<Value>,
-    operation_property: Option<Value>,
+    expression: Option<String>,
+    multiplier: Option<Decimal>,
+    operation_property: Option<String>,
+}
+
+/// A window that is no tumbling one.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case")]
+enum RawWindow {
+    Hopping { size: String, advance: String },
+    Session { gap: String },
 }
 
 #[derive(Debug, Deserialize)]
@@ -64,31 +73,26 @@ pub(super) fn read(table: &ReferenceTable, window: WindowSize) -> Result<Vec<Met
 
 fn validate(row: &Located<RawMeter>, default_window: WindowSize) -> Result<Meter> {
     let raw = &row.value;
-    for (key, value) in
-        [("expression", &raw.expression), ("multiplier", &raw.multiplier), ("operation_property", &raw.operation_property)]
-    {
-        if value.is_some() {
-            return Err(row.error(format!("`{key}` of meter `{}` is not available in this version", raw.meter_id)));
-        }
-    }
     let aggregation = named(&Aggregation::NAMES, &raw.aggregation)
         .ok_or_else(|| row.error(unknown("aggregation", &raw.aggregation, &Aggregation::NAMES)))?;
-    let property = raw.property.clone().filter(|property| !property.is_empty());
-    match (aggregation, &property) {
-        (Aggregation::Count, Some(_)) => {
-            return Err(row.error("aggregation count counts events: remove `property`, or filter with op exists"));
-        }
-        (Aggregation::Count, None) | (_, Some(_)) => {}
-        (_, None) => return Err(row.error(format!("aggregation {} needs `property`", raw.aggregation))),
+    let input = input(row, aggregation)?;
+    let operation_property = given(&raw.operation_property);
+    if operation_property.is_some() && aggregation != Aggregation::CountUnique {
+        return Err(row.error(format!("operation_property belongs to count_unique, not to {}", raw.aggregation)));
     }
-    let window = match &raw.window {
-        None => default_window,
-        Some(Value::String(name)) => WindowSize::parse(name)
-            .ok_or_else(|| row.error(unknown("window", name, WindowSize::NAMES.get(..9).unwrap_or_default())))?,
-        Some(other) => {
-            return Err(row.error(format!("window {other} is not available in this version: use a tumbling one, such as hour")));
-        }
+    let multiplier = match (aggregation, raw.multiplier) {
+        (Aggregation::SumWithMultiplier, Some(multiplier)) => multiplier,
+        (Aggregation::SumWithMultiplier, None) => return Err(row.error("aggregation sum_with_multiplier needs `multiplier`")),
+        (_, None) => Decimal::ONE,
+        (_, Some(_)) => return Err(row.error(format!("multiplier belongs to sum_with_multiplier, not to {}", raw.aggregation))),
     };
+    let window = window(row, default_window)?;
+    if aggregation == Aggregation::WeightedSum && !matches!(window, WindowKind::Tumbling(_)) {
+        return Err(row.error("weighted_sum needs a tumbling window, such as day: a level lasts, whatever events come"));
+    }
+    if matches!(window, WindowKind::Hopping(_)) && !raw.unpriced {
+        return Err(row.error("hopping windows overlap and are for usage only: declare the meter `unpriced: true`"));
+    }
     let charge_on = match raw.charge_on.as_deref() {
         None => ChargeOn::Period,
         Some(name) => named(&ChargeOn::NAMES, name).ok_or_else(|| row.error(unknown("charge_on", name, &ChargeOn::NAMES)))?,
@@ -101,13 +105,16 @@ fn validate(row: &Located<RawMeter>, default_window: WindowSize) -> Result<Meter
     }
     let digest = Digest::new("meter")
         .text(&raw.event_name)
-        .text(&format!("{aggregation:?} {property:?} {filters:?} {dimensions:?} {window:?} {charge_on:?}"))
+        .text(&input_text(&input))
+        .text(&format!("{aggregation:?} {multiplier} {operation_property:?} {filters:?} {dimensions:?} {window:?} {charge_on:?}"))
         .hex();
     Ok(Meter {
         id: raw.meter_id.clone(),
         event_name: raw.event_name.clone(),
         aggregation,
-        property,
+        input,
+        operation_property,
+        multiplier,
         filters,
         dimensions,
         window,
@@ -115,6 +122,67 @@ fn validate(row: &Located<RawMeter>, default_window: WindowSize) -> Result<Meter
         unpriced: raw.unpriced,
         digest,
     })
+}
+
+fn given(text: &Option<String>) -> Option<String> {
+    text.clone().filter(|text| !text.is_empty())
+}
+
+fn input(row: &Located<RawMeter>, aggregation: Aggregation) -> Result<Input> {
+    let raw = &row.value;
+    match (aggregation, given(&raw.property), given(&raw.expression)) {
+        (Aggregation::Count, None, None) => Ok(Input::Event),
+        (Aggregation::Count, ..) => {
+            Err(row.error("aggregation count counts events: remove `property` and `expression`, or filter with op exists"))
+        }
+        (_, Some(_), Some(_)) => Err(row.error("`property` and `expression` exclude each other: keep one")),
+        (_, None, None) => Err(row.error(format!("aggregation {} needs `property`", raw.aggregation))),
+        (_, Some(property), None) => Ok(Input::Property(property)),
+        (aggregation, None, Some(_)) if aggregation.is_of_values() => {
+            Err(row.error(format!("aggregation {} counts values of a `property`, not of an expression", raw.aggregation)))
+        }
+        (_, None, Some(text)) => {
+            let parsed = Expression::parse(&text);
+            parsed.map(Input::Expression).map_err(|error| row.error(format!("expression `{text}` cannot be read: {error}")))
+        }
+    }
+}
+
+/// What of an input can change a quantity.
+fn input_text(input: &Input) -> String {
+    match input {
+        Input::Event => String::new(),
+        Input::Property(property) => format!("property {property}"),
+        Input::Expression(expression) => format!("expression {}", expression.text()),
+    }
+}
+
+fn window(row: &Located<RawMeter>, default: WindowSize) -> Result<WindowKind> {
+    let names = WindowSize::NAMES.get(..9).unwrap_or_default();
+    let length = |key: &str, text: &str| {
+        Length::parse(text).ok_or_else(|| row.error(format!("{key} `{text}` is no length such as 15m, 1h or 1d")))
+    };
+    let written = match &row.value.window {
+        None | Some(Value::Null) => return Ok(WindowKind::Tumbling(default)),
+        Some(Value::String(name)) => {
+            let size = WindowSize::parse(name).ok_or_else(|| row.error(unknown("window", name, names)))?;
+            return Ok(WindowKind::Tumbling(size));
+        }
+        Some(other) => serde_json::from_value::<RawWindow>(other.clone()).map_err(|error| {
+            row.error(format!(
+                "window {other}: {error}: use a name such as hour, {{hopping: {{size: 1h, advance: 15m}}}} or {{session: {{gap: 30m}}}}"
+            ))
+        })?,
+    };
+    match written {
+        RawWindow::Hopping { size, advance } => {
+            let hopping = Hopping::new(length("size", &size)?, length("advance", &advance)?);
+            hopping
+                .map(WindowKind::Hopping)
+                .map_err(|error| row.error(format!("hopping window of {size} every {advance}: {error}")))
+        }
+        RawWindow::Session { gap } => Ok(WindowKind::Session { gap_nanos: length("gap", &gap)?.nominal_nanos() }),
+    }
 }
 
 fn validate_filter(row: &Located<RawMeter>, raw: &RawFilter) -> Result<Filter> {

@@ -17,7 +17,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use crate::config::Job;
 use crate::fault::configuration;
 use crate::model::digest::Digest;
-use crate::model::meter::Meter;
+use crate::model::meter::{Aggregation, Meter};
 use crate::model::price::Price;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{BillingCycle, Span};
@@ -156,6 +156,46 @@ impl Reference {
             (None, _) => Err(Unbound::NoActiveSubscription),
             (Some(_), Some(_)) => Err(Unbound::Ambiguous),
         }
+    }
+
+    /// Whether a meter (of this id, or any) keeps a level over time.
+    pub fn has_levels(&self, meter: Option<&str>) -> bool {
+        let mut levels = self.meters.iter().filter(|meter| meter.aggregation == Aggregation::WeightedSum);
+        levels.any(|level| meter.is_none_or(|wanted| wanted == level.id))
+    }
+
+    /// The price of usage at an instant: `Some(None)` where the meter may go without,
+    /// `None` where there is not exactly one.
+    pub fn price_at(
+        &self,
+        subscription: &Subscription,
+        meter: usize,
+        t: Timestamp,
+        dimensions: &[(&str, String)],
+    ) -> Option<Option<usize>> {
+        match self.price(self.candidates(&subscription.plan_id, meter), &subscription.currency, t, dimensions) {
+            Ok(price) => Some(Some(price)),
+            Err(_) if self.meters.get(meter).is_some_and(|meter| meter.unpriced) => Some(None),
+            Err(_) => None,
+        }
+    }
+
+    /// Until when a level counts under the price that it has at `t`: to the end of the
+    /// billing period, of the subscription or of the price, or until another price fits better.
+    pub fn level_end(
+        &self,
+        subscription: &Subscription,
+        meter: usize,
+        t: Timestamp,
+        period: Span,
+        dimensions: &[(&str, String)],
+    ) -> Timestamp {
+        let price = self.price_at(subscription, meter, t, dimensions);
+        let end = period.end.min(subscription.active.end);
+        let candidates = self.candidates(&subscription.plan_id, meter).iter().filter_map(|price| self.prices.get(*price));
+        let bounds = candidates.flat_map(|price| [price.valid.start, price.valid.end]);
+        let changes = |at: &Timestamp| *at > t && *at < end && self.price_at(subscription, meter, *at, dimensions) != price;
+        bounds.filter(changes).min().unwrap_or(end)
     }
 
     /// Prices of a meter on a plan.

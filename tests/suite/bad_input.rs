@@ -530,14 +530,35 @@ fn wrong_meters_are_refused_by_row() {
                 "aggregation `median` is unknown: use one of count, sum",
             ),
             ("  - {meter_id: m, event_name: e, aggregation: sum}", "aggregation sum needs `property`"),
-            ("  - {meter_id: m, event_name: e, aggregation: count, property: p}", "remove `property`"),
+            ("  - {meter_id: m, event_name: e, aggregation: count, property: p}", "remove `property` and `expression`"),
             ("  - {meter_id: m, event_name: e, aggregation: count, window: 2h}", "window `2h` is unknown"),
             (
-                "  - {meter_id: m, event_name: e, aggregation: count, window: {session: {gap: 30m}}}",
-                "not available in this version",
+                "  - {meter_id: m, event_name: e, aggregation: count, window: {session: {gap: soon}}}",
+                "gap `soon` is no length such as 15m",
             ),
+            ("  - {meter_id: m, event_name: e, aggregation: count, window: {sliding: {size: 1h}}}", "`sliding`"),
+            (
+                "  - {meter_id: m, event_name: e, aggregation: count, window: {hopping: {size: 1h, advance: 30m}}}",
+                "declare the meter `unpriced: true`",
+            ),
+            (
+                "  - {meter_id: m, event_name: e, aggregation: count, unpriced: true, window: {hopping: {size: 1h, advance: 7m}}}",
+                "does not divide a day",
+            ),
+            (
+                "  - {meter_id: m, event_name: e, aggregation: weighted_sum, property: p, window: {session: {gap: 1h}}}",
+                "weighted_sum needs a tumbling window",
+            ),
+            ("  - {meter_id: m, event_name: e, aggregation: sum_with_multiplier, property: p}", "needs `multiplier`"),
+            ("  - {meter_id: m, event_name: e, aggregation: sum, property: p, multiplier: \"2\"}", "multiplier belongs to"),
+            (
+                "  - {meter_id: m, event_name: e, aggregation: sum, property: p, operation_property: op}",
+                "operation_property belongs to count_unique",
+            ),
+            ("  - {meter_id: m, event_name: e, aggregation: sum, property: p, expression: a + b}", "exclude each other"),
+            ("  - {meter_id: m, event_name: e, aggregation: sum, expression: a + }", "expression `a +` cannot be read"),
+            ("  - {meter_id: m, event_name: e, aggregation: count_unique, expression: a + b}", "not of an expression"),
             ("  - {meter_id: m, event_name: e, aggregation: count, charge_on: month}", "charge_on `month` is unknown"),
-            ("  - {meter_id: m, event_name: e, aggregation: sum, expression: a + b}", "`expression`"),
             ("  - {meter_id: m, event_name: e, aggregation: count, dimensions: [a, a]}", "dimension `a` is named twice"),
             ("  - {meter_id: m, event_name: e, aggregation: count, filter: []}", "filter"),
             (
@@ -590,7 +611,20 @@ fn wrong_prices_are_refused_by_row() {
             "`rate_percent` does not belong",
         ),
         ("price_id: b, valid_from: 2026-01-02, model: per_units, unit_amount: \"1\"", "model `per_units` is unknown"),
-        ("price_id: b, valid_from: 2026-01-02, model: flat, amount: \"1\"", "model flat is not available"),
+        ("price_id: b, valid_from: 2026-01-02, model: flat", "model flat needs `amount`"),
+        ("price_id: b, valid_from: 2026-01-02, model: dynamic, unit_amount: \"1\"", "(it takes multiplier)"),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: graduated_percentage, tiers: [{up_to: null, unit_amount: \"1\"}]",
+            "tier 1 has unit_amount; tiers of graduated_percentage have rate_percent",
+        ),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: percentage, rate_percent: \"1\", free_events: \"1.5\"",
+            "free_events 1.5 must be a whole number",
+        ),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: percentage, rate_percent: \"1\", free_events: \"1\"",
+            "they need aggregation sum, and meter `api_calls` has another one",
+        ),
         (
             "price_id: b, valid_from: 2026-01-02, model: package, package_size: \"0\", amount: \"1\"",
             "package_size must be greater than zero",
@@ -627,7 +661,22 @@ fn wrong_prices_are_refused_by_row() {
             "price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", match: {region: eu}",
             "`region`, which is no dimension of meter `api_calls`",
         ),
-        ("price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", minimum_amount: \"5\"", "`minimum_amount`"),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", minimum_amount: \"5\", maximum_amount: \"4\"",
+            "minimum_amount 5 is above maximum_amount 4",
+        ),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", commitment: {amount: \"5\", factor: \"2\"}",
+            "factor",
+        ),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", transform: {operation: divide, factor: \"0\"}",
+            "transform.factor must be greater than zero",
+        ),
+        (
+            "price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", transform: {operation: divide, factor: \"2\", rounding: half_even}",
+            "transform.rounding `half_even` must be",
+        ),
         ("price_id: b, valid_from: 2026-01-02, model: per_unit, unit_amount: \"1\", unit_price: \"5\"", "unit_price"),
     ];
     let rows: Vec<_> = bad.iter().map(|(row, says)| (format!("  - {{{PRICE}, {row}}}"), *says)).collect();

@@ -12,4 +12,5 @@ mod kafka;
 mod kafka_topic;
 mod parts;
 mod promises;
+mod reference;
 mod support;

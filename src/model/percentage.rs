@@ -1,0 +1,237 @@
+//! Percentage prices that charge by event: a fixed amount, least and greatest fees,
+//! free events and a free amount, in the order of time.
+//!
+//! As [Lago](https://docs.getlago.com/guide/plans/charges/charge-models/percentage)
+//! has it: where both a number of events and an amount are free, an event is free as
+//! far as both allow.
+
+use super::decimal::{Decimal, DecimalError, DecimalSum};
+use super::timestamp::Timestamp;
+
+/// A percentage price.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Percentage {
+    pub rate_percent: Decimal,
+    /// Charged for each event that is not free as a whole.
+    pub fixed_amount_per_event: Decimal,
+    pub free_events: Option<u64>,
+    pub free_amount: Option<Decimal>,
+    pub minimum_amount_per_event: Option<Decimal>,
+    pub maximum_amount_per_event: Option<Decimal>,
+}
+
+impl Percentage {
+    /// Whether the quantity and the number of events do not tell the price.
+    pub fn needs_transactions(&self) -> bool {
+        let is_clamped = self.minimum_amount_per_event.is_some() || self.maximum_amount_per_event.is_some();
+        let is_free_by_amount = self.free_amount.is_some() && !self.fixed_amount_per_event.is_zero();
+        is_clamped || is_free_by_amount || self.free_events.is_some()
+    }
+
+    /// How many of the first events of an accumulation must be known one by one.
+    fn listed(&self) -> usize {
+        match (self.free_events, self.free_amount) {
+            (Some(events), _) => usize::try_from(events).unwrap_or(usize::MAX),
+            (None, Some(_)) => usize::MAX,
+            (None, None) => 0,
+        }
+    }
+
+    /// The cost of a quantity from so many events, where no transactions are needed.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`].
+    pub fn cost(&self, quantity: Decimal, events: u64) -> Result<Decimal, DecimalError> {
+        let charged = match self.free_amount {
+            Some(free) if !quantity.is_negative() => quantity.checked_sub(free)?.max(Decimal::ZERO),
+            _ => quantity,
+        };
+        let fixed = self.fixed_amount_per_event.checked_mul(Decimal::from_u64(events))?;
+        self.rate_of(charged)?.checked_add(fixed)
+    }
+
+    /// The cost of an accumulation by its events.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`].
+    pub fn cost_of(&self, transactions: &Transactions) -> Result<Decimal, DecimalError> {
+        let mut charges = transactions.rest;
+        let mut free_left = self.free_amount;
+        let mut first: Vec<_> = transactions.first.iter().collect();
+        first.sort_unstable();
+        for (at, transaction) in (0u64..).zip(first) {
+            let value = transaction.value;
+            let counts_free = self.free_events.is_none_or(|events| at < events);
+            let allowed = if counts_free { free_left.unwrap_or(value) } else { Decimal::ZERO };
+            let free = if self.free_amount.is_some() { value.max(Decimal::ZERO).min(allowed) } else { allowed };
+            free_left = free_left.map(|left| left.checked_sub(free)).transpose()?;
+            if !(counts_free && value <= allowed) {
+                charges.add(value.checked_sub(free)?, self)?;
+            }
+        }
+        if self.minimum_amount_per_event.is_some() || self.maximum_amount_per_event.is_some() {
+            return charges.fees.total();
+        }
+        let fixed = self.fixed_amount_per_event.checked_mul(Decimal::from_u64(charges.events))?;
+        self.rate_of(charges.value.total()?)?.checked_add(fixed)
+    }
+
+    fn rate_of(&self, amount: Decimal) -> Result<Decimal, DecimalError> {
+        amount.mul_div(self.rate_percent, Decimal::from_u64(100))
+    }
+
+    /// What one event costs, of which `charged` is not free.
+    fn fee(&self, charged: Decimal) -> Result<Decimal, DecimalError> {
+        let fee = self.rate_of(charged)?.checked_add(self.fixed_amount_per_event)?;
+        let fee = self.minimum_amount_per_event.map_or(fee, |least| fee.max(least));
+        Ok(self.maximum_amount_per_event.map_or(fee, |most| fee.min(most)))
+    }
+}
+
+/// One event, in the order in which allowances are used up.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Transaction {
+    pub timestamp: Timestamp,
+    pub ingested_at: Timestamp,
+    pub id: Box<str>,
+    pub value: Decimal,
+}
+
+/// The events of an accumulation, as far as a price must know them one by one: the
+/// first ones as they are, the rest as sums. Whatever the order of adding and merging.
+#[derive(Debug, Clone, Default)]
+pub struct Transactions {
+    first: std::collections::BinaryHeap<Transaction>,
+    rest: Charges,
+}
+
+/// Sums over events that are charged as a whole.
+#[derive(Debug, Clone, Copy, Default)]
+struct Charges {
+    value: DecimalSum,
+    events: u64,
+    fees: DecimalSum,
+}
+
+impl Charges {
+    fn add(&mut self, charged: Decimal, price: &Percentage) -> Result<(), DecimalError> {
+        self.value.add(charged);
+        self.events += 1;
+        self.fees.add(price.fee(charged)?);
+        Ok(())
+    }
+}
+
+impl Transactions {
+    /// # Errors
+    /// [`DecimalError::Overflow`] where the event's own fee overflows.
+    pub fn add(&mut self, transaction: Transaction, price: &Percentage) -> Result<(), DecimalError> {
+        let listed = price.listed();
+        if listed == 0 {
+            return self.rest.add(transaction.value, price);
+        }
+        self.first.push(transaction);
+        if self.first.len() > listed
+            && let Some(later) = self.first.pop()
+        {
+            self.rest.add(later.value, price)?;
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// As [`Transactions::add`].
+    pub fn merge(&mut self, other: &Transactions, price: &Percentage) -> Result<(), DecimalError> {
+        self.rest.value.merge(other.rest.value);
+        self.rest.events += other.rest.events;
+        self.rest.fees.merge(other.rest.fees);
+        other.first.iter().try_for_each(|transaction| self.add(transaction.clone(), price))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn d(text: &str) -> Decimal {
+        text.parse().unwrap()
+    }
+
+    fn lago() -> Percentage {
+        Percentage {
+            rate_percent: d("1.2"),
+            fixed_amount_per_event: d("0.10"),
+            free_events: Some(3),
+            free_amount: Some(d("500")),
+            minimum_amount_per_event: None,
+            maximum_amount_per_event: None,
+        }
+    }
+
+    fn cost(price: &Percentage, values: &[i64]) -> String {
+        let mut transactions = Transactions::default();
+        for (at, value) in (0..).zip(values) {
+            transactions.add(transaction(at, *value), price).unwrap();
+        }
+        price.cost_of(&transactions).unwrap().to_string()
+    }
+
+    fn transaction(at: i64, value: i64) -> Transaction {
+        let timestamp = Timestamp::from_nanos(at);
+        Transaction { timestamp, ingested_at: timestamp, id: "".into(), value: d(&value.to_string()) }
+    }
+
+    #[test]
+    fn events_and_amounts_are_free_as_far_as_both_allow() {
+        // The example of Lago's documentation.
+        assert_eq!(cost(&lago(), &[200, 100, 100, 50]), "0.7");
+        // The amount is used up first: 100 of the third event are charged.
+        assert_eq!(cost(&lago(), &[200, 200, 200]), "1.3");
+        assert_eq!(cost(&Percentage { free_events: None, ..lago() }, &[200, 200, 200, 10]), "1.52");
+        assert_eq!(cost(&Percentage { free_amount: None, ..lago() }, &[1000, 1000, 1000, 10]), "0.22");
+        assert_eq!(cost(&Percentage { free_amount: None, free_events: None, ..lago() }, &[10, -10]), "0.2");
+    }
+
+    #[test]
+    fn fees_are_held_between_bounds() {
+        let price = Percentage {
+            minimum_amount_per_event: Some(d("1")),
+            maximum_amount_per_event: Some(d("3")),
+            free_events: Some(1),
+            free_amount: None,
+            ..lago()
+        };
+        assert_eq!(cost(&price, &[5, 10, 1000]), "4");
+    }
+
+    proptest! {
+        /// Promise 2: only the set of events matters.
+        #[test]
+        fn merging_in_any_order_gives_the_same(
+            (values, shuffled) in proptest::collection::vec(-50i64..500, 1..30).prop_flat_map(|values| {
+                let numbered: Vec<_> = (0i64..).zip(values).collect();
+                (Just(numbered.clone()), Just(numbered).prop_shuffle())
+            }),
+            free_events in proptest::option::of(0u64..6),
+            free_amount in proptest::option::of(0i64..600),
+            minimum in proptest::option::of(0i64..3),
+        ) {
+            let price = Percentage {
+                free_events,
+                free_amount: free_amount.map(|amount| d(&amount.to_string())),
+                minimum_amount_per_event: minimum.map(|amount| d(&amount.to_string())),
+                ..lago()
+            };
+            let mut whole = Transactions::default();
+            values.iter().for_each(|(at, value)| whole.add(transaction(*at, *value), &price).unwrap());
+            let mut merged = Transactions::default();
+            for part in shuffled.chunks(4) {
+                let mut some = Transactions::default();
+                part.iter().for_each(|(at, value)| some.add(transaction(*at, *value), &price).unwrap());
+                merged.merge(&some, &price).unwrap();
+            }
+            prop_assert_eq!(price.cost_of(&whole), price.cost_of(&merged));
+        }
+    }
+}

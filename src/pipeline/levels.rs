@@ -1,0 +1,122 @@
+//! Levels that are carried from one billing period, or one price, into the next.
+//!
+//! A `weighted_sum` meter keeps a level for each subscription and combination of
+//! dimensions. The states of its windows know by how much the level changed; here the
+//! level that is left at each beginning is added to the first window there.
+
+use std::collections::BTreeMap;
+
+use rustc_hash::FxHashMap;
+
+use super::state::{Interner, NO_PRICE, News, StateKey, WindowState, index};
+use crate::model::decimal::DecimalSum;
+use crate::model::meter::{Aggregation, Meter};
+use crate::model::timestamp::Timestamp;
+use crate::model::window::Span;
+use crate::reference::{Reference, Subscription};
+
+/// The level of one subscription, meter and combination of dimensions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct LevelKey {
+    subscription: u32,
+    meter: u32,
+    dimensions: u32,
+}
+
+/// From where on a level lasts under one price: the billing period, and the price.
+type Segment = (Timestamp, u32);
+
+/// What the events of one segment do to the level.
+#[derive(Debug, Clone, Copy, Default)]
+struct Change {
+    level: DecimalSum,
+    news: News,
+}
+
+/// Adds the carried levels to `windows`, for all segments that begin before `horizon`.
+pub fn carry_in(
+    windows: &mut FxHashMap<StateKey, WindowState>,
+    dimensions: &Interner,
+    reference: &Reference,
+    horizon: impl Fn(&Subscription) -> Timestamp,
+    timezone: chrono_tz::Tz,
+) {
+    let is_level = |meter: &Meter| meter.aggregation == Aggregation::WeightedSum;
+    let mut levels: FxHashMap<LevelKey, BTreeMap<Segment, Change>> = FxHashMap::default();
+    for (key, state) in windows.iter() {
+        if !reference.meters.get(key.meter as usize).is_some_and(is_level) {
+            continue;
+        }
+        let level = LevelKey { subscription: key.subscription, meter: key.meter, dimensions: key.dimensions };
+        let change = levels.entry(level).or_default().entry((key.period_start, key.price)).or_default();
+        change.level.merge(state.accumulator.level_change());
+        change.news.merge(state.news);
+    }
+    for (key, changes) in levels {
+        let (Some(subscription), Some(meter)) =
+            (reference.subscriptions.get(key.subscription as usize), reference.meters.get(key.meter as usize))
+        else {
+            continue;
+        };
+        let end = horizon(subscription).min(subscription.active.end);
+        let walk = Walk { key, reference, subscription, meter, dimensions: &dimensions.text(key.dimensions), timezone };
+        walk.carry(changes, end, windows);
+    }
+}
+
+/// Goes from segment to segment of one level.
+struct Walk<'w> {
+    key: LevelKey,
+    reference: &'w Reference,
+    subscription: &'w Subscription,
+    meter: &'w Meter,
+    dimensions: &'w str,
+    timezone: chrono_tz::Tz,
+}
+
+impl Walk<'_> {
+    fn carry(&self, mut changes: BTreeMap<Segment, Change>, end: Timestamp, windows: &mut FxHashMap<StateKey, WindowState>) {
+        let Some(mut at) = changes.keys().next().map(|(period_start, _)| *period_start) else { return };
+        at = at.max(self.subscription.active.start);
+        let values: BTreeMap<&str, &serde_json::value::RawValue> = serde_json::from_str(self.dimensions).unwrap_or_default();
+        let values: Vec<_> = values.into_iter().map(|(name, value)| (name, value.get().to_owned())).collect();
+        let meter = self.key.meter as usize;
+        let mut carried = Change::default();
+        while at < end {
+            let period = self.subscription.cycle.period(at);
+            let until = self.reference.level_end(self.subscription, meter, at, period, &values);
+            if let Some(price) = self.reference.price_at(self.subscription, meter, at, &values) {
+                let price = price.map_or(NO_PRICE, index);
+                if !carried.level.is_zero() {
+                    self.add(carried, at, (period, until), price, windows);
+                }
+                if let Some(change) = changes.remove(&(period.start, price)) {
+                    carried.level.merge(change.level);
+                    carried.news.merge(change.news);
+                }
+            }
+            at = until;
+        }
+    }
+
+    fn add(
+        &self,
+        carried: Change,
+        at: Timestamp,
+        (period, until): (Span, Timestamp),
+        price: u32,
+        windows: &mut FxHashMap<StateKey, WindowState>,
+    ) {
+        let window = self.meter.window.slot(at, self.timezone);
+        let LevelKey { subscription, meter, dimensions } = self.key;
+        let key = StateKey { subscription, meter, price, dimensions, period_start: period.start, window_start: window.start };
+        let of_price = self.reference.prices.get(price as usize);
+        let state = windows.entry(key).or_insert_with(|| WindowState::new(self.meter, of_price, window, period));
+        state.accumulator.carry_in(carried.level, until.nanos().saturating_sub(at.nanos()));
+        let mut contribution = b"carried in".to_vec();
+        contribution.extend_from_slice(&carried.level.to_le_bytes());
+        contribution.extend_from_slice(&at.nanos().to_le_bytes());
+        state.events_digest.add(&contribution);
+        state.news.merge(carried.news);
+    }
+}

@@ -1,0 +1,214 @@
+//! What is known about windows while events are read: mergeable, whatever the order.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rustc_hash::FxHashMap;
+
+use super::accumulator::{Accumulator, Moment};
+use super::enrich::Value;
+use crate::model::aggregate::Text;
+use crate::model::decimal::DecimalError;
+use crate::model::digest::SetDigest;
+use crate::model::meter::Meter;
+use crate::model::percentage::{Percentage, Transaction, Transactions};
+use crate::model::price::Price;
+use crate::model::timestamp::Timestamp;
+use crate::model::window::{Span, WindowKind};
+
+/// The key of a window's state: indexes into the reference tables instead of names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct StateKey {
+    pub subscription: u32,
+    pub meter: u32,
+    /// [`NO_PRICE`] for usage without a price.
+    pub price: u32,
+    pub dimensions: u32,
+    pub period_start: Timestamp,
+    pub window_start: Timestamp,
+}
+
+/// The price index of usage without a price.
+pub const NO_PRICE: u32 = u32::MAX;
+
+/// Every reference table is small enough for 32-bit indexes.
+pub fn index(at: usize) -> u32 {
+    u32::try_from(at).unwrap_or(NO_PRICE)
+}
+
+/// What is known about one window.
+#[derive(Debug, Clone)]
+pub struct WindowState {
+    pub window_end: Timestamp,
+    pub period_end: Timestamp,
+    pub event_count: u64,
+    pub events_digest: SetDigest,
+    pub accumulator: Accumulator,
+    /// Of prices that must know events one by one.
+    pub transactions: Option<Box<Transactions>>,
+    pub news: News,
+}
+
+impl WindowState {
+    pub fn new(meter: &Meter, price: Option<&Price>, window: Span, period: Span) -> Self {
+        WindowState {
+            window_end: window.end,
+            period_end: period.end,
+            event_count: 0,
+            events_digest: SetDigest::default(),
+            accumulator: Accumulator::new(meter),
+            transactions: price.and_then(Price::transactions).map(|_| Box::default()),
+            news: News::default(),
+        }
+    }
+
+    /// Counts one event; `contribution` is what it adds to the digest.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`] where the event's fee overflows: it is not counted.
+    pub fn count(
+        &mut self,
+        value: &Value<'_>,
+        moment: Moment<'_>,
+        price: Option<&Percentage>,
+        contribution: &[u8],
+        news: News,
+    ) -> Result<(), DecimalError> {
+        if let (Some(transactions), Some(price), Value::Number(value)) = (&mut self.transactions, price, value) {
+            let Moment { timestamp, ingested_at, id, .. } = moment;
+            transactions.add(Transaction { timestamp, ingested_at, id: id.into(), value: *value }, price)?;
+        }
+        self.accumulator.add(value, moment);
+        self.event_count += 1;
+        self.events_digest.add(contribution);
+        self.news.merge(news);
+        Ok(())
+    }
+
+    /// Adds what another state has counted.
+    pub fn merge(&mut self, other: &WindowState, price: Option<&Percentage>) {
+        self.window_end = self.window_end.max(other.window_end);
+        self.event_count += other.event_count;
+        self.events_digest.merge(other.events_digest);
+        self.accumulator.merge(&other.accumulator);
+        self.news.merge(other.news);
+        if let (Some(ours), Some(theirs), Some(price)) = (&mut self.transactions, &other.transactions, price) {
+            // Every fee was computed before: none overflows now.
+            let _ = ours.merge(theirs, price);
+        }
+    }
+}
+
+/// Events of a window that the run before did not count the same way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct News {
+    pub late: u64,
+    pub amended: u64,
+    pub voided: u64,
+    pub resolved: u64,
+}
+
+impl News {
+    pub fn merge(&mut self, other: News) {
+        self.late += other.late;
+        self.amended += other.amended;
+        self.voided += other.voided;
+        self.resolved += other.resolved;
+    }
+}
+
+/// The sessions of one accumulation by the time of their first event. Events closer
+/// than the gap are in one session, in whatever order they come.
+#[derive(Debug, Default)]
+pub struct Sessions(BTreeMap<Timestamp, Session>);
+
+#[derive(Debug)]
+struct Session {
+    last: Timestamp,
+    state: WindowState,
+}
+
+impl Sessions {
+    /// Adds a part of a session, from its first to its last event.
+    pub fn add(&mut self, first: Timestamp, last: Timestamp, state: WindowState, gap: i64, price: Option<&Percentage>) {
+        let (mut first, mut session) = (first, Session { last, state });
+        // A later one that the part reaches, and an earlier one that reaches the part.
+        let reaches = |last: Timestamp, next: Timestamp| next.nanos().saturating_sub(last.nanos()) < gap;
+        loop {
+            let before = self.0.range(..=session.last).next_back().map(|(start, known)| (*start, known.last));
+            let joined = before.filter(|(_, last)| reaches(*last, first)).map(|(start, _)| start).or_else(|| {
+                let after = self.0.range(session.last..).next().map(|(start, _)| *start);
+                after.filter(|start| reaches(session.last, *start))
+            });
+            let Some((start, other)) = joined.and_then(|start| self.0.remove_entry(&start)) else { break };
+            first = first.min(start);
+            session.last = session.last.max(other.last);
+            session.state.merge(&other.state, price);
+        }
+        self.0.insert(first, session);
+    }
+
+    pub fn merge(&mut self, other: Sessions, gap: i64, price: Option<&Percentage>) {
+        for (first, session) in other.0 {
+            self.add(first, session.last, session.state, gap, price);
+        }
+    }
+
+    /// The sessions as windows.
+    pub fn into_windows(self, gap: i64) -> impl Iterator<Item = (Timestamp, WindowState)> {
+        self.0.into_iter().map(move |(first, session)| {
+            let window_end = Timestamp::from_nanos(session.last.nanos().saturating_add(gap));
+            (first, WindowState { window_end, ..session.state })
+        })
+    }
+}
+
+/// Texts by number.
+#[derive(Debug, Default)]
+pub struct Interner {
+    numbers: FxHashMap<Text, u32>,
+    texts: Vec<Text>,
+}
+
+impl Interner {
+    pub fn intern(&mut self, text: &str) -> u32 {
+        if let Some(number) = self.numbers.get(text) {
+            return *number;
+        }
+        let number = index(self.texts.len());
+        let text: Text = Arc::from(text);
+        self.texts.push(Arc::clone(&text));
+        self.numbers.insert(text, number);
+        number
+    }
+
+    pub fn text(&self, number: u32) -> Text {
+        self.texts.get(number as usize).cloned().unwrap_or_else(|| Arc::from(""))
+    }
+
+    /// All texts, in the order of their numbers.
+    pub fn texts(&self) -> &[Text] {
+        &self.texts
+    }
+}
+
+/// Windows found before: calendar arithmetic in a zone costs more than a look-up.
+#[derive(Debug, Default)]
+pub struct WindowCache {
+    slots: FxHashMap<(WindowKind, i64), Span>,
+}
+
+impl WindowCache {
+    pub fn window(&mut self, kind: WindowKind, t: Timestamp, timezone: chrono_tz::Tz) -> Span {
+        let Some(length) = kind.nominal_nanos() else { return kind.slot(t, timezone) };
+        let slot = (kind, t.nanos().div_euclid(length));
+        match self.slots.get(&slot) {
+            Some(window) if window.contains(t) => *window,
+            _ => {
+                let window = kind.slot(t, timezone);
+                self.slots.insert(slot, window);
+                window
+            }
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Billing periods without usage in which something is due all the same: flat amounts,
+//! minimums, commitments.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use rustc_hash::FxHashSet;
+
+use super::names::Names;
+use super::state::{Interner, StateKey, index};
+use crate::model::aggregate::{PeriodKey, PeriodRow, Text};
+use crate::model::decimal::Decimal;
+use crate::model::meter::ChargeOn;
+use crate::model::price::{Price, Usage};
+use crate::model::properties::write_json_text;
+use crate::model::window::Span;
+use crate::reference::{Reference, Subscription};
+
+/// Adds a row for every active subscription and price that is due without usage.
+///
+/// # Errors
+/// Where a cost overflows.
+pub fn add_periods(
+    periods: &mut Vec<PeriodRow>,
+    reference: &Reference,
+    names: &Names,
+    range: Span,
+    wants: impl Fn(&Subscription, &Price) -> bool,
+) -> Result<()> {
+    let of = |key: &PeriodKey| (key.tenant_id.clone(), key.subscription_id.clone(), key.price_id.clone(), key.period_start);
+    let used: FxHashSet<_> = periods.iter().map(|row| of(&row.key)).collect();
+    for (price_index, price) in reference.prices.iter().enumerate() {
+        let Some(meter) = reference.meters.iter().position(|meter| meter.id == price.meter_id) else { continue };
+        // A price of single windows is due in no period without one.
+        if reference.meters.get(meter).is_none_or(|meter| meter.charge_on == ChargeOn::Window) || !may_be_due(price)? {
+            continue;
+        }
+        for (subscription_index, subscription) in reference.subscriptions.iter().enumerate() {
+            let fits = price.plan_id == subscription.plan_id && price.currency.code == subscription.currency;
+            if !fits || !wants(subscription, price) {
+                continue;
+            }
+            for period in periods_in(subscription, range).into_iter().filter(|period| is_due(*period, subscription, price)) {
+                let state = StateKey {
+                    subscription: index(subscription_index),
+                    meter: index(meter),
+                    price: index(price_index),
+                    dimensions: 0,
+                    period_start: period.start,
+                    window_start: period.start,
+                };
+                let key = PeriodKey { dimensions: matched_dimensions(price), ..names.period_key(&state, &Interner::default()) };
+                if !used.contains(&of(&key)) {
+                    let row = row(key, period, subscription, price, &names.of(&state).customer);
+                    periods.extend(row.with_context(|| format!("price `{}` of no usage", price.id))?);
+                }
+            }
+        }
+    }
+    periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+    Ok(())
+}
+
+/// Whether no usage can cost anything in a whole period.
+fn may_be_due(price: &Price) -> Result<bool> {
+    let whole = crate::model::price::Share::WHOLE;
+    let cost = price.cost(Usage::NONE, whole).with_context(|| format!("price `{}` of no usage", price.id))?;
+    Ok(!cost.is_zero() || price.options.minimum_amount.is_some() || price.options.commitment.is_some())
+}
+
+/// The row of a period without usage; `None` where nothing is due.
+fn row(key: PeriodKey, period: Span, subscription: &Subscription, price: &Price, customer: &Text) -> Result<Option<PeriodRow>> {
+    let share = price.share(period, subscription.active);
+    let cost = price.cost(Usage::NONE, share)?;
+    let adjustments = price.adjustments(cost, share)?;
+    let due = cost.checked_add(adjustments.total()?)?;
+    if cost.is_zero() && due.is_zero() {
+        return Ok(None);
+    }
+    Ok(Some(PeriodRow {
+        key,
+        customer_id: customer.clone(),
+        period_end: period.end,
+        quantity: Decimal::ZERO,
+        cost,
+        minimum_adjustment: adjustments.minimum,
+        commitment_adjustment: adjustments.commitment,
+        amount: due.round(price.currency.minor_digits)?,
+        currency: Arc::from(subscription.currency.as_str()),
+    }))
+}
+
+/// Whether a price and an active subscription meet in a period.
+fn is_due(period: Span, subscription: &Subscription, price: &Price) -> bool {
+    let start = period.start.max(subscription.active.start).max(price.valid.start);
+    start < period.end.min(subscription.active.end).min(price.valid.end)
+}
+
+/// The billing periods of a subscription that a range touches.
+fn periods_in(subscription: &Subscription, range: Span) -> Vec<Span> {
+    // Before the subscription there is nothing to find, however long the range.
+    let mut at = range.start.max(subscription.cycle.period(subscription.active.start).start);
+    let mut periods = Vec::new();
+    while at < range.end.min(subscription.active.end) {
+        let period = subscription.cycle.period(at);
+        at = period.end;
+        periods.push(period);
+    }
+    periods
+}
+
+fn matched_dimensions(price: &Price) -> Text {
+    let mut json = String::from("{");
+    for (name, value) in &price.matches {
+        if json.len() > 1 {
+            json.push(',');
+        }
+        write_json_text(name, &mut json);
+        json.push(':');
+        json.push_str(value);
+    }
+    json.push('}');
+    Arc::from(json)
+}
