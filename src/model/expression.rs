@@ -12,7 +12,7 @@ use exmex::{BinOp, MakeOperators, Operator, ops_factory};
 use super::decimal::{Decimal, DecimalError, Rounding};
 
 /// A value, or why there is none.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 struct Exact(Result<Decimal, ExpressionError>);
 
 /// Why an expression has no value.

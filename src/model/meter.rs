@@ -95,7 +95,7 @@ pub enum Input {
     Event,
     /// The property with this path.
     Property(String),
-    Expression(Expression),
+    Expression(Box<Expression>),
 }
 
 /// A condition on one property. All filters of a meter must pass.

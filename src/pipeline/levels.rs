@@ -33,14 +33,16 @@ struct Change {
     news: News,
 }
 
-/// Adds the carried levels to `windows`, for all segments that begin before `horizon`.
+/// Adds the carried levels to `windows`, for all billing periods that begin before the
+/// end of `range`. Returns the end of the last window that it touched.
 pub fn carry_in(
     windows: &mut FxHashMap<StateKey, WindowState>,
     dimensions: &Interner,
     reference: &Reference,
-    horizon: impl Fn(&Subscription) -> Timestamp,
+    range: Span,
     timezone: chrono_tz::Tz,
-) {
+) -> Option<Timestamp> {
+    let mut last_end = None;
     let is_level = |meter: &Meter| meter.aggregation == Aggregation::WeightedSum;
     let mut levels: FxHashMap<LevelKey, BTreeMap<Segment, Change>> = FxHashMap::default();
     for (key, state) in windows.iter() {
@@ -58,10 +60,12 @@ pub fn carry_in(
         else {
             continue;
         };
-        let end = horizon(subscription).min(subscription.active.end);
+        let last = Timestamp::from_nanos(range.end.nanos().saturating_sub(1));
+        let end = subscription.cycle.period(last).end.min(subscription.active.end);
         let walk = Walk { key, reference, subscription, meter, dimensions: &dimensions.text(key.dimensions), timezone };
-        walk.carry(changes, end, windows);
+        last_end = last_end.max(walk.carry(changes, end, windows));
     }
+    last_end
 }
 
 /// Goes from segment to segment of one level.
@@ -75,8 +79,15 @@ struct Walk<'w> {
 }
 
 impl Walk<'_> {
-    fn carry(&self, mut changes: BTreeMap<Segment, Change>, end: Timestamp, windows: &mut FxHashMap<StateKey, WindowState>) {
-        let Some(mut at) = changes.keys().next().map(|(period_start, _)| *period_start) else { return };
+    /// Returns the end of the last window that it touched.
+    fn carry(
+        &self,
+        mut changes: BTreeMap<Segment, Change>,
+        end: Timestamp,
+        windows: &mut FxHashMap<StateKey, WindowState>,
+    ) -> Option<Timestamp> {
+        let (mut at, _) = *changes.keys().next()?;
+        let mut last_end = None;
         at = at.max(self.subscription.active.start);
         let values: BTreeMap<&str, &serde_json::value::RawValue> = serde_json::from_str(self.dimensions).unwrap_or_default();
         let values: Vec<_> = values.into_iter().map(|(name, value)| (name, value.get().to_owned())).collect();
@@ -88,7 +99,7 @@ impl Walk<'_> {
             if let Some(price) = self.reference.price_at(self.subscription, meter, at, &values) {
                 let price = price.map_or(NO_PRICE, index);
                 if !carried.level.is_zero() {
-                    self.add(carried, at, (period, until), price, windows);
+                    last_end = Some(self.add(carried, at, (period, until), price, windows));
                 }
                 if let Some(change) = changes.remove(&(period.start, price)) {
                     carried.level.merge(change.level);
@@ -97,8 +108,10 @@ impl Walk<'_> {
             }
             at = until;
         }
+        last_end
     }
 
+    /// Adds a level to the window where its segment begins; returns the end of that.
     fn add(
         &self,
         carried: Change,
@@ -106,7 +119,7 @@ impl Walk<'_> {
         (period, until): (Span, Timestamp),
         price: u32,
         windows: &mut FxHashMap<StateKey, WindowState>,
-    ) {
+    ) -> Timestamp {
         let window = self.meter.window.slot(at, self.timezone);
         let LevelKey { subscription, meter, dimensions } = self.key;
         let key = StateKey { subscription, meter, price, dimensions, period_start: period.start, window_start: window.start };
@@ -118,5 +131,6 @@ impl Walk<'_> {
         contribution.extend_from_slice(&at.nanos().to_le_bytes());
         state.events_digest.add(&contribution);
         state.news.merge(carried.news);
+        window.end
     }
 }

@@ -152,7 +152,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         None => range::resolve(request, job, reference, keys.extent, past.extent)?,
     };
     // Rows without a time may be all there is: they are still accounted for.
-    let range = whole.unwrap_or(EMPTY);
+    let mut range = whole.unwrap_or(EMPTY);
     let reach = range::reach(range, reference, &request.scope);
 
     // read -> enrich -> aggregate
@@ -188,10 +188,11 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let mut windows = std::mem::take(&mut seen.windows);
     let mut priced = timeline.step("price", None, || {
         if levels {
-            // Without a range that somebody asked for, a level lasts into the period of the last event.
-            let last = keys.extent.map(|(_, last)| last).filter(|_| request.range.is_none());
-            let horizon = |subscription: &Subscription| last.map_or(reach.end, |last| subscription.cycle.period(last).end);
-            levels::carry_in(&mut windows, &seen.dimensions, reference, horizon, job.timezone);
+            let last = levels::carry_in(&mut windows, &seen.dimensions, reference, range, job.timezone);
+            // Nobody asked for an end: what a level costs later in its period belongs to it.
+            if let Some(last) = last.filter(|last| request.range.is_none() && *last > range.end) {
+                range.end = last;
+            }
         }
         let rows = windows.len() as u64;
         let mut priced = price::price(windows, &seen.dimensions, reference, &names, range, job.timezone)?;
@@ -233,8 +234,8 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let files = splits.iter().zip(&keys.rows);
     let files = files.map(|(split, rows)| InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows: *rows });
     Ok(Plan {
-        range: whole,
-        widened_from: request.range.filter(|asked| Some(*asked) != whole),
+        range: whole.map(|_| range),
+        widened_from: request.range.filter(|asked| whole.is_some_and(|whole| *asked != whole)),
         reach: whole.map(|_| reach),
         events: seen.events,
         usage: seen.usage,

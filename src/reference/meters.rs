@@ -97,6 +97,9 @@ fn validate(row: &Located<RawMeter>, default_window: WindowSize) -> Result<Meter
         None => ChargeOn::Period,
         Some(name) => named(&ChargeOn::NAMES, name).ok_or_else(|| row.error(unknown("charge_on", name, &ChargeOn::NAMES)))?,
     };
+    if matches!(window, WindowKind::Hopping(_)) && charge_on != ChargeOn::Period {
+        return Err(row.error("hopping windows overlap: their sum is no usage, so charge_on must be period"));
+    }
     let filters = raw.filters.iter().map(|filter| validate_filter(row, filter)).collect::<Result<Vec<_>>>()?;
     let mut dimensions = raw.dimensions.clone();
     dimensions.sort();
@@ -143,7 +146,7 @@ fn input(row: &Located<RawMeter>, aggregation: Aggregation) -> Result<Input> {
         }
         (_, None, Some(text)) => {
             let parsed = Expression::parse(&text);
-            parsed.map(Input::Expression).map_err(|error| row.error(format!("expression `{text}` cannot be read: {error}")))
+            parsed.map(Box::new).map(Input::Expression).map_err(|error| row.error(format!("expression `{text}` cannot be read: {error}")))
         }
     }
 }
