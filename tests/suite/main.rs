@@ -7,6 +7,7 @@ mod causes;
 mod commands;
 mod deployment;
 mod golden;
+mod histories;
 mod inputs;
 mod kafka;
 mod kafka_topic;
