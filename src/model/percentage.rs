@@ -42,10 +42,7 @@ impl Percentage {
     /// # Errors
     /// [`DecimalError::Overflow`].
     pub fn cost(&self, quantity: Decimal, events: u64) -> Result<Decimal, DecimalError> {
-        let charged = match self.free_amount {
-            Some(free) if !quantity.is_negative() => quantity.checked_sub(free)?.max(Decimal::ZERO),
-            _ => quantity,
-        };
+        let charged = self.beyond_free(quantity)?;
         let fixed = self.fixed_amount_per_event.checked_mul(Decimal::from_u64(events))?;
         self.rate_of(charged)?.checked_add(fixed)
     }
@@ -56,17 +53,25 @@ impl Percentage {
     /// [`DecimalError::Overflow`].
     pub fn cost_of(&self, transactions: &Transactions) -> Result<Decimal, DecimalError> {
         let mut charges = transactions.rest;
-        let mut free_left = self.free_amount;
+        let mut running = DecimalSum::default();
         let mut first: Vec<_> = transactions.first.iter().collect();
         first.sort_unstable();
         for (at, transaction) in (0u64..).zip(first) {
-            let value = transaction.value;
-            let counts_free = self.free_events.is_none_or(|events| at < events);
-            let allowed = if counts_free { free_left.unwrap_or(value) } else { Decimal::ZERO };
-            let free = if self.free_amount.is_some() { value.max(Decimal::ZERO).min(allowed) } else { allowed };
-            free_left = free_left.map(|left| left.checked_sub(free)).transpose()?;
-            if !(counts_free && value <= allowed) {
-                charges.add(value.checked_sub(free)?, self)?;
+            let before = self.beyond_free(running.total()?)?;
+            running.add(transaction.value);
+            let after = running.total()?;
+            let has_allowance = self.free_events.is_none_or(|events| at < events);
+            let is_free = has_allowance && self.free_amount.is_none_or(|free| after <= free);
+            let charged = match (has_allowance, self.free_amount) {
+                (false, _) => transaction.value,
+                (true, None) => Decimal::ZERO,
+                (true, Some(_)) => self.beyond_free(after)?.checked_sub(before)?,
+            };
+            if is_free {
+                charges.value.add(charged);
+                charges.fees.add(self.rate_of(charged)?);
+            } else {
+                charges.add(charged, self)?;
             }
         }
         if self.minimum_amount_per_event.is_some() || self.maximum_amount_per_event.is_some() {
@@ -74,6 +79,14 @@ impl Percentage {
         }
         let fixed = self.fixed_amount_per_event.checked_mul(Decimal::from_u64(charges.events))?;
         self.rate_of(charges.value.total()?)?.checked_add(fixed)
+    }
+
+    /// What of a running total the free amount does not hold.
+    fn beyond_free(&self, total: Decimal) -> Result<Decimal, DecimalError> {
+        match self.free_amount {
+            Some(free) if !total.is_negative() => Ok(total.checked_sub(free)?.max(Decimal::ZERO)),
+            _ => Ok(total),
+        }
     }
 
     fn rate_of(&self, amount: Decimal) -> Result<Decimal, DecimalError> {
@@ -189,6 +202,8 @@ mod tests {
         // The amount is used up first: 100 of the third event are charged.
         assert_eq!(cost(&lago(), &[200, 200, 200]), "1.3");
         assert_eq!(cost(&Percentage { free_events: None, ..lago() }, &[200, 200, 200, 10]), "1.52");
+        // A credit takes back what was charged, down to the free amount.
+        assert_eq!(cost(&Percentage { free_events: None, ..lago() }, &[450, 100, -80, 10]), "0.1");
         assert_eq!(cost(&Percentage { free_amount: None, ..lago() }, &[1000, 1000, 1000, 10]), "0.22");
         assert_eq!(cost(&Percentage { free_amount: None, free_events: None, ..lago() }, &[10, -10]), "0.2");
     }

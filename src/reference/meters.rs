@@ -146,7 +146,10 @@ fn input(row: &Located<RawMeter>, aggregation: Aggregation) -> Result<Input> {
         }
         (_, None, Some(text)) => {
             let parsed = Expression::parse(&text);
-            parsed.map(Box::new).map(Input::Expression).map_err(|error| row.error(format!("expression `{text}` cannot be read: {error}")))
+            parsed
+                .map(Box::new)
+                .map(Input::Expression)
+                .map_err(|error| row.error(format!("expression `{text}` cannot be read: {error}")))
         }
     }
 }
