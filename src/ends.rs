@@ -1,13 +1,16 @@
 //! The two ends of a job, opened: its source and its store; and one whole run
 //! between them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
 use crate::config::{Job, Keep, Source, Store};
-use crate::fault::configuration;
-use crate::pipeline::{Inputs, Observer, Plan, Published, Request, plan};
+use crate::fault::{FaultKind, configuration, fault};
+use crate::model::run::{InputFile, RunRecord};
+use crate::pipeline::draft::Draft;
+use crate::pipeline::saved::{SavedPlan, stale};
+use crate::pipeline::{self, Inputs, Observer, Plan, Published, Request, plan};
 use crate::reference::Reference;
 use crate::source::EventSource;
 use crate::source::clickhouse::ClickHouseSource;
@@ -15,7 +18,7 @@ use crate::source::files::FileSource;
 use crate::source::kafka::{KafkaSource, Snapshot};
 use crate::store::AggregateStore;
 use crate::store::clickhouse::ClickHouseStore;
-use crate::store::lock::Lock;
+use crate::store::lock::{Holder, Lock};
 use crate::store::sqlite::SqliteStore;
 
 /// How a run is done.
@@ -35,25 +38,101 @@ pub struct RunOptions<'o> {
 pub fn run(job: &Job, request: &Request, options: &RunOptions<'_>) -> Result<Published> {
     let reference = Reference::load(job)?;
     reference.check_scope(request.scope.tenant.as_deref(), request.scope.customer.as_deref())?;
-    let _lock = Lock::take(&lock_path(job), &job.name)?;
+    let lock = Lock::take(&lock_path(job), &job.name, Some(request), options.yes)?;
+    let result = run_locked(job, &reference, request, options);
+    // Only an end that was not its own is to be resumed.
+    let is_interrupted = result.as_ref().err().and_then(crate::fault::kind).is_some_and(FaultKind::is_interruption);
+    if !is_interrupted {
+        lock.finish();
+    }
+    result
+}
+
+fn run_locked(job: &Job, reference: &Reference, request: &Request, options: &RunOptions<'_>) -> Result<Published> {
     let mut store = write_store(job)?;
     let (source, request) = match options.snapshot {
         None => (source(job)?, request.clone()),
         Some(run_id) => snapshot(job, &*store, run_id, request)?,
     };
-    let inputs = Inputs {
-        job,
-        reference: &reference,
-        source: &*source,
-        store: Some(&*store),
-        threads: options.threads,
-        progress: options.progress,
-    };
+    let inputs =
+        Inputs { job, reference, source: &*source, store: Some(&*store), threads: options.threads, progress: options.progress };
     let plan = plan(&inputs, &request)?;
     if !options.yes {
         plan.check_guard(job)?;
     }
+    crate::interrupt::check()?;
     plan.publish(job, &mut *store)
+}
+
+/// What an interrupted run of the job wanted.
+///
+/// # Errors
+/// Where somebody is at it now.
+pub fn interrupted(job: &Job) -> Result<Option<Holder>> {
+    Lock::interrupted(&lock_path(job), &job.name)
+}
+
+/// Publishes a saved plan, exactly as it is, or not at all.
+///
+/// # Errors
+/// A stale fault (exit code 7) that says what moved; a guard fault.
+pub fn apply(job: &Job, path: &Path, saved: SavedPlan, yes: bool) -> Result<RunRecord> {
+    let reference = Reference::load(job)?;
+    let lock = Lock::take(&lock_path(job), &job.name, None, yes)?;
+    let result = (|| {
+        let mut store = write_store(job)?;
+        let files = input_files(job, &reference, &saved)?;
+        let moved = saved.moved(&job.name, &pipeline::basis(job, &reference, &saved.request.scope), &files, &*store)?;
+        if !moved.is_empty() {
+            return Err(stale(path, &moved));
+        }
+        if let Some(refusal) = saved.guard.as_ref().filter(|_| !yes) {
+            return Err(fault(
+                FaultKind::Guard,
+                format!("{refusal}; approve the plan with `trueup apply {} --yes`", path.display()),
+            ));
+        }
+        crate::interrupt::check()?;
+        let runs = store.runs(&job.name)?;
+        let publication = saved.draft.into_publication(&job.name, &runs);
+        store.publish(&publication)?;
+        Ok(publication.run)
+    })();
+    lock.finish();
+    result
+}
+
+/// The inputs as they are now, for the range of a saved plan.
+fn input_files(job: &Job, reference: &Reference, saved: &SavedPlan) -> Result<Vec<InputFile>> {
+    let selection = pipeline::selection(&saved.request, saved.draft.range, reference);
+    let then: rustc_hash::FxHashMap<_, _> = saved.draft.input.files.iter().map(|file| (&file.name, file.rows)).collect();
+    let splits = source(job)?.splits(&selection)?;
+    let file = |split: &crate::source::Split| {
+        let rows = split.announced_rows.or_else(|| then.get(&split.label()).copied()).unwrap_or_default();
+        InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows }
+    };
+    Ok(splits.iter().map(file).collect())
+}
+
+/// Publishes work by hand as a run of its own. `make` gets the runs so far.
+///
+/// # Errors
+/// Whatever the work or the store cannot do; nothing is written then.
+pub fn by_hand<T>(
+    job: &Job,
+    make: impl FnOnce(&dyn AggregateStore, &[RunRecord]) -> Result<Option<(Draft, T)>>,
+) -> Result<Option<(RunRecord, T)>> {
+    let lock = Lock::take(&lock_path(job), &job.name, None, false)?;
+    let result = (|| {
+        let mut store = write_store(job)?;
+        let runs = store.runs(&job.name)?;
+        let Some((draft, result)) = make(&*store, &runs)? else { return Ok(None) };
+        let publication = draft.into_publication(&job.name, &runs);
+        store.publish(&publication)?;
+        Ok(Some((publication.run, result)))
+    })();
+    lock.finish();
+    result
 }
 
 /// Computes what a run would change, and writes nothing. Gives the store too, if
@@ -114,7 +193,7 @@ fn snapshot(job: &Job, store: &dyn AggregateStore, run_id: &str, request: &Reque
     let run = run.ok_or_else(|| error(format!("job {} has no such run: `trueup runs` lists them", job.name)))?;
     let source = kafka_source(job, Some(Snapshot::of(run)))?;
     let range = run.range.ok_or_else(|| error("that run found nothing to compute".to_owned()))?;
-    Ok((Box::new(source), Request { range: Some(range), scope: request.scope.clone() }))
+    Ok((Box::new(source), Request { range: Some(range), ..request.clone() }))
 }
 
 /// The store for reading, if there is one.

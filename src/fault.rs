@@ -7,20 +7,37 @@ pub enum FaultKind {
     Configuration,
     /// A promise would be broken; nothing was published.
     Invariant,
+    /// Part of a publication is written; the rest can be resumed.
+    Partial,
     /// Another run of the same job holds the lock.
     LockHeld,
-    /// The change is larger than the job's guard allows.
+    /// A saved plan no longer holds.
+    Stale,
+    /// The change is larger than the job's guard allows, or needs to be approved.
     Guard,
+    /// Somebody asked the process to end: SIGINT.
+    Interrupted,
+    /// SIGTERM.
+    Terminated,
 }
 
 impl FaultKind {
+    /// Whether the process was asked to end.
+    pub fn is_interruption(self) -> bool {
+        matches!(self, FaultKind::Interrupted | FaultKind::Terminated)
+    }
+
     /// The exit code of the command line contract.
     pub fn exit_code(self) -> u8 {
         match self {
             FaultKind::Configuration => 2,
             FaultKind::Invariant => 4,
+            FaultKind::Partial => 5,
             FaultKind::LockHeld => 6,
+            FaultKind::Stale => 7,
             FaultKind::Guard => 8,
+            FaultKind::Interrupted => 130,
+            FaultKind::Terminated => 143,
         }
     }
 }

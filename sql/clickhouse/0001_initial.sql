@@ -13,8 +13,8 @@ CREATE TABLE IF NOT EXISTS usage_windows (
     meter_id            String,
     price_id            String,
     dimensions          String,
-    window_start        DateTime64(3, 'UTC'),
-    window_end          DateTime64(3, 'UTC'),
+    window_start        DateTime64(9, 'UTC'),
+    window_end          DateTime64(9, 'UTC'),
     period_start        DateTime64(3, 'UTC'),
     period_end          DateTime64(3, 'UTC'),
     quantity            Decimal(38, 18),
@@ -71,7 +71,7 @@ CREATE TABLE IF NOT EXISTS corrections (
     price_id           String,
     dimensions         String,
     period_start       DateTime64(3, 'UTC'),
-    window_start       DateTime64(3, 'UTC'),
+    window_start       DateTime64(9, 'UTC'),
     currency           LowCardinality(String),
     kind               LowCardinality(String),
     causes             String,
@@ -81,7 +81,26 @@ CREATE TABLE IF NOT EXISTS corrections (
     cost_after         Nullable(Decimal(38, 18)),
     event_count_before Nullable(UInt64),
     event_count_after  Nullable(UInt64),
+    replaced           String,
     recorded_at        DateTime64(3, 'UTC')
+) ENGINE = ReplacingMergeTree
+ORDER BY (job, correction_id)
+SETTINGS non_replicated_deduplication_window = 10000;
+
+-- The ledger of usage_periods: each row as it was and as it is, as JSON.
+CREATE TABLE IF NOT EXISTS period_corrections (
+    correction_id   String,
+    run_id          LowCardinality(String),
+    job             String,
+    tenant_id       String,
+    subscription_id String,
+    meter_id        String,
+    price_id        String,
+    dimensions      String,
+    period_start    DateTime64(3, 'UTC'),
+    row_before      String,
+    row_after       String,
+    recorded_at     DateTime64(3, 'UTC')
 ) ENGINE = ReplacingMergeTree
 ORDER BY (job, correction_id)
 SETTINGS non_replicated_deduplication_window = 10000;
@@ -147,4 +166,8 @@ SELECT * FROM dead_letters FINAL;
 -- Only what was published.
 CREATE VIEW IF NOT EXISTS corrections_current AS
 SELECT * FROM corrections FINAL
+WHERE (job, run_id) IN (SELECT job, run_id FROM runs FINAL WHERE stage = 2);
+
+CREATE VIEW IF NOT EXISTS period_corrections_current AS
+SELECT * FROM period_corrections FINAL
 WHERE (job, run_id) IN (SELECT job, run_id FROM runs FINAL WHERE stage = 2);

@@ -66,7 +66,7 @@ CREATE TABLE corrections (
     period_start       TEXT    NOT NULL,
     window_start       TEXT    NOT NULL,
     currency           TEXT    NOT NULL,
-    kind               TEXT    NOT NULL CHECK (kind IN ('insert', 'update', 'retract')),
+    kind               TEXT    NOT NULL CHECK (kind IN ('insert', 'update', 'retract', 'adjust')),
     causes             TEXT    NOT NULL, -- JSON: {"late_event": 3}
     quantity_before    TEXT,
     quantity_after     TEXT,
@@ -74,7 +74,24 @@ CREATE TABLE corrections (
     cost_after         TEXT,
     event_count_before INTEGER,
     event_count_after  INTEGER,
+    replaced           TEXT    NOT NULL, -- JSON of the row that was there before, '' for none: a run can be taken back
     recorded_at        TEXT    NOT NULL
+) WITHOUT ROWID;
+
+-- The ledger of usage_periods: each row as it was and as it is, as JSON. Append-only too.
+CREATE TABLE period_corrections (
+    correction_id   TEXT NOT NULL PRIMARY KEY,
+    run_id          TEXT NOT NULL,
+    job             TEXT NOT NULL,
+    tenant_id       TEXT NOT NULL,
+    subscription_id TEXT NOT NULL,
+    meter_id        TEXT NOT NULL,
+    price_id        TEXT NOT NULL,
+    dimensions      TEXT NOT NULL,
+    period_start    TEXT NOT NULL,
+    row_before      TEXT NOT NULL, -- '' for none
+    row_after       TEXT NOT NULL, -- '' for none
+    recorded_at     TEXT NOT NULL
 ) WITHOUT ROWID;
 
 CREATE INDEX corrections_by_key ON corrections (job, tenant_id, subscription_id, meter_id, window_start);

@@ -3,11 +3,11 @@
 use anyhow::Result;
 use rustc_hash::FxHashMap;
 
-use crate::model::aggregate::{Cause, Values, WindowKey};
+use crate::model::aggregate::{Cause, CorrectionKind, PeriodKey, PeriodRow, Values, WindowKey};
 use crate::model::run::{LedgerChain, LedgerLine};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
-use crate::store::AggregateStore;
+use crate::store::{AggregateStore, PeriodEntry};
 
 /// Something that the ledger does not bear out.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -29,7 +29,7 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
     let mut chains: FxHashMap<String, LedgerChain> = FxHashMap::default();
     let mut previous = "";
     for run in &runs {
-        chains.insert(run.run_id.clone(), LedgerChain::new(previous, &run.run_id));
+        chains.insert(run.run_id.clone(), LedgerChain::new(previous, run));
         previous = &run.ledger_digest;
     }
     let order: FxHashMap<&str, usize> = runs.iter().enumerate().map(|(at, run)| (run.run_id.as_str(), at)).collect();
@@ -62,10 +62,14 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
                 &window_start,
                 &entry.kind,
                 &entry.causes,
+                &entry.replaced,
             ],
             before: entry.before,
             after: entry.after,
         });
+        if entry.kind == CorrectionKind::Adjust.name() {
+            return Ok(());
+        }
         let known = match entry.after {
             Some(after) => rows.insert(entry.key.clone(), after),
             None => rows.remove(&entry.key),
@@ -77,18 +81,81 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
         }
         Ok(())
     })?;
+    let mut periods: FxHashMap<PeriodKey, PeriodRow> = FxHashMap::default();
+    store.period_ledger(job, &mut |entry| {
+        let mut find = |problem: String| {
+            findings.push(Finding { table: "period_corrections", row: entry.correction_id.clone(), problem });
+        };
+        match chains.get_mut(&entry.run_id) {
+            Some(chain) => chain.texts(&[&entry.before, &entry.after]),
+            None => find(format!("belongs to run {}, which is not in runs", entry.run_id)),
+        }
+        if let Err(error) = replay_period(&mut periods, &entry) {
+            find(error);
+        }
+        Ok(())
+    })?;
     for run in &runs {
         let digest = chains.remove(&run.run_id).map(LedgerChain::finish);
         if digest.as_deref() != Some(run.ledger_digest.as_str()) {
             findings.push(Finding {
                 table: "runs",
                 row: run.run_id.clone(),
-                problem: "its ledger digest does not match its corrections: a row was altered, added or removed".to_owned(),
+                problem: "its ledger digest does not match the run and its corrections: a row was altered, added or removed"
+                    .to_owned(),
             });
         }
     }
     compare_with_table(store, job, rows, &mut findings)?;
+    compare_periods(store, job, periods, &mut findings)?;
     Ok(findings)
+}
+
+/// Applies a change of `usage_periods` to the rows so far.
+fn replay_period(rows: &mut FxHashMap<PeriodKey, PeriodRow>, entry: &PeriodEntry) -> Result<(), String> {
+    let row = |json: &str| -> Result<Option<PeriodRow>, String> {
+        if json.is_empty() {
+            return Ok(None);
+        }
+        serde_json::from_str(json).map(Some).map_err(|error| format!("holds no row: {error}"))
+    };
+    let (before, after) = (row(&entry.before)?, row(&entry.after)?);
+    let Some(key) = after.as_ref().or(before.as_ref()).map(|row| row.key.clone()) else {
+        return Err("holds no row".to_owned());
+    };
+    match after {
+        Some(after) => rows.insert(key, after),
+        None => rows.remove(&key),
+    };
+    Ok(())
+}
+
+fn compare_periods(
+    store: &dyn AggregateStore,
+    job: &str,
+    mut replayed: FxHashMap<PeriodKey, PeriodRow>,
+    findings: &mut Vec<Finding>,
+) -> Result<()> {
+    let everything = Span { start: Timestamp::MIN, end: Timestamp::MAX };
+    for stored in store.periods(job, everything)? {
+        let problem = match replayed.remove(&stored.key) {
+            Some(row) if row == stored => continue,
+            Some(row) => format!(
+                "holds quantity {}, cost {} and amount {}, the ledger says {}, {} and {}",
+                stored.quantity, stored.cost, stored.amount, row.quantity, row.cost, row.amount
+            ),
+            None => "is not in the ledger".to_owned(),
+        };
+        findings.push(Finding { table: "usage_periods", row: describe_period(&stored.key), problem });
+    }
+    let mut missing: Vec<_> = replayed.into_keys().collect();
+    missing.sort();
+    findings.extend(missing.iter().map(|key| Finding {
+        table: "usage_periods",
+        row: describe_period(key),
+        problem: "is in the ledger, but not in the table".to_owned(),
+    }));
+    Ok(())
 }
 
 fn compare_with_table(
@@ -120,9 +187,17 @@ fn compare_with_table(
     Ok(())
 }
 
-/// A row's key for people.
+/// A window's key for people.
 pub fn describe(key: &WindowKey) -> String {
-    let period = &key.period;
+    format!("{} / {}", describe_accumulation(&key.period), key.window_start)
+}
+
+/// A billing period's key for people.
+pub fn describe_period(key: &PeriodKey) -> String {
+    format!("{} / period {}", describe_accumulation(key), key.period_start)
+}
+
+fn describe_accumulation(period: &PeriodKey) -> String {
     let mut text = format!("{} / {} / {}", period.tenant_id, period.subscription_id, period.meter_id);
     if &*period.dimensions != "{}" {
         text.push_str(&format!(" {}", period.dimensions));
@@ -130,5 +205,5 @@ pub fn describe(key: &WindowKey) -> String {
     if !period.price_id.is_empty() {
         text.push_str(&format!(" / {}", period.price_id));
     }
-    format!("{text} / {}", key.window_start)
+    text
 }

@@ -66,7 +66,7 @@ pub fn execute(session: &Session, arguments: &DeadLetterArguments) -> Result<u8>
     letters.retain(|stored| {
         let key = &stored.letter.key;
         (arguments.all || stored.resolved_run_id.is_none())
-            && arguments.reason.as_ref().is_none_or(|reason| reason == key.reason)
+            && arguments.reason.as_ref().is_none_or(|reason| reason == key.reason.name())
             && arguments.tenant.as_ref().is_none_or(|tenant| *tenant == key.tenant_id)
     });
     match session.format {
@@ -86,7 +86,7 @@ fn document(stored: &StoredDeadLetter) -> Letter<'_> {
         tenant_id: &key.tenant_id,
         event_id: &key.event_id,
         meter_id: Some(key.meter_id.as_str()).filter(|meter| !meter.is_empty()),
-        reason: key.reason,
+        reason: key.reason.name(),
         detail: &stored.letter.detail,
         event: &stored.letter.event,
         event_time: stored.letter.event_time.map(|t| t.to_string()),
@@ -104,7 +104,7 @@ fn text(job: &Job, letters: &[StoredDeadLetter]) -> Result<String> {
     }
     let mut by_reason: BTreeMap<&str, Vec<&StoredDeadLetter>> = BTreeMap::new();
     for stored in letters {
-        by_reason.entry(stored.letter.key.reason).or_default().push(stored);
+        by_reason.entry(stored.letter.key.reason.name()).or_default().push(stored);
     }
     let mut out = String::new();
     for (reason, letters) in by_reason {

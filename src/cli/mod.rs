@@ -1,6 +1,8 @@
 //! The command line: one file a command.
 
+mod apply;
 mod check;
+mod close;
 mod dead_letters;
 mod export;
 mod init;
@@ -8,6 +10,8 @@ pub mod output;
 mod plan;
 mod progress;
 mod range;
+mod resume;
+mod revert;
 mod run;
 mod runs;
 mod serve;
@@ -30,7 +34,8 @@ use crate::config::{Job, default_environment};
     max_term_width = 100,
     after_help = "\
 Exit codes: 0 done, 1 runtime error, 2 usage or configuration, 3 differences found,
-4 invariant failed and nothing published, 6 another run holds the lock, 8 guard tripped."
+4 invariant failed and nothing published, 5 partly published and resumable, 6 another run
+holds the lock, 7 saved plan is stale, 8 guard tripped or approval needed, 130 and 143 signal."
 )]
 pub struct Arguments {
     #[command(subcommand)]
@@ -71,10 +76,18 @@ enum Command {
     Run(run::RunArguments),
     /// Show what a run would change, and write nothing.
     Plan(plan::PlanArguments),
+    /// Publish a saved plan exactly as it is, or refuse.
+    Apply(apply::ApplyArguments),
     /// Recompute and compare, check the ledger, and write nothing.
     Verify(verify::VerifyArguments),
     /// Check the job file, the reference tables and the source.
     Check(check::CheckArguments),
+    /// Take back what a run changed.
+    Revert(revert::RevertArguments),
+    /// Run again what was interrupted.
+    Resume(resume::ResumeArguments),
+    /// Close billing periods, because they are invoiced.
+    Close(close::CloseArguments),
     /// List the runs of a job.
     Runs(JobArgument),
     /// List events that should have counted and could not.
@@ -120,9 +133,17 @@ pub fn dispatch(arguments: Arguments) -> Result<u8> {
         quiet: arguments.quiet,
         environment: arguments.environment.or_else(default_environment),
     };
+    // The server finishes the runs under way by itself.
+    if !matches!(arguments.command, Command::Serve(_)) {
+        crate::interrupt::listen()?;
+    }
     match arguments.command {
         Command::Run(arguments) => run::execute(&session, &arguments),
         Command::Plan(arguments) => plan::execute(&session, &arguments),
+        Command::Apply(arguments) => apply::execute(&session, &arguments),
+        Command::Revert(arguments) => revert::execute(&session, &arguments),
+        Command::Resume(arguments) => resume::execute(&session, &arguments),
+        Command::Close(arguments) => close::execute(&session, &arguments),
         Command::Verify(arguments) => verify::execute(&session, &arguments),
         Command::Check(arguments) => check::execute(&session, &arguments),
         Command::Runs(arguments) => runs::execute(&session, &arguments.job),

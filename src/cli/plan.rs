@@ -2,26 +2,27 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 
-use super::output::{Style, counted, emit, emit_json, number, table};
+use super::output::{Style, counted, emit, number, table};
 use super::progress::Progress;
 use super::range::RangeArguments;
 use super::{Format, Session};
 use crate::audit::describe;
-use crate::clock::Stopwatch;
+use crate::clock::{Stopwatch, now};
 use crate::config::Job;
 use crate::ends;
 use crate::model::aggregate::{Correction, CorrectionKind, Values};
 use crate::model::counts::{EventCounts, RowCounts, UsageCounts};
 use crate::model::decimal::Decimal;
-use crate::model::run::RunRecord;
+use crate::model::run::{RunMode, RunRecord};
 use crate::model::window::Span;
-use crate::pipeline::{Plan, Step};
+use crate::pipeline::saved::SavedPlan;
+use crate::pipeline::{Plan, Request, Step};
 
 #[derive(Debug, Args)]
 pub struct PlanArguments {
@@ -34,25 +35,75 @@ pub struct PlanArguments {
     /// Exit with 3 if something would change.
     #[arg(long)]
     detailed_exitcode: bool,
+
+    /// Save the exact changes, for `trueup apply`.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+
+    /// Write over closed periods too.
+    #[arg(long)]
+    allow_closed: bool,
+}
+
+/// What a report is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Title {
+    Plan,
+    Run,
+    Resume,
+}
+
+impl Title {
+    fn name(self) -> &'static str {
+        match self {
+            Title::Plan => "plan",
+            Title::Run => "run",
+            Title::Resume => "resume",
+        }
+    }
 }
 
 pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
-    let request = arguments.range.request(job.timezone)?;
+    let request = Request { allow_closed: arguments.allow_closed, ..arguments.range.request(job.timezone)? };
     let progress = Progress::new(session.quiet);
-    let (plan, _) = ends::preview(&job, &request, session.threads, &progress)?;
+    let (mut plan, _) = ends::preview(&job, &request, session.threads, &progress)?;
     drop(progress);
-    match session.format {
-        Format::Json => emit_json(&Document::new("trueup.plan/1", &job, None, &plan)?)?,
+    let text = match session.format {
+        Format::Json => serde_json::to_string_pretty(&Document::new("trueup.plan/1", &job, None, &plan)?)? + "\n",
         Format::Text => {
-            let report =
-                Report { plan: &plan, job: &job, range: &arguments.range, seconds: watch.seconds(), style: Style::for_stdout() };
-            emit(&report.of_plan()?)?;
+            let report = Report {
+                plan: &plan,
+                job: &job,
+                range: &arguments.range,
+                seconds: watch.seconds(),
+                style: Style::for_stdout(),
+                title: Title::Plan,
+            };
+            report.of_plan(arguments.out.as_deref())?
         }
-    }
+    };
     let changes = plan.changes.rows.changed() + plan.periods.changed();
+    if let Some(path) = &arguments.out {
+        save(session, &job, request, &mut plan)?.write(path)?;
+    }
+    emit(&text)?;
     Ok(if arguments.detailed_exitcode && changes > 0 { 3 } else { 0 })
+}
+
+fn save(session: &Session, job: &Job, request: Request, plan: &mut Plan) -> Result<SavedPlan> {
+    Ok(SavedPlan {
+        schema: SavedPlan::schema(),
+        trueup_version: env!("CARGO_PKG_VERSION").to_owned(),
+        created_at: now(),
+        job_path: job.path.canonicalize().unwrap_or_else(|_| job.path.clone()),
+        environment: session.environment.clone(),
+        request,
+        ledger_digest: plan.ledger_digest().to_owned(),
+        guard: plan.check_guard(job).err().map(|refusal| refusal.to_string()),
+        draft: plan.take_draft(RunMode::Apply),
+    })
 }
 
 /// The JSON of a run or a plan.
@@ -147,7 +198,7 @@ fn causes(corrections: &[Correction]) -> BTreeMap<&'static str, u64> {
 fn reasons(plan: &Plan) -> BTreeMap<&'static str, u64> {
     let mut letters = BTreeMap::new();
     for letter in &plan.dead_letters {
-        *letters.entry(letter.key.reason).or_default() += 1;
+        *letters.entry(letter.key.reason.name()).or_default() += 1;
     }
     letters
 }
@@ -159,6 +210,7 @@ pub struct Report<'p> {
     pub range: &'p RangeArguments,
     pub seconds: f64,
     pub style: Style,
+    pub title: Title,
 }
 
 impl Report<'_> {
@@ -181,7 +233,7 @@ impl Report<'_> {
         } else {
             "nothing changed: the store agrees with the events".to_owned()
         };
-        writeln!(out, "{} {verdict}", self.style.bold(&format!("trueup run {}:", self.job.name)))?;
+        writeln!(out, "{} {verdict}", self.style.bold(&format!("trueup {} {}:", self.title.name(), self.job.name)))?;
         self.body(&mut out)?;
         self.line(&mut out, "run", &run.run_id)?;
         let job = self.job.path.display();
@@ -203,7 +255,7 @@ impl Report<'_> {
     ///
     /// # Errors
     /// Where a total overflows.
-    pub fn of_plan(&self) -> Result<String> {
+    pub fn of_plan(&self, saved: Option<&Path>) -> Result<String> {
         let mut out = String::new();
         let rows = self.plan.changes.rows;
         let periods = self.plan.periods.changed();
@@ -219,7 +271,7 @@ impl Report<'_> {
                 number(rows.retracted)
             )
         };
-        writeln!(out, "{} {verdict}", self.style.bold(&format!("trueup plan {}:", self.job.name)))?;
+        writeln!(out, "{} {verdict}", self.style.bold(&format!("trueup {} {}:", self.title.name(), self.job.name)))?;
         self.body(&mut out)?;
         self.largest(&mut out)?;
         if rows.changed() + periods > 0 {
@@ -229,13 +281,14 @@ impl Report<'_> {
                 let reason = refusal.split_once(". Nothing was published").map_or(refusal.as_str(), |(reason, _)| reason);
                 writeln!(out, "\n{} {reason}", self.style.yellow("note:"))?;
             }
-            self.next(
-                &mut out,
-                &[(
+            let next = match saved {
+                Some(path) => (format!("trueup apply {}", path.display()), "publish exactly this, or refuse if anything moved"),
+                None => (
                     format!("trueup run {}{}", self.job.path.display(), self.range.as_options()),
-                    "publish exactly this, if nothing changes meanwhile",
-                )],
-            )?;
+                    "publish this, if nothing changes meanwhile",
+                ),
+            };
+            self.next(&mut out, &[next])?;
         }
         Ok(out)
     }
@@ -345,6 +398,10 @@ impl Report<'_> {
         ];
         let parts = parts.map(|(count, name, painted)| format!("{} {name}", if count == 0 { "0".to_owned() } else { painted }));
         self.line(out, "windows", &parts.join(", "))?;
+        if rows.adjusted > 0 {
+            let adjusted = counted(rows.adjusted, "difference");
+            self.line(out, "closed", &format!("{adjusted} in closed periods, recorded as adjustments"))?;
+        }
         let periods = &self.plan.periods;
         let (written, removed) = (periods.upserts.len() as u64, periods.deletions.len() as u64);
         self.line(
@@ -380,6 +437,7 @@ impl Report<'_> {
                 CorrectionKind::Insert => "+",
                 CorrectionKind::Update => "~",
                 CorrectionKind::Retract => "-",
+                CorrectionKind::Adjust => "!",
             };
             let causes: Vec<_> = correction.causes.keys().map(|cause| cause.name()).collect();
             vec![

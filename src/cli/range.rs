@@ -10,6 +10,7 @@ use crate::fault::configuration;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowSize, instant_of};
 use crate::pipeline::Request;
+use crate::pipeline::by_hand::PeriodChoice;
 use crate::pipeline::enrich::Scope;
 
 /// The range is `[start, end)`; without any of these, it is everything.
@@ -79,7 +80,7 @@ impl RangeArguments {
                 "the range from {} to {} is empty: --start must be before --end, which is not part of the range",
                 range.start, range.end
             ))),
-            range => Ok(Request { range, scope }),
+            range => Ok(Request { range, scope, allow_closed: false }),
         }
     }
 }
@@ -100,6 +101,19 @@ impl RangeArguments {
         let given = options.into_iter().filter_map(|(name, value)| Some((name, value.as_deref()?)));
         given.map(|(name, value)| format!(" --{name} {}", shell_word(value))).collect()
     }
+}
+
+/// The billing periods that `--period` means: those of a month, or those around a time.
+///
+/// # Errors
+/// Where it is neither.
+pub fn period_choice(text: &str, timezone: Tz) -> Result<PeriodChoice> {
+    if text.len() == "2026-01".len()
+        && let Some(first) = date(&format!("{text}-01"))
+    {
+        return Ok(PeriodChoice::BeginIn(WindowSize::Month.window(midnight(first, timezone), timezone)));
+    }
+    time("--period", text, timezone).map(PeriodChoice::Hold)
 }
 
 /// A value as a shell takes it.

@@ -10,7 +10,9 @@ use super::progress::Progress;
 use super::range::RangeArguments;
 use super::{Format, Session, plan};
 use crate::clock::Stopwatch;
+use crate::config::Job;
 use crate::ends::{self, RunOptions};
+use crate::pipeline::{Published, Request};
 
 #[derive(Debug, Args)]
 pub struct RunArguments {
@@ -27,29 +29,40 @@ pub struct RunArguments {
     /// Publish even if the change is larger than the job's guard allows.
     #[arg(long)]
     yes: bool,
+
+    /// Write over closed periods too.
+    #[arg(long)]
+    allow_closed: bool,
 }
 
 pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
-    let request = arguments.range.request(job.timezone)?;
+    let request = Request { allow_closed: arguments.allow_closed, ..arguments.range.request(job.timezone)? };
     let progress = Progress::new(session.quiet);
     let options =
         RunOptions { threads: session.threads, yes: arguments.yes, snapshot: arguments.snapshot.as_deref(), progress: &progress };
     let published = ends::run(&job, &request, &options)?;
     drop(progress);
+    report(session, &job, &arguments.range, &published, watch.seconds(), plan::Title::Run)?;
+    Ok(0)
+}
+
+/// Prints what a run did.
+pub fn report(
+    session: &Session,
+    job: &Job,
+    range: &RangeArguments,
+    published: &Published,
+    seconds: f64,
+    title: plan::Title,
+) -> Result<()> {
     match session.format {
-        Format::Json => emit_json(&plan::Document::new("trueup.run/1", &job, Some(&published.run), &published.plan)?)?,
+        Format::Json => emit_json(&plan::Document::new("trueup.run/1", job, Some(&published.run), &published.plan)?),
         Format::Text => {
-            let report = plan::Report {
-                plan: &published.plan,
-                job: &job,
-                range: &arguments.range,
-                seconds: watch.seconds(),
-                style: Style::for_stdout(),
-            };
-            emit(&report.of_run(&published.run)?)?;
+            let style = Style::for_stdout();
+            let report = plan::Report { plan: &published.plan, job, range, seconds, style, title };
+            emit(&report.of_run(&published.run)?)
         }
     }
-    Ok(0)
 }

@@ -52,7 +52,7 @@ pub fn execute(session: &Session, path: &Path) -> Result<u8> {
 fn document(run: &RunRecord) -> RunDocument<'_> {
     RunDocument {
         run_id: &run.run_id,
-        mode: &run.mode,
+        mode: run.mode.name(),
         status: &run.status,
         range: [run.range.map(|range| range.start.to_string()), run.range.map(|range| range.end.to_string())],
         started_at: run.started_at.to_string(),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::decimal::Decimal;
 use super::timestamp::Timestamp;
@@ -14,7 +14,7 @@ pub type Text = Arc<str>;
 
 /// What accumulates together: one subscription, meter, price and combination of
 /// dimensions in one billing period.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PeriodKey {
     pub tenant_id: Text,
     pub subscription_id: Text,
@@ -27,14 +27,14 @@ pub struct PeriodKey {
 }
 
 /// The key of an aggregate.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct WindowKey {
     pub period: PeriodKey,
     pub window_start: Timestamp,
 }
 
 /// One row of `usage_windows`: an aggregate.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WindowRow {
     pub key: WindowKey,
     pub customer_id: Text,
@@ -51,7 +51,7 @@ pub struct WindowRow {
 
 /// Digests of the definitions that a row was computed with. They tell why a row
 /// changed; a difference here alone changes nothing.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Basis {
     pub meter: Text,
     pub price: Text,
@@ -94,7 +94,7 @@ pub struct StoredWindow {
 }
 
 /// One row of `usage_periods`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeriodRow {
     pub key: PeriodKey,
     pub customer_id: Text,
@@ -107,14 +107,19 @@ pub struct PeriodRow {
     /// Cost and adjustments, rounded to the currency's minor unit.
     pub amount: Decimal,
     pub currency: Text,
+    /// When the period was closed, because it was invoiced.
+    pub closed_at: Option<Timestamp>,
 }
 
 /// What a correction does to its row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum CorrectionKind {
     Insert,
     Update,
     Retract,
+    /// A difference in a closed period: recorded, the row stays as it was invoiced.
+    Adjust,
 }
 
 impl CorrectionKind {
@@ -123,16 +128,20 @@ impl CorrectionKind {
             CorrectionKind::Insert => "insert",
             CorrectionKind::Update => "update",
             CorrectionKind::Retract => "retract",
+            CorrectionKind::Adjust => "adjust",
         }
     }
 }
 
 /// Why a row changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
     FirstComputation,
     LateEvent,
+    /// A copy of an event that had counted counts no more, because another one was
+    /// kept elsewhere.
+    DuplicateRemoved,
     EventAmended,
     EventVoided,
     DeadLetterResolved,
@@ -145,6 +154,8 @@ pub enum Cause {
     TierShift,
     /// Nothing that the row depends on changed: the store itself was altered.
     StoreAltered,
+    /// Somebody took a run back.
+    ManualRevert,
 }
 
 impl Cause {
@@ -152,6 +163,7 @@ impl Cause {
         match self {
             Cause::FirstComputation => "first_computation",
             Cause::LateEvent => "late_event",
+            Cause::DuplicateRemoved => "duplicate_removed",
             Cause::EventAmended => "event_amended",
             Cause::EventVoided => "event_voided",
             Cause::DeadLetterResolved => "dead_letter_resolved",
@@ -162,6 +174,7 @@ impl Cause {
             Cause::JobChanged => "job_changed",
             Cause::TierShift => "tier_shift",
             Cause::StoreAltered => "store_altered",
+            Cause::ManualRevert => "manual_revert",
         }
     }
 }
@@ -170,7 +183,7 @@ impl Cause {
 pub type Causes = BTreeMap<Cause, u64>;
 
 /// The values of an aggregate, as far as a correction tells them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Values {
     pub quantity: Decimal,
     pub cost: Decimal,
@@ -184,7 +197,7 @@ impl From<&WindowRow> for Values {
 }
 
 /// One change to one aggregate.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Correction {
     pub key: WindowKey,
     pub customer_id: Text,
@@ -193,10 +206,21 @@ pub struct Correction {
     pub causes: Causes,
     pub before: Option<Values>,
     pub after: Option<Values>,
+    /// The row that was written over or taken away, so that it can be restored.
+    pub replaced: Option<Box<WindowRow>>,
+}
+
+/// One change to one row of `usage_periods`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeriodCorrection {
+    pub key: PeriodKey,
+    pub before: Option<PeriodRow>,
+    pub after: Option<PeriodRow>,
 }
 
 /// Why an event that should have counted could not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Reason {
     MalformedEvent,
     CustomerNotFound,
@@ -236,17 +260,17 @@ impl Reason {
 }
 
 /// What identifies a dead letter within its job.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct DeadLetterKey {
     pub tenant_id: String,
     pub event_id: String,
     /// Empty where the event as a whole could not count.
     pub meter_id: String,
-    pub reason: &'static str,
+    pub reason: Reason,
 }
 
 /// An event that should have counted and could not.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeadLetter {
     pub key: DeadLetterKey,
     pub detail: String,

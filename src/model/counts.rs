@@ -56,10 +56,13 @@ pub struct RowCounts {
     pub updated: u64,
     pub retracted: u64,
     pub unchanged: u64,
+    /// Differences in closed periods: recorded, not written over.
+    pub adjusted: u64,
 }
 
 impl RowCounts {
+    /// Corrections of any kind.
     pub fn changed(&self) -> u64 {
-        self.inserted + self.updated + self.retracted
+        self.inserted + self.updated + self.retracted + self.adjusted
     }
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::aggregate::{Causes, Correction, Values};
+use super::aggregate::{Causes, Correction, PeriodCorrection, PeriodRow, Values};
 use super::timestamp::Timestamp;
 use super::window::Span;
 use crate::pipeline::enrich::Scope;
@@ -16,7 +16,7 @@ use crate::reference::ReferenceDigests;
 pub struct RunRecord {
     pub run_id: String,
     pub job: String,
-    pub mode: String,
+    pub mode: RunMode,
     pub status: String,
     /// None where there was nothing to compute.
     pub range: Option<Span>,
@@ -28,6 +28,42 @@ pub struct RunRecord {
     pub input: RunInput,
     pub basis: RunBasis,
     pub ledger_digest: String,
+}
+
+/// What kind of run it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunMode {
+    /// Recomputed windows from events.
+    Run,
+    /// Published a saved plan: as good as a run.
+    Apply,
+    /// Took an earlier run back.
+    Revert,
+    /// Closed billing periods, or opened them again.
+    Close,
+}
+
+impl RunMode {
+    const ALL: [RunMode; 4] = [RunMode::Run, RunMode::Apply, RunMode::Revert, RunMode::Close];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            RunMode::Run => "run",
+            RunMode::Apply => "apply",
+            RunMode::Revert => "revert",
+            RunMode::Close => "close",
+        }
+    }
+
+    pub fn parse(name: &str) -> Option<RunMode> {
+        RunMode::ALL.into_iter().find(|mode| mode.name() == name)
+    }
+
+    /// Whether it computed windows from events.
+    pub fn computes(self) -> bool {
+        matches!(self, RunMode::Run | RunMode::Apply)
+    }
 }
 
 /// What a run read.
@@ -58,17 +94,39 @@ pub struct RunBasis {
     pub scope: Scope,
 }
 
-/// The ledger digest after a run: SHA-256 over the digest before it, the run's id
+/// The ledger digest after a run: SHA-256 over the digest before it, the run's own row
 /// and every correction, so that no row can change or vanish unseen.
 pub struct LedgerChain(Sha256);
 
 impl LedgerChain {
-    pub fn new(previous: &str, run_id: &str) -> Self {
-        let mut hasher = Sha256::new();
-        hasher.update(previous.as_bytes());
-        hasher.update(b"\n");
-        hasher.update(run_id.as_bytes());
-        LedgerChain(hasher)
+    pub fn new(previous: &str, run: &RunRecord) -> Self {
+        let mut chain = LedgerChain(Sha256::new());
+        let instant = |t: Option<Timestamp>| t.map_or_else(|| "-".to_owned(), |t| t.to_string());
+        chain.texts(&[
+            previous,
+            &run.run_id,
+            &run.job,
+            run.mode.name(),
+            &run.status,
+            &instant(run.range.map(|range| range.start)),
+            &instant(run.range.map(|range| range.end)),
+            &run.started_at.to_string(),
+            &run.finished_at.to_string(),
+            &run.version.to_string(),
+            &run.counts.to_string(),
+            &serde_json::to_string(&run.input).unwrap_or_default(),
+            &serde_json::to_string(&run.basis).unwrap_or_default(),
+        ]);
+        chain
+    }
+
+    /// Adds the texts of one row, each with its length.
+    pub fn texts(&mut self, texts: &[&str]) {
+        let mut line = String::from("\n");
+        for text in texts {
+            let _ = write!(line, "{}:{text}|", text.len());
+        }
+        self.0.update(line.as_bytes());
     }
 
     /// Adds a correction, in the order of its sequence.
@@ -96,7 +154,7 @@ impl LedgerChain {
 
 /// A correction as the ledger digest sees it: the same from memory and from the store.
 pub struct LedgerLine<'a> {
-    pub texts: [&'a str; 9],
+    pub texts: [&'a str; 10],
     pub before: Option<Values>,
     pub after: Option<Values>,
 }
@@ -107,13 +165,22 @@ pub fn causes_json(causes: &Causes) -> String {
     serde_json::Value::from(causes).to_string()
 }
 
-/// The ledger digest of `corrections`, in their order.
-pub fn ledger_digest(previous: &str, run_id: &str, corrections: &[Correction]) -> String {
-    let mut chain = LedgerChain::new(previous, run_id);
+/// The row that a correction replaced, as the ledger stores it; empty where there is none.
+pub fn replaced_json(correction: &Correction) -> String {
+    correction.replaced.as_ref().map_or_else(String::new, |row| serde_json::to_string(row).unwrap_or_default())
+}
+
+/// A row of `usage_periods` as the ledger stores it; empty where there is none.
+pub fn period_json(row: Option<&PeriodRow>) -> String {
+    row.map_or_else(String::new, |row| serde_json::to_string(row).unwrap_or_default())
+}
+
+/// The ledger digest after `run` with its corrections, in their order.
+pub fn ledger_digest(previous: &str, run: &RunRecord, corrections: &[Correction], periods: &[PeriodCorrection]) -> String {
+    let mut chain = LedgerChain::new(previous, run);
     for correction in corrections {
         let key = &correction.key;
         let (period_start, window_start) = (key.period.period_start.to_string(), key.window_start.to_string());
-        let causes = causes_json(&correction.causes);
         chain.add(&LedgerLine {
             texts: [
                 &key.period.tenant_id,
@@ -124,11 +191,15 @@ pub fn ledger_digest(previous: &str, run_id: &str, corrections: &[Correction]) -
                 &period_start,
                 &window_start,
                 correction.kind.name(),
-                &causes,
+                &causes_json(&correction.causes),
+                &replaced_json(correction),
             ],
             before: correction.before,
             after: correction.after,
         });
+    }
+    for correction in periods {
+        chain.texts(&[&period_json(correction.before.as_ref()), &period_json(correction.after.as_ref())]);
     }
     chain.finish()
 }

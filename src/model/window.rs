@@ -11,7 +11,7 @@ use chrono_tz::Tz;
 use super::timestamp::{MINUTE, SECOND, Timestamp};
 
 /// A half-open span of time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Span {
     pub start: Timestamp,
     pub end: Timestamp,

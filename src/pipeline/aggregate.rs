@@ -76,9 +76,17 @@ pub enum Arrival {
 enum Purpose {
     Count(Arrival),
     /// It no longer counts: only note which windows lose it.
-    Withdraw {
-        voided: bool,
-    },
+    Withdraw(Loss),
+}
+
+/// Why an event counts no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loss {
+    Voided,
+    /// Another copy says something else.
+    Amended,
+    /// Another copy says the same of another time.
+    Duplicate,
 }
 
 /// What one thread has seen.
@@ -166,7 +174,12 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         let replaces = before.is_some() && !copies.kept.known;
         self.replaced.clear();
         if let Some(before) = before.filter(|_| is_void || replaces) {
-            self.take(&before.event(), Purpose::Withdraw { voided: is_void }, &mut slots);
+            let loss = match is_void {
+                true => Loss::Voided,
+                false if before.says_the_same(&copies.kept) => Loss::Duplicate,
+                false => Loss::Amended,
+            };
+            self.take(&before.event(), Purpose::Withdraw(loss), &mut slots);
         }
         if is_void {
             return self.void(&copies.kept.event());
@@ -320,9 +333,13 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         };
         let arrival = match purpose {
             Purpose::Count(arrival) => arrival,
-            Purpose::Withdraw { voided } => {
+            Purpose::Withdraw(loss) => {
                 let news = self.withdrawn.entry(key).or_default();
-                *(if voided { &mut news.voided } else { &mut news.amended }) += 1;
+                *match loss {
+                    Loss::Voided => &mut news.voided,
+                    Loss::Amended => &mut news.amended,
+                    Loss::Duplicate => &mut news.duplicates,
+                } += 1;
                 self.replaced.push(key);
                 return Ok(true);
             }
@@ -332,6 +349,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             // An event amended within its window is one amended event.
             amended: u64::from(arrival == Arrival::Amended && !self.replaced.contains(&key)),
             voided: 0,
+            duplicates: 0,
             resolved: u64::from(resolved),
         };
         let reference = self.context.enricher.reference;
@@ -394,7 +412,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
                 tenant_id: event.tenant_id.unwrap_or_default().to_owned(),
                 event_id,
                 meter_id: meter.unwrap_or_default().to_owned(),
-                reason: rejection.reason.name(),
+                reason: rejection.reason,
             },
             detail: rejection.detail.clone(),
             event: json,

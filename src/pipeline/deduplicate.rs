@@ -166,6 +166,13 @@ impl Copy {
         }
     }
 
+    /// Whether both differ in nothing but their times.
+    pub fn says_the_same(&self, other: &Copy) -> bool {
+        self.event_name == other.event_name
+            && self.external_customer_id == other.external_customer_id
+            && self.properties == other.properties
+    }
+
     /// By ingestion time, then content; of copies ingested at the same time, a void
     /// is the last word.
     fn order(&self, other: &Copy) -> Ordering {

@@ -3,6 +3,7 @@
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
+use super::closed::ClosedPeriods;
 use super::price::Priced;
 use super::reconcile::Reconciliation;
 use crate::fault::{FaultKind, fault};
@@ -93,6 +94,8 @@ pub fn replay<'c>(rows: &mut FxHashMap<WindowKey, Values>, corrections: impl Int
             (CorrectionKind::Insert | CorrectionKind::Update, Some(after)) => {
                 rows.insert(correction.key.clone(), after);
             }
+            // What is closed stays as it was invoiced.
+            (CorrectionKind::Adjust, _) => {}
             (CorrectionKind::Retract, _) | (_, None) => {
                 rows.remove(&correction.key);
             }
@@ -102,7 +105,13 @@ pub fn replay<'c>(rows: &mut FxHashMap<WindowKey, Values>, corrections: impl Int
 
 /// # Errors
 /// Where the stored rows with the corrections applied are not the computed ones.
-pub fn ledger_replay(stored: &[StoredWindow], changes: &Reconciliation, priced: &Priced, range: Span) -> anyhow::Result<()> {
+pub fn ledger_replay(
+    stored: &[StoredWindow],
+    changes: &Reconciliation,
+    priced: &Priced,
+    range: Span,
+    closed: &ClosedPeriods,
+) -> anyhow::Result<()> {
     let mut rows = stored.iter().map(|stored| (stored.row.key.clone(), Values::from(&stored.row))).collect();
     replay(&mut rows, &changes.corrections);
     // A row that reaches out of the range, before or after, is left as it is.
@@ -110,14 +119,15 @@ pub fn ledger_replay(stored: &[StoredWindow], changes: &Reconciliation, priced: 
         stored.iter().filter(|stored| !range.covers(stored.row.window())).map(|stored| &stored.row.key).collect();
     let computed_outside: FxHashSet<_> =
         priced.windows.iter().filter(|window| !range.covers(window.row.window())).map(|window| &window.row.key).collect();
-    let covered = priced.windows.iter().filter(|window| range.covers(window.row.window()));
+    let is_open = |key: &WindowKey| !closed.hold(&key.period);
+    let covered = priced.windows.iter().filter(|window| range.covers(window.row.window()) && is_open(&window.row.key));
     for window in covered.filter(|window| !stored_outside.contains(&window.row.key)) {
         if rows.remove(&window.row.key) != Some(Values::from(&window.row)) {
             return Err(Invariant::LedgerReplay.broken(format!("{:?} is not what the ledger gives", window.row.key)));
         }
     }
     let left = stored.iter().filter(|stored| range.covers(stored.row.window()) && !computed_outside.contains(&stored.row.key));
-    match left.map(|stored| &stored.row.key).find(|key| rows.contains_key(key)) {
+    match left.map(|stored| &stored.row.key).find(|key| is_open(key) && rows.contains_key(key)) {
         Some(key) => Err(Invariant::LedgerReplay.broken(format!("{key:?} is stored, but not computed"))),
         None => Ok(()),
     }

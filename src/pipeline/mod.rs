@@ -8,7 +8,11 @@
 
 mod accumulator;
 mod aggregate;
+pub mod by_hand;
+mod causes;
+mod closed;
 mod deduplicate;
+pub mod draft;
 pub mod enrich;
 mod guard;
 mod hopping;
@@ -19,6 +23,7 @@ mod past;
 mod price;
 mod range;
 mod reconcile;
+pub mod saved;
 mod scan;
 mod sessions;
 mod state;
@@ -31,20 +36,23 @@ use crate::clock::{Stopwatch, now};
 use crate::config::Job;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, StoredWindow, WindowKey};
 use crate::model::counts::{EventCounts, UsageCounts};
-use crate::model::run::{InputFile, RunBasis, RunInput, RunRecord, ledger_digest};
+use crate::model::run::{InputFile, RunBasis, RunInput, RunMode, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
 use crate::source::{EventSource, Selection, Split, Wanted};
-use crate::store::{AggregateStore, Publication, next_run_id, next_version};
+use crate::store::AggregateStore;
 use aggregate::{Aggregator, Context};
+use causes::{CurrentDigests, Evidence};
+use closed::ClosedPeriods;
 use deduplicate::{KeyScan, RepeatedKeys};
+use draft::Draft;
 use enrich::{Enricher, Scope};
 use names::Names;
 use past::{Knowledge, Past, ledger_rows};
 pub use range::Request;
 pub use reconcile::Totals;
-use reconcile::{CurrentDigests, Evidence, PeriodChanges, Reconciliation};
+use reconcile::{PeriodChanges, Reconciliation};
 use scan::Progress;
 use sessions::SessionChanges;
 use state::News;
@@ -140,10 +148,8 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             range.map(|range| sessions::widen(inputs, request, &past, range, &mut timeline)).transpose()?
         }
     };
-    // A level is made of all events before.
     let levels = reference.has_levels(request.scope.meter.as_deref());
-    let span = asked.filter(|_| !levels).map(|range| range::reach(range, reference, &request.scope));
-    let splits = source.splits(&Selection { span, tenant: request.scope.tenant.clone() })?;
+    let splits = source.splits(&selection(request, asked, reference))?;
 
     // read (keys) -> deduplicate
     let keys = read_keys(inputs, &splits, &mut timeline)?;
@@ -207,6 +213,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     // reconcile
     let basis = basis(job, reference, &request.scope);
     let stored = past.stored(store, job, &request.scope, range, reach, &priced)?;
+    let closed = if request.allow_closed { ClosedPeriods::default() } else { stored.closed };
     let mut changes = timeline.step("reconcile", None, || {
         let session_meters: FxHashSet<_> =
             reference.meters.iter().filter(|meter| sessions::is_session(meter)).map(|meter| meter.id.as_str()).collect();
@@ -218,17 +225,20 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             sessions: SessionChanges::find(&stored.windows, &priced.windows, &withdrawn, is_session),
             current: current_digests(reference),
         };
-        let changes = reconcile::reconcile(stored.windows.clone(), &priced.windows, range, &evidence);
+        let changes = reconcile::reconcile(stored.windows.clone(), &priced.windows, range, &closed, &evidence);
         Ok((changes, stored.windows.len() as u64))
     })?;
     if let Some(store) = store.filter(|_| changes.asks_the_ledger()) {
         let rows = ledger_rows(store, &job.name)?;
         changes.ask_the_ledger(|key| rows.contains(key));
     }
+    if changes.has_closed_differences() {
+        changes.adjust_closed(&store.map_or_else(|| Ok(FxHashMap::default()), |store| closed::adjustments(store, &job.name))?);
+    }
     changes.check_totals()?;
-    invariants::ledger_replay(&stored.windows, &changes, &priced, range)?;
+    invariants::ledger_replay(&stored.windows, &changes, &priced, range, &closed)?;
     invariants::nothing_outside_the_range(&stored.windows, &changes, range)?;
-    let periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods));
+    let periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods), &closed);
     let resolved = past.resolved(job, reference, &request.scope, range, &seen.dead_letters);
 
     let files = splits.iter().zip(&keys.rows);
@@ -259,6 +269,11 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
 }
 
 impl Plan {
+    /// The ledger digest that the plan starts from.
+    pub fn ledger_digest(&self) -> &str {
+        self.previous.last().map_or("", |run| &run.ledger_digest)
+    }
+
     /// Refuses changes beyond the job's guard.
     ///
     /// # Errors
@@ -267,40 +282,34 @@ impl Plan {
         guard::check(&job.guard, &self.stored, &self.changes)
     }
 
+    /// Takes out what the plan would write.
+    pub fn take_draft(&mut self, mode: RunMode) -> Draft {
+        Draft {
+            mode,
+            previous_run_id: self.previous.last().map(|run| run.run_id.clone()),
+            range: self.range,
+            started_at: self.started_at,
+            counts: serde_json::json!({"events": self.events, "usage": self.usage, "rows": self.changes.rows}),
+            input: self.input.clone(),
+            basis: self.basis.clone(),
+            upserts: std::mem::take(&mut self.changes.upserts),
+            retractions: std::mem::take(&mut self.changes.retractions),
+            corrections: std::mem::take(&mut self.changes.corrections),
+            period_upserts: std::mem::take(&mut self.periods.upserts),
+            period_deletions: std::mem::take(&mut self.periods.deletions),
+            period_corrections: std::mem::take(&mut self.periods.corrections),
+            dead_letters: std::mem::take(&mut self.dead_letters),
+            resolved: std::mem::take(&mut self.resolved),
+        }
+    }
+
     /// Publishes the plan as a run.
     ///
     /// # Errors
     /// Where the store cannot be written; it is then as it was before.
     pub fn publish(mut self, job: &Job, store: &mut dyn AggregateStore) -> Result<Published> {
         let watch = Stopwatch::start();
-        let finished_at = now();
-        let run_id = next_run_id(&self.previous, finished_at);
-        let previous = self.previous.last().map_or("", |run| run.ledger_digest.as_str());
-        let run = RunRecord {
-            ledger_digest: ledger_digest(previous, &run_id, &self.changes.corrections),
-            run_id,
-            job: job.name.clone(),
-            mode: "run".to_owned(),
-            status: "succeeded".to_owned(),
-            range: self.range,
-            started_at: self.started_at,
-            finished_at,
-            version: next_version(&self.previous, finished_at),
-            counts: serde_json::json!({"events": self.events, "usage": self.usage, "rows": self.changes.rows}),
-            input: self.input.clone(),
-            basis: self.basis.clone(),
-        };
-        let publication = Publication {
-            previous_run_id: self.previous.last().map(|run| run.run_id.clone()),
-            run,
-            upserts: std::mem::take(&mut self.changes.upserts),
-            retractions: std::mem::take(&mut self.changes.retractions),
-            corrections: std::mem::take(&mut self.changes.corrections),
-            period_upserts: std::mem::take(&mut self.periods.upserts),
-            period_deletions: std::mem::take(&mut self.periods.deletions),
-            dead_letters: std::mem::take(&mut self.dead_letters),
-            resolved: std::mem::take(&mut self.resolved),
-        };
+        let publication = self.take_draft(RunMode::Run).into_publication(&job.name, &self.previous);
         store.publish(&publication)?;
         self.changes.corrections = publication.corrections;
         self.periods.upserts = publication.period_upserts;
@@ -324,6 +333,15 @@ struct Keys {
     repeated: RepeatedKeys,
     extent: Option<(Timestamp, Timestamp)>,
     rows: Vec<u64>,
+}
+
+/// What of the source a request needs; `range` is the one that it resolves to.
+pub fn selection(request: &Request, range: Option<Span>, reference: &Reference) -> Selection {
+    // A level is made of all events before.
+    let levels = reference.has_levels(request.scope.meter.as_deref());
+    let range = range.filter(|_| request.range.is_some() && !levels);
+    let span = range.map(|range| range::reach(range, reference, &request.scope));
+    Selection { span, tenant: request.scope.tenant.clone() }
 }
 
 /// read (keys) -> deduplicate
@@ -367,7 +385,8 @@ fn check_stable(splits: &[Split], first: &[u64], second: &[u64]) -> Result<()> {
     Ok(())
 }
 
-fn basis(job: &Job, reference: &Reference, scope: &Scope) -> RunBasis {
+/// What a computation rests on, as it is now.
+pub fn basis(job: &Job, reference: &Reference, scope: &Scope) -> RunBasis {
     RunBasis {
         trueup_version: env!("CARGO_PKG_VERSION").to_owned(),
         job_digest: job.digest.clone(),

@@ -5,10 +5,11 @@ use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::aggregate::OpenDeadLetters;
+use super::closed::ClosedPeriods;
 use super::enrich::Scope;
 use super::price::Priced;
 use crate::config::Job;
-use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodRow, StoredWindow, WindowKey};
+use crate::model::aggregate::{CorrectionKind, DeadLetter, DeadLetterKey, PeriodRow, StoredWindow, WindowKey};
 use crate::model::run::RunRecord;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
@@ -27,6 +28,8 @@ pub struct Past {
 pub struct Stored {
     pub windows: Vec<StoredWindow>,
     pub periods: Vec<PeriodRow>,
+    /// Periods that the range touches and that are closed.
+    pub closed: ClosedPeriods,
 }
 
 /// What a run knew when it computed its range.
@@ -162,9 +165,12 @@ impl Past {
         reach: Span,
         priced: &Priced,
     ) -> Result<Stored> {
-        let Some(store) = store else { return Ok(Stored { windows: Vec::new(), periods: Vec::new() }) };
+        let Some(store) = store else {
+            return Ok(Stored { windows: Vec::new(), periods: Vec::new(), closed: ClosedPeriods::default() });
+        };
         let mut windows = store.windows(&job.name, reach)?;
         let mut periods = store.periods(&job.name, range)?;
+        let closed = ClosedPeriods::of(&periods);
         // A row that is computed now is compared whoever it belonged to.
         let window_keys: FxHashSet<_> = priced.windows.iter().map(|window| &window.row.key).collect();
         windows.retain(|StoredWindow { row, .. }| {
@@ -176,7 +182,7 @@ impl Past {
             let in_scope = scope.holds(&row.key.tenant_id, &row.customer_id, &row.key.meter_id);
             in_scope || period_keys.contains(&row.key)
         });
-        Ok(Stored { windows, periods })
+        Ok(Stored { windows, periods, closed })
     }
 }
 
@@ -184,6 +190,9 @@ impl Past {
 pub fn ledger_rows(store: &dyn AggregateStore, job: &str) -> Result<FxHashSet<WindowKey>> {
     let mut rows = FxHashSet::default();
     store.ledger(job, &mut |entry| {
+        if entry.kind == CorrectionKind::Adjust.name() {
+            return Ok(());
+        }
         if entry.after.is_some() {
             rows.insert(entry.key)
         } else {

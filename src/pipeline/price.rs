@@ -219,6 +219,7 @@ impl PeriodPricing<'_> {
             commitment_adjustment: adjustments.commitment,
             amount: amount.with_context(describe)?,
             currency: names.currency,
+            closed_at: None,
             key,
         });
         Ok(())

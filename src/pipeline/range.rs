@@ -1,6 +1,7 @@
 //! Which windows a run computes, and how far it must read for that.
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 
 use super::enrich::Scope;
 use crate::config::Job;
@@ -10,11 +11,14 @@ use crate::model::window::{Span, WindowKind};
 use crate::reference::Reference;
 
 /// What somebody asks for.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
     /// `None` for everything.
     pub range: Option<Span>,
     pub scope: Scope,
+    /// Whether closed periods are written over.
+    #[serde(default)]
+    pub allow_closed: bool,
 }
 
 /// The range of whole windows for a request. Without one, it covers every event

@@ -39,6 +39,7 @@ pub fn scan<W: Send>(
             let Some(split) = splits.get(index) else { break };
             let mut read = 0;
             let result = source.read(split, wanted, &mut |batch| {
+                crate::interrupt::check()?;
                 if failed.load(Ordering::Relaxed) {
                     bail!("stopped, because another part could not be read");
                 }

@@ -105,6 +105,8 @@ pub struct News {
     pub late: u64,
     pub amended: u64,
     pub voided: u64,
+    /// Counted no more, because another copy of the same content is kept elsewhere.
+    pub duplicates: u64,
     pub resolved: u64,
 }
 
@@ -113,6 +115,7 @@ impl News {
         self.late += other.late;
         self.amended += other.amended;
         self.voided += other.voided;
+        self.duplicates += other.duplicates;
         self.resolved += other.resolved;
     }
 }

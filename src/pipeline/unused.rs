@@ -87,6 +87,7 @@ fn row(key: PeriodKey, period: Span, subscription: &Subscription, price: &Price,
         commitment_adjustment: adjustments.commitment,
         amount: due.round(price.currency.minor_digits)?,
         currency: Arc::from(subscription.currency.as_str()),
+        closed_at: None,
     }))
 }
 

@@ -1,49 +1,108 @@
-//! One run of a job at a time.
+//! One run of a job at a time, and what a run that was interrupted wanted.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 use crate::clock;
 use crate::fault::{FaultKind, fault};
+use crate::model::timestamp::Timestamp;
+use crate::pipeline::Request;
 
 /// A lock that the operating system releases when the process ends, however it ends.
+/// Its file says who holds it and what for; a run that comes to its end empties it.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
+    is_run: bool,
+    /// What the holder before was doing, if it did not come to its end.
+    pub interrupted: Option<Holder>,
+}
+
+/// Who holds a lock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    pub process: u32,
+    pub since: Timestamp,
+    /// What is computed; `None` for work that needs no repetition.
+    pub request: Option<Request>,
+    /// Whether the guard was overridden.
+    #[serde(default)]
+    pub yes: bool,
+}
+
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "process {} since {}", self.process, self.since)
+    }
 }
 
 impl Lock {
-    /// Takes the lock at `path`.
+    /// Takes the lock at `path`; a lock whose holder is dead is taken over.
     ///
     /// # Errors
     /// A lock fault (exit code 6) that names the holder, or that the file cannot be written.
-    pub fn take(path: &Path, job: &str) -> Result<Lock> {
+    pub fn take(path: &Path, job: &str, request: Option<&Request>, yes: bool) -> Result<Lock> {
+        let mut lock = Lock::take_as_it_is(path, job)?;
+        lock.is_run = request.is_some();
+        // Work by hand leaves what is still to be resumed.
+        if request.is_some() || lock.interrupted.is_none() {
+            let holder = Holder { process: std::process::id(), since: clock::now(), request: request.cloned(), yes };
+            lock.write(&(serde_json::to_string(&holder)? + "\n"))
+                .with_context(|| format!("lock {}: cannot be written", path.display()))?;
+        }
+        Ok(lock)
+    }
+
+    fn take_as_it_is(path: &Path, job: &str) -> Result<Lock> {
         let context = || format!("lock {}: cannot be written; check the path of the store and its permissions", path.display());
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder).with_context(context)?;
         }
         let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).with_context(context)?;
-        match file.try_lock() {
-            Ok(()) => {}
+        let locked = file.try_lock();
+        let mut text = String::new();
+        let _ = file.read_to_string(&mut text);
+        let holder = serde_json::from_str::<Holder>(&text).ok();
+        match locked {
+            Ok(()) => Ok(Lock { file, is_run: false, interrupted: holder.filter(|holder| holder.request.is_some()) }),
             Err(TryLockError::WouldBlock) => {
-                let mut holder = String::new();
-                let _ = file.read_to_string(&mut holder);
-                let holder = if holder.trim().is_empty() { "another process" } else { holder.trim() };
-                return Err(fault(
+                let holder = holder.map_or_else(|| "another process".to_owned(), |holder| holder.to_string());
+                Err(fault(
                     FaultKind::LockHeld,
                     format!("job {job} is already running ({holder}); wait until it is done ({} is its lock)", path.display()),
-                ));
+                ))
             }
-            Err(TryLockError::Error(error)) => return Err(error).with_context(context),
+            Err(TryLockError::Error(error)) => Err(error).with_context(context),
         }
-        file.set_len(0).with_context(context)?;
-        file.rewind().with_context(context)?;
+    }
+
+    /// What an interrupted run of the job wanted, if nobody is at it now.
+    ///
+    /// # Errors
+    /// As [`Lock::take`].
+    pub fn interrupted(path: &Path, job: &str) -> Result<Option<Holder>> {
+        if !path.exists() {
+            return Ok(None);
+        }
+        Ok(Lock::take_as_it_is(path, job)?.interrupted)
+    }
+
+    /// Notes that the work came to its end, whatever that was. A run leaves nothing to
+    /// be resumed; work by hand leaves what was there before.
+    pub fn finish(mut self) {
+        if self.is_run || self.interrupted.is_none() {
+            let _ = self.write("");
+        }
+    }
+
+    fn write(&mut self, text: &str) -> std::io::Result<()> {
+        self.file.set_len(0)?;
+        self.file.rewind()?;
         // One write: who finds the lock taken must not read half of it.
-        let holder = format!("process {} since {}\n", std::process::id(), clock::now());
-        file.write_all(holder.as_bytes()).with_context(context)?;
-        Ok(Lock { _file: file })
+        self.file.write_all(text.as_bytes())
     }
 }

@@ -8,7 +8,7 @@ pub mod sqlite;
 use anyhow::Result;
 
 use crate::model::aggregate::{
-    Correction, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, Values, WindowKey, WindowRow,
+    Correction, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Values, WindowKey, WindowRow,
 };
 use crate::model::run::RunRecord;
 use crate::model::timestamp::Timestamp;
@@ -25,6 +25,7 @@ pub struct Publication {
     pub corrections: Vec<Correction>,
     pub period_upserts: Vec<PeriodRow>,
     pub period_deletions: Vec<PeriodKey>,
+    pub period_corrections: Vec<PeriodCorrection>,
     /// Dead letters of the events that the run covers.
     pub dead_letters: Vec<DeadLetter>,
     /// Dead letters of earlier runs that did not come up again.
@@ -52,6 +53,17 @@ pub struct LedgerEntry {
     pub causes: String,
     pub before: Option<Values>,
     pub after: Option<Values>,
+    /// JSON of the row that was replaced, as written; empty where there was none.
+    pub replaced: String,
+}
+
+/// A change to `usage_periods` as the ledger has it; rows as written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeriodEntry {
+    pub correction_id: String,
+    pub run_id: String,
+    pub before: String,
+    pub after: String,
 }
 
 /// A value of an exported row.
@@ -119,6 +131,9 @@ pub trait AggregateStore {
 
     /// Corrections in the order they were written.
     fn ledger(&self, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()>;
+
+    /// Changes to `usage_periods`, in the order they were written.
+    fn period_ledger(&self, job: &str, each: &mut dyn FnMut(PeriodEntry) -> Result<()>) -> Result<()>;
 
     /// Rows of a table, in the order of its key; returns the names of its columns.
     fn export(&self, job: &str, table: Table, each: RowSink<'_>) -> Result<Vec<String>>;

@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use super::{LedgerEntry, StoredDeadLetter};
+use super::{LedgerEntry, PeriodEntry, StoredDeadLetter};
 use crate::model::aggregate::{
     Basis, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, Reason, StoredWindow, Text, Values, WindowKey, WindowRow,
 };
-use crate::model::run::RunRecord;
+use crate::model::run::{RunMode, RunRecord};
 use crate::model::window::Span;
 
 /// A row whose cells are found by the name of their column.
@@ -103,6 +103,7 @@ pub fn period(row: &dyn Cells) -> Result<PeriodRow> {
         commitment_adjustment: parsed(row, "commitment_adjustment")?,
         amount: parsed(row, "amount")?,
         currency: text(row, "currency")?,
+        closed_at: optional(row, "closed_at")?,
     })
 }
 
@@ -112,7 +113,10 @@ pub fn run(row: &dyn Cells) -> Result<RunRecord> {
     Ok(RunRecord {
         run_id: string(row, "run_id")?,
         job: string(row, "job")?,
-        mode: string(row, "mode")?,
+        mode: {
+            let mode = required(row, "mode")?;
+            RunMode::parse(&mode).with_context(|| format!("unknown mode `{mode}`"))?
+        },
         status: string(row, "status")?,
         range: start.zip(end).map(|(start, end)| Span { start, end }),
         started_at: parsed(row, "started_at")?,
@@ -134,7 +138,7 @@ pub fn dead_letter(row: &dyn Cells) -> Result<StoredDeadLetter> {
                 tenant_id: string(row, "tenant_id")?,
                 event_id: string(row, "event_id")?,
                 meter_id: string(row, "meter_id")?,
-                reason: Reason::parse(&reason).with_context(|| format!("unknown reason `{reason}`"))?.name(),
+                reason: Reason::parse(&reason).with_context(|| format!("unknown reason `{reason}`"))?,
             },
             detail: string(row, "detail")?,
             event: string(row, "event")?,
@@ -162,5 +166,16 @@ pub fn ledger_entry(row: &dyn Cells) -> Result<LedgerEntry> {
         causes: string(row, "causes")?,
         before: values("before")?,
         after: values("after")?,
+        replaced: row.cell("replaced")?.unwrap_or_default().into_owned(),
+    })
+}
+
+/// A row of `period_corrections`.
+pub fn period_entry(row: &dyn Cells) -> Result<PeriodEntry> {
+    Ok(PeriodEntry {
+        correction_id: string(row, "correction_id")?,
+        run_id: string(row, "run_id")?,
+        before: string(row, "row_before")?,
+        after: string(row, "row_after")?,
     })
 }

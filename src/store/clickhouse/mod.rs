@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail};
 
 use super::rows as read;
-use super::{AggregateStore, Cell, LedgerEntry, Publication, RowSink, StoredDeadLetter, Table};
+use super::{AggregateStore, Cell, LedgerEntry, PeriodEntry, Publication, RowSink, StoredDeadLetter, Table};
 use crate::clickhouse_client::{Database, literal};
 use crate::config::ClickHouseConnection;
 use crate::model::aggregate::{PeriodRow, StoredWindow};
@@ -175,6 +175,11 @@ impl AggregateStore for ClickHouseStore {
     fn ledger(&self, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
         let sql = format!("SELECT * FROM corrections_current WHERE job = {} ORDER BY correction_id", literal(job));
         self.query(&sql, read::ledger_entry).context("reading corrections")?.into_iter().try_for_each(each)
+    }
+
+    fn period_ledger(&self, job: &str, each: &mut dyn FnMut(PeriodEntry) -> Result<()>) -> Result<()> {
+        let sql = format!("SELECT * FROM period_corrections_current WHERE job = {} ORDER BY correction_id", literal(job));
+        self.query(&sql, read::period_entry).context("reading period_corrections")?.into_iter().try_for_each(each)
     }
 
     fn export(&self, job: &str, table: Table, each: RowSink<'_>) -> Result<Vec<String>> {

@@ -14,6 +14,7 @@ use bytes::Bytes;
 
 use super::rows;
 use crate::clickhouse_client::{Database, literal};
+use crate::fault::{FaultKind, fault};
 use crate::store::{Publication, StoredDeadLetter};
 
 /// Rows of one insert.
@@ -29,6 +30,11 @@ pub(super) fn publish(database: &Database, publication: &Publication, known: &[S
         .map(|(sequence, correction)| rows::correction(run, sequence, correction))
         .collect();
     insert(database, "corrections", &run.run_id, &corrections)?;
+    let period_corrections: Vec<_> = (1usize..)
+        .zip(&publication.period_corrections)
+        .map(|(sequence, correction)| rows::period_correction(run, sequence, correction))
+        .collect();
+    insert(database, "period_corrections", &run.run_id, &period_corrections)?;
 
     let windows = publication.upserts.iter().map(|row| rows::window(run, row));
     let retracted = publication.retractions.iter().map(|key| rows::retracted_window(run, key));
@@ -45,11 +51,18 @@ pub(super) fn publish(database: &Database, publication: &Publication, known: &[S
     }
     insert(database, "runs", &format!("{}:1", run.run_id), &[rows::run(run, 1)])?;
 
-    for (target, lines) in TARGETS.iter().zip(&targets) {
-        insert(database, target, &run.run_id, lines)?;
-    }
-    insert(database, "runs", &format!("{}:2", run.run_id), &[rows::run(run, 2)])?;
-    forget(database, &run.job)
+    // From here on the run will be published, by this process or by the next one.
+    let finish = || {
+        for (target, lines) in TARGETS.iter().zip(&targets) {
+            insert(database, target, &run.run_id, lines)?;
+        }
+        insert(database, "runs", &format!("{}:2", run.run_id), &[rows::run(run, 2)])?;
+        forget(database, &run.job)
+    };
+    finish().map_err(|error| {
+        let message = format!("run {} is partly published: {error:#}; `trueup resume JOB` finishes it", run.run_id);
+        fault(FaultKind::Partial, message)
+    })
 }
 
 /// Finishes or takes back what a killed run left.
@@ -73,13 +86,15 @@ pub(super) fn recover(database: &Database, job: &str) -> Result<()> {
             .with_context(|| format!("finishing run {run}"))?;
     }
     let published = format!("SELECT run_id FROM runs FINAL WHERE job = {job_literal}");
-    let orphans = format!("SELECT DISTINCT run_id FROM corrections WHERE job = {job_literal} AND run_id NOT IN ({published})");
-    for run in first_column(database, &orphans)? {
-        tracing::warn!(run, "taking back the ledger rows of a run that was interrupted before it published");
-        database.execute(&format!(
-            "DELETE FROM corrections WHERE job = {job_literal} AND run_id = {} SETTINGS lightweight_deletes_sync = 2",
-            literal(&run)
-        ))?;
+    for ledger in ["corrections", "period_corrections"] {
+        let orphans = format!("SELECT DISTINCT run_id FROM {ledger} WHERE job = {job_literal} AND run_id NOT IN ({published})");
+        for run in first_column(database, &orphans)? {
+            tracing::warn!(run, "taking back the ledger rows of a run that was interrupted before it published");
+            database.execute(&format!(
+                "DELETE FROM {ledger} WHERE job = {job_literal} AND run_id = {} SETTINGS lightweight_deletes_sync = 2",
+                literal(&run)
+            ))?;
+        }
     }
     forget(database, job)
 }

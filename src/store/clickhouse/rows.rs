@@ -3,8 +3,8 @@
 use rustc_hash::FxHashMap;
 use serde_json::{Value, json};
 
-use crate::model::aggregate::{Correction, DeadLetterKey, PeriodKey, PeriodRow, Values, WindowKey, WindowRow};
-use crate::model::run::{RunRecord, causes_json};
+use crate::model::aggregate::{Correction, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, Values, WindowKey, WindowRow};
+use crate::model::run::{RunRecord, causes_json, period_json, replaced_json};
 use crate::store::{Publication, StoredDeadLetter};
 
 /// Columns that hold whole numbers, in any table.
@@ -84,6 +84,7 @@ pub fn period(run: &RunRecord, row: &PeriodRow) -> String {
         "commitment_adjustment": row.commitment_adjustment,
         "amount": row.amount,
         "currency": *row.currency,
+        "closed_at": row.closed_at,
         "version": run.version,
         "run_id": run.run_id,
         "updated_at": run.finished_at,
@@ -98,7 +99,7 @@ pub fn removed_period(run: &RunRecord, key: &PeriodKey) -> String {
 }
 
 pub fn correction(run: &RunRecord, sequence: usize, correction: &Correction) -> String {
-    let Correction { key, customer_id, currency, kind, causes, before, after } = correction;
+    let Correction { key, customer_id, currency, kind, causes, before, after, .. } = correction;
     let quantity = |values: &Option<Values>| values.map(|values| values.quantity);
     let cost = |values: &Option<Values>| values.map(|values| values.cost);
     let event_count = |values: &Option<Values>| values.map(|values| values.event_count);
@@ -116,9 +117,21 @@ pub fn correction(run: &RunRecord, sequence: usize, correction: &Correction) -> 
         "cost_after": cost(after),
         "event_count_before": event_count(before),
         "event_count_after": event_count(after),
+        "replaced": replaced_json(correction),
         "recorded_at": run.finished_at,
     });
     with_key(fields, &run.job, &key.period).to_string()
+}
+
+pub fn period_correction(run: &RunRecord, sequence: usize, correction: &PeriodCorrection) -> String {
+    let fields = json!({
+        "correction_id": format!("{}-{sequence:09}", run.run_id),
+        "run_id": run.run_id,
+        "row_before": period_json(correction.before.as_ref()),
+        "row_after": period_json(correction.after.as_ref()),
+        "recorded_at": run.finished_at,
+    });
+    with_key(fields, &run.job, &correction.key).to_string()
 }
 
 /// `stage` 1 while publishing, 2 when done.
@@ -126,7 +139,7 @@ pub fn run(run: &RunRecord, stage: u8) -> String {
     json!({
         "run_id": run.run_id,
         "job": run.job,
-        "mode": run.mode,
+        "mode": run.mode.name(),
         "status": if stage == 2 { run.status.as_str() } else { "publishing" },
         "range_start": run.range.map(|range| range.start),
         "range_end": run.range.map(|range| range.end),
@@ -175,7 +188,7 @@ fn dead_letter(run: &RunRecord, stored: &StoredDeadLetter) -> String {
         "tenant_id": letter.key.tenant_id,
         "event_id": letter.key.event_id,
         "meter_id": letter.key.meter_id,
-        "reason": letter.key.reason,
+        "reason": letter.key.reason.name(),
         "detail": letter.detail,
         "event": letter.event,
         "event_time": letter.event_time,

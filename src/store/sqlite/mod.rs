@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use super::{AggregateStore, LedgerEntry, Publication, RowSink, StoredDeadLetter, Table};
+use super::{AggregateStore, LedgerEntry, PeriodEntry, Publication, RowSink, StoredDeadLetter, Table};
 use crate::model::aggregate::{PeriodRow, StoredWindow};
 use crate::model::run::RunRecord;
 use crate::model::window::Span;
@@ -112,6 +112,10 @@ impl AggregateStore for SqliteStore {
 
     fn ledger(&self, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
         read::ledger(&self.connection, job, each).context("reading corrections")
+    }
+
+    fn period_ledger(&self, job: &str, each: &mut dyn FnMut(PeriodEntry) -> Result<()>) -> Result<()> {
+        read::period_ledger(&self.connection, job, each).context("reading period_corrections")
     }
 
     fn export(&self, job: &str, table: Table, each: RowSink<'_>) -> Result<Vec<String>> {

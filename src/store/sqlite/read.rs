@@ -11,7 +11,7 @@ use crate::model::run::RunRecord;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::store::rows::{self, Cells};
-use crate::store::{Cell, LedgerEntry, RowSink, StoredDeadLetter, Table};
+use crate::store::{Cell, LedgerEntry, PeriodEntry, RowSink, StoredDeadLetter, Table};
 
 impl Cells for Row<'_> {
     fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>> {
@@ -38,16 +38,17 @@ pub(super) fn runs(connection: &Connection, job: &str) -> Result<Vec<RunRecord>>
 }
 
 pub(super) fn extent(connection: &Connection, job: &str) -> Result<Option<Span>> {
-    let sql = "SELECT min(window_start), max(window_end) FROM usage_windows WHERE job = ?1";
+    let sql = "SELECT min(rtrim(window_start, 'Z')), max(rtrim(window_end, 'Z')) FROM usage_windows WHERE job = ?1";
     let (start, end): (Option<String>, Option<String>) =
         connection.query_row(sql, [job], |row| Ok((row.get(0)?, row.get(1)?)))?;
     let Some((start, end)) = start.zip(end) else { return Ok(None) };
     Ok(Some(Span { start: start.parse::<Timestamp>()?, end: end.parse::<Timestamp>()? }))
 }
 
-/// Window bounds are whole seconds, so their texts sort as they do.
+/// Without the `Z`, texts sort as their instants do, with a fraction of a second or not.
 pub(super) fn windows(connection: &Connection, job: &str, span: Span) -> Result<Vec<StoredWindow>> {
-    let sql = "SELECT * FROM usage_windows WHERE job = ?1 AND window_start < ?2 AND window_end > ?3";
+    let sql = "SELECT * FROM usage_windows WHERE job = ?1 \
+               AND rtrim(window_start, 'Z') < rtrim(?2, 'Z') AND rtrim(window_end, 'Z') > rtrim(?3, 'Z')";
     let mut windows = query(connection, sql, [job, &span.end.to_string(), &span.start.to_string()], rows::window)?;
     windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
     Ok(windows)
@@ -71,6 +72,15 @@ pub(super) fn ledger(connection: &Connection, job: &str, each: &mut dyn FnMut(Le
     let mut found = statement.query([job])?;
     while let Some(row) = found.next()? {
         each(rows::ledger_entry(row)?)?;
+    }
+    Ok(())
+}
+
+pub(super) fn period_ledger(connection: &Connection, job: &str, each: &mut dyn FnMut(PeriodEntry) -> Result<()>) -> Result<()> {
+    let mut statement = connection.prepare("SELECT * FROM period_corrections WHERE job = ?1 ORDER BY correction_id")?;
+    let mut found = statement.query([job])?;
+    while let Some(row) = found.next()? {
+        each(rows::period_entry(row)?)?;
     }
     Ok(())
 }

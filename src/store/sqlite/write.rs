@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
 
 use crate::model::aggregate::{Correction, PeriodKey, Values, WindowKey};
-use crate::model::run::causes_json;
+use crate::model::run::{causes_json, period_json, replaced_json};
 use crate::store::Publication;
 
 pub(super) fn publish(connection: &mut Connection, publication: &Publication) -> Result<()> {
@@ -13,6 +13,7 @@ pub(super) fn publish(connection: &mut Connection, publication: &Publication) ->
     write_windows(&transaction, publication)?;
     write_periods(&transaction, publication)?;
     write_corrections(&transaction, publication)?;
+    write_period_corrections(&transaction, publication)?;
     write_dead_letters(&transaction, publication)?;
     write_run(&transaction, publication)?;
     transaction.commit()?;
@@ -95,15 +96,11 @@ fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Re
     for PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } in &publication.period_deletions {
         delete.execute(params![run.job, tenant_id, subscription_id, meter_id, price_id, dimensions, period_start.to_string()])?;
     }
-    // An upsert, not a replacement: closed_at stays.
     let mut upsert = transaction.prepare(
-        "INSERT INTO usage_periods (job, tenant_id, customer_id, subscription_id, meter_id, price_id, dimensions, period_start, \
-         period_end, quantity, cost, minimum_adjustment, commitment_adjustment, amount, currency, version, run_id, updated_at) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18) \
-         ON CONFLICT DO UPDATE SET customer_id = excluded.customer_id, period_end = excluded.period_end, \
-         quantity = excluded.quantity, cost = excluded.cost, minimum_adjustment = excluded.minimum_adjustment, \
-         commitment_adjustment = excluded.commitment_adjustment, amount = excluded.amount, currency = excluded.currency, \
-         version = excluded.version, run_id = excluded.run_id, updated_at = excluded.updated_at",
+        "INSERT OR REPLACE INTO usage_periods (job, tenant_id, customer_id, subscription_id, meter_id, price_id, dimensions, period_start, \
+         period_end, quantity, cost, minimum_adjustment, commitment_adjustment, amount, currency, closed_at, version, run_id, \
+         updated_at) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19)",
     )?;
     let updated_at = run.finished_at.to_string();
     for row in &publication.period_upserts {
@@ -124,6 +121,7 @@ fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Re
             row.commitment_adjustment.to_string(),
             row.amount.to_string(),
             row.currency,
+            row.closed_at.map(|t| t.to_string()),
             run.version,
             run.run_id,
             updated_at
@@ -137,12 +135,12 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
     let mut insert = transaction.prepare(
         "INSERT INTO corrections (correction_id, run_id, job, tenant_id, customer_id, subscription_id, meter_id, price_id, \
          dimensions, period_start, window_start, currency, kind, causes, quantity_before, quantity_after, cost_before, \
-         cost_after, event_count_before, event_count_after, recorded_at) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21)",
+         cost_after, event_count_before, event_count_after, replaced, recorded_at) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22)",
     )?;
     let recorded_at = run.finished_at.to_string();
     for (sequence, correction) in (1u64..).zip(&publication.corrections) {
-        let Correction { key: WindowKey { period, window_start }, customer_id, currency, kind, causes, before, after } =
+        let Correction { key: WindowKey { period, window_start }, customer_id, currency, kind, causes, before, after, .. } =
             correction;
         let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = period;
         let quantity = |values: &Option<Values>| values.map(|values| values.quantity.to_string());
@@ -169,6 +167,34 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
             cost(after),
             event_count(before)?,
             event_count(after)?,
+            replaced_json(correction),
+            recorded_at
+        ])?;
+    }
+    Ok(())
+}
+
+fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
+    let run = &publication.run;
+    let mut insert = transaction.prepare(
+        "INSERT INTO period_corrections (correction_id, run_id, job, tenant_id, subscription_id, meter_id, price_id, dimensions, \
+         period_start, row_before, row_after, recorded_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+    )?;
+    let recorded_at = run.finished_at.to_string();
+    for (sequence, correction) in (1u64..).zip(&publication.period_corrections) {
+        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = &correction.key;
+        insert.execute(params![
+            format!("{}-{sequence:09}", run.run_id),
+            run.run_id,
+            run.job,
+            tenant_id,
+            subscription_id,
+            meter_id,
+            price_id,
+            dimensions,
+            period_start.to_string(),
+            period_json(correction.before.as_ref()),
+            period_json(correction.after.as_ref()),
             recorded_at
         ])?;
     }
@@ -190,7 +216,7 @@ fn write_dead_letters(transaction: &Transaction<'_>, publication: &Publication) 
             letter.key.tenant_id,
             letter.key.event_id,
             letter.key.meter_id,
-            letter.key.reason,
+            letter.key.reason.name(),
             letter.detail,
             letter.event,
             letter.event_time.map(|t| t.to_string()),
@@ -202,7 +228,7 @@ fn write_dead_letters(transaction: &Transaction<'_>, publication: &Publication) 
          WHERE job = ?2 AND tenant_id = ?3 AND event_id = ?4 AND meter_id = ?5 AND reason = ?6",
     )?;
     for key in &publication.resolved {
-        resolve.execute(params![run.run_id, run.job, key.tenant_id, key.event_id, key.meter_id, key.reason])?;
+        resolve.execute(params![run.run_id, run.job, key.tenant_id, key.event_id, key.meter_id, key.reason.name()])?;
     }
     Ok(())
 }
@@ -215,7 +241,7 @@ fn write_run(transaction: &Transaction<'_>, publication: &Publication) -> Result
         params![
             run.run_id,
             run.job,
-            run.mode,
+            run.mode.name(),
             run.status,
             run.range.map(|range| range.start.to_string()),
             run.range.map(|range| range.end.to_string()),

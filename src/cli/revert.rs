@@ -1,0 +1,83 @@
+//! `trueup revert`
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use serde::Serialize;
+
+use super::output::{Style, counted, emit, emit_json};
+use super::{Format, Session};
+use crate::ends;
+use crate::model::counts::RowCounts;
+use crate::pipeline::by_hand;
+
+#[derive(Debug, Args)]
+pub struct RevertArguments {
+    /// The job file.
+    job: PathBuf,
+
+    /// The run to take back.
+    #[arg(long, value_name = "RUN_ID")]
+    run: String,
+
+    /// Also rows that later runs changed: they become what they were before the run.
+    #[arg(long)]
+    force: bool,
+
+    /// Also in closed periods.
+    #[arg(long)]
+    allow_closed: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Document<'r> {
+    schema: &'static str,
+    run_id: &'r str,
+    job: &'r str,
+    status: &'static str,
+    reverted_run_id: &'r str,
+    rows: RowCounts,
+    periods: u64,
+}
+
+pub fn execute(session: &Session, arguments: &RevertArguments) -> Result<u8> {
+    let job = session.job(&arguments.job)?;
+    let told = (arguments.force, arguments.allow_closed);
+    let done = ends::by_hand(&job, |store, runs| by_hand::revert(store, &job.name, runs, &arguments.run, told).map(Some))?;
+    let Some((run, reverted)) = done else { return Ok(0) };
+    if session.format == Format::Json {
+        emit_json(&Document {
+            schema: "trueup.revert/1",
+            run_id: &run.run_id,
+            job: &job.name,
+            status: "succeeded",
+            reverted_run_id: &arguments.run,
+            rows: reverted.rows,
+            periods: reverted.periods,
+        })?;
+        return Ok(0);
+    }
+    let style = Style::for_stdout();
+    let rows = reverted.rows;
+    let mut out = String::new();
+    writeln!(out, "{} took back run {}", style.bold(&format!("trueup revert {}:", job.name)), arguments.run)?;
+    writeln!(
+        out,
+        "  {} {} inserted, {} updated, {} retracted",
+        style.dim("windows     "),
+        rows.inserted,
+        rows.updated,
+        rows.retracted
+    )?;
+    writeln!(out, "  {} {}", style.dim("periods     "), counted(reverted.periods, "row"))?;
+    writeln!(out, "  {} {}", style.dim("run         "), run.run_id)?;
+    writeln!(
+        out,
+        "\n  {}",
+        style.dim("A run that covers these windows computes them anew: repair what was wrong before the next one.")
+    )?;
+    emit(&out)?;
+    Ok(0)
+}

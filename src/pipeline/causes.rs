@@ -1,0 +1,249 @@
+//! Why a row differs: from stored digests and versions, from what is new among its
+//! events, from what earlier runs covered; never guessed.
+
+use rustc_hash::{FxHashMap, FxHashSet};
+
+use super::price::PricedWindow;
+use super::sessions::SessionChanges;
+use super::state::News;
+use crate::model::aggregate::{Basis, Cause, Causes, PeriodKey, StoredWindow, Text, WindowKey, WindowRow};
+use crate::model::run::{RunBasis, RunRecord};
+use crate::model::timestamp::Timestamp;
+use crate::reference::ReferenceDigests;
+
+/// What earlier runs and definitions say about causes.
+pub struct Evidence<'e> {
+    pub runs: &'e [RunRecord],
+    pub basis: &'e RunBasis,
+    /// News of windows that lost events.
+    pub withdrawn: &'e FxHashMap<WindowKey, News>,
+    pub sessions: SessionChanges,
+    /// Current digests by id, for rows that are computed no more.
+    pub current: CurrentDigests,
+}
+
+/// Digests of the definitions as they are now.
+#[derive(Debug, Default)]
+pub struct CurrentDigests {
+    pub meters: FxHashMap<Text, Text>,
+    pub prices: FxHashMap<Text, Text>,
+    /// Tenant and subscription, then the digests of subscription and customer.
+    pub subscriptions: FxHashMap<(Text, Text), (Text, Text)>,
+}
+
+/// Digests that stored rows were computed with.
+#[derive(Default)]
+pub struct KnownBasis {
+    meters: FxHashMap<Text, FxHashSet<Text>>,
+    prices: FxHashMap<Text, FxHashSet<Text>>,
+    subscriptions: FxHashMap<(Text, Text), FxHashSet<(Text, Text)>>,
+}
+
+impl KnownBasis {
+    pub fn of(stored: &[StoredWindow]) -> Self {
+        let mut known = KnownBasis::default();
+        for StoredWindow { row, .. } in stored {
+            let Basis { meter, price, subscription, customer } = &row.basis;
+            known.prices.entry(row.key.period.price_id.clone()).or_default().insert(price.clone());
+            known.meters.entry(row.key.period.meter_id.clone()).or_default().insert(meter.clone());
+            let key = (row.key.period.tenant_id.clone(), row.key.period.subscription_id.clone());
+            known.subscriptions.entry(key).or_default().insert((subscription.clone(), customer.clone()));
+        }
+        known
+    }
+}
+
+/// Finds causes.
+pub struct Judge<'j> {
+    pub evidence: &'j Evidence<'j>,
+    pub known: &'j KnownBasis,
+    /// Billing periods in which a window's usage is not what is stored.
+    pub moved: &'j FxHashSet<PeriodKey>,
+    /// Places where a price gives way to another.
+    pub replaced: &'j FxHashSet<Slot>,
+}
+
+impl Judge<'_> {
+    pub fn update(&self, before: &StoredWindow, after: &PricedWindow) -> Causes {
+        let (was, is) = (&before.row, &after.row);
+        let mut causes = self.news(&is.key, after.news);
+        let usage_changed = !was.same_usage(is);
+        if !usage_changed {
+            // News that left the usage as it was explain nothing.
+            causes.clear();
+        }
+        let mut changed = |cause: Cause, is_changed: bool| {
+            if is_changed {
+                causes.insert(cause, 1);
+            }
+        };
+        // A digest on the row can be old news: the last run that computed it tells.
+        let then = self.covering_run(is).map(|run| &run.basis.reference);
+        let now = &self.evidence.basis.reference;
+        let since = |table: fn(&ReferenceDigests) -> &String| then.is_none_or(|then| table(then) != table(now));
+        let price_changed = was.cost != is.cost && was.basis.price != is.basis.price && since(|tables| &tables.prices);
+        let recharged = was.cost != is.cost && !price_changed;
+        changed(Cause::PriceChanged, price_changed);
+        changed(
+            Cause::MeterChanged,
+            (usage_changed || recharged) && was.basis.meter != is.basis.meter && since(|tables| &tables.meters),
+        );
+        changed(
+            Cause::SubscriptionChanged,
+            usage_changed && was.basis.subscription != is.basis.subscription && since(|tables| &tables.subscriptions),
+        );
+        changed(
+            Cause::CustomerChanged,
+            usage_changed && was.basis.customer != is.basis.customer && since(|tables| &tables.customers),
+        );
+        if !causes.is_empty() {
+            return causes;
+        }
+        let job_changed = self.basis_of(&before.run_id).is_some_and(|basis| basis.job_digest != self.evidence.basis.job_digest);
+        let (cause, count) = if usage_changed && job_changed {
+            (Cause::JobChanged, 1)
+        } else if was.events_digest != is.events_digest {
+            // The source itself changed under unchanged ingestion times.
+            match is.event_count.cmp(&was.event_count) {
+                std::cmp::Ordering::Greater => (Cause::LateEvent, is.event_count - was.event_count),
+                std::cmp::Ordering::Less => (Cause::EventVoided, was.event_count - is.event_count),
+                std::cmp::Ordering::Equal => (Cause::EventAmended, 1),
+            }
+        } else if !usage_changed && self.moved.contains(&is.key.period) {
+            (Cause::TierShift, 1)
+        } else {
+            (Cause::StoreAltered, 1)
+        };
+        causes.insert(cause, count);
+        causes
+    }
+
+    /// The causes, and whether they are proved.
+    pub fn insert(&self, after: &PricedWindow) -> (Causes, bool) {
+        let key = &after.row.key;
+        let Some(run) = self.covering_run(&after.row) else {
+            return (Causes::from([(Cause::FirstComputation, after.row.event_count)]), true);
+        };
+        let mut causes = self.news(key, after.news);
+        if causes.values().sum::<u64>() >= after.row.event_count {
+            return (causes, true);
+        }
+        let basis = &after.row.basis;
+        let subscription = self.known.subscriptions.get(&(key.period.tenant_id.clone(), key.period.subscription_id.clone()));
+        let slot = Slot::of(key);
+        let price = self.known.prices.get(&key.period.price_id).map(|known| !known.contains(&basis.price));
+        causes.extend(self.changed_definitions(
+            &run.basis,
+            self.known.meters.get(&key.period.meter_id).map(|known| !known.contains(&basis.meter)),
+            subscription.map(|known| !known.iter().any(|(of, _)| *of == basis.subscription)),
+            subscription.map(|known| !known.iter().any(|(_, of)| *of == basis.customer)),
+            price.map(|changed| changed || self.replaced.contains(&slot)),
+        ));
+        let proved = !causes.is_empty();
+        (causes, proved)
+    }
+
+    /// The causes, and whether they are proved.
+    pub fn retract(&self, before: &StoredWindow) -> (Causes, bool) {
+        let key = &before.row.key;
+        let mut causes = self.news(key, News::default());
+        if causes.values().sum::<u64>() >= before.row.event_count {
+            return (causes, true);
+        }
+        let was = &before.row.basis;
+        let current = &self.evidence.current;
+        let subscription = current.subscriptions.get(&(key.period.tenant_id.clone(), key.period.subscription_id.clone()));
+        if let Some(basis) = self.basis_of(&before.run_id) {
+            causes.extend(self.changed_definitions(
+                basis,
+                Some(current.meters.get(&key.period.meter_id) != Some(&was.meter)),
+                Some(subscription.is_none_or(|(digest, _)| *digest != was.subscription)),
+                Some(subscription.is_none_or(|(_, digest)| *digest != was.customer)),
+                Some(current.prices.get(&key.period.price_id) != Some(&was.price) || self.replaced.contains(&Slot::of(key))),
+            ));
+        }
+        let proved = !causes.is_empty();
+        (causes, proved)
+    }
+
+    /// What came, was amended, voided or resolved in this window since the run before.
+    fn news(&self, key: &WindowKey, mut news: News) -> Causes {
+        match self.evidence.sessions.news.get(key) {
+            Some(of_sessions) => news = *of_sessions,
+            None => news.merge(self.evidence.withdrawn.get(key).copied().unwrap_or_default()),
+        }
+        let counts = [
+            (Cause::LateEvent, news.late),
+            (Cause::EventAmended, news.amended),
+            (Cause::EventVoided, news.voided),
+            (Cause::DuplicateRemoved, news.duplicates),
+            (Cause::DeadLetterResolved, news.resolved),
+        ];
+        counts.into_iter().filter(|(_, count)| *count > 0).collect()
+    }
+
+    /// Definitions that changed since a run; where a row's own digest is known, it
+    /// decides, otherwise that of the whole table.
+    fn changed_definitions(
+        &self,
+        then: &RunBasis,
+        meter: Option<bool>,
+        subscription: Option<bool>,
+        customer: Option<bool>,
+        price: Option<bool>,
+    ) -> Causes {
+        let now = self.evidence.basis;
+        let tables = [
+            (Cause::MeterChanged, then.reference.meters != now.reference.meters && meter.unwrap_or(true)),
+            (
+                Cause::SubscriptionChanged,
+                then.reference.subscriptions != now.reference.subscriptions && subscription.unwrap_or(true),
+            ),
+            (Cause::CustomerChanged, then.reference.customers != now.reference.customers && customer.unwrap_or(true)),
+            (Cause::PriceChanged, then.reference.prices != now.reference.prices && price.unwrap_or(true)),
+            (Cause::JobChanged, then.job_digest != now.job_digest),
+        ];
+        tables.into_iter().filter(|(_, changed)| *changed).map(|(cause, _)| (cause, 1)).collect()
+    }
+
+    fn basis_of(&self, run_id: &str) -> Option<&RunBasis> {
+        self.evidence.runs.iter().find(|run| run.run_id == run_id).map(|run| &run.basis)
+    }
+
+    /// The last run that computed this row's window: it covers the window, was about
+    /// this part of the job, and came after the window began.
+    fn covering_run(&self, row: &WindowRow) -> Option<&RunRecord> {
+        let covers = |run: &&RunRecord| {
+            let period = &row.key.period;
+            let began = |until: Option<Timestamp>| until.is_none_or(|until| row.key.window_start <= until);
+            run.range.is_some_and(|range| range.covers(row.window()))
+                && run.basis.scope.holds(&period.tenant_id, &row.customer_id, &period.meter_id)
+                && began(run.input.events_until)
+                && began(run.input.ingested_until)
+        };
+        self.evidence.runs.iter().rev().find(covers)
+    }
+}
+
+/// A row's place, whatever its price: where one price takes over from another, both
+/// rows have the same.
+#[derive(PartialEq, Eq, Hash)]
+pub struct Slot {
+    tenant: Text,
+    subscription: Text,
+    meter: Text,
+    dimensions: Text,
+    window_start: Timestamp,
+}
+
+impl Slot {
+    pub fn of(key: &WindowKey) -> Self {
+        Slot {
+            tenant: key.period.tenant_id.clone(),
+            subscription: key.period.subscription_id.clone(),
+            meter: key.period.meter_id.clone(),
+            dimensions: key.period.dimensions.clone(),
+            window_start: key.window_start,
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! What a run will write, before it has an id: made by a plan, kept in a file, or
+//! made by hand (closing a period, taking a run back).
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::now;
+use crate::model::aggregate::{
+    Correction, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, WindowKey, WindowRow,
+};
+use crate::model::run::{RunBasis, RunInput, RunMode, RunRecord, ledger_digest};
+use crate::model::timestamp::Timestamp;
+use crate::model::window::Span;
+use crate::store::{Publication, next_run_id, next_version};
+
+/// A publication without id and version.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Draft {
+    pub mode: RunMode,
+    /// The last run when the draft was made.
+    pub previous_run_id: Option<String>,
+    pub range: Option<Span>,
+    pub started_at: Timestamp,
+    pub counts: serde_json::Value,
+    pub input: RunInput,
+    pub basis: RunBasis,
+    pub upserts: Vec<WindowRow>,
+    pub retractions: Vec<WindowKey>,
+    pub corrections: Vec<Correction>,
+    pub period_upserts: Vec<PeriodRow>,
+    pub period_deletions: Vec<PeriodKey>,
+    pub period_corrections: Vec<PeriodCorrection>,
+    pub dead_letters: Vec<DeadLetter>,
+    pub resolved: Vec<DeadLetterKey>,
+}
+
+impl Draft {
+    /// A run that computes nothing: it knows what the run before it knew.
+    pub fn by_hand(mode: RunMode, previous: Option<&RunRecord>, counts: serde_json::Value) -> Draft {
+        let input = previous.map(|run| RunInput { files: Vec::new(), ..run.input.clone() });
+        Draft {
+            mode,
+            previous_run_id: previous.map(|run| run.run_id.clone()),
+            range: None,
+            started_at: now(),
+            counts,
+            input: input.unwrap_or_default(),
+            basis: previous.map(|run| run.basis.clone()).unwrap_or_default(),
+            upserts: Vec::new(),
+            retractions: Vec::new(),
+            corrections: Vec::new(),
+            period_upserts: Vec::new(),
+            period_deletions: Vec::new(),
+            period_corrections: Vec::new(),
+            dead_letters: Vec::new(),
+            resolved: Vec::new(),
+        }
+    }
+
+    /// The publication, as the run after `previous`.
+    pub fn into_publication(self, job: &str, previous: &[RunRecord]) -> Publication {
+        let finished_at = now();
+        let mut run = RunRecord {
+            run_id: next_run_id(previous, finished_at),
+            job: job.to_owned(),
+            mode: self.mode,
+            status: "succeeded".to_owned(),
+            range: self.range,
+            started_at: self.started_at,
+            finished_at,
+            version: next_version(previous, finished_at),
+            counts: self.counts,
+            input: self.input,
+            basis: self.basis,
+            ledger_digest: String::new(),
+        };
+        let before = previous.last().map_or("", |run| run.ledger_digest.as_str());
+        run.ledger_digest = ledger_digest(before, &run, &self.corrections, &self.period_corrections);
+        Publication {
+            previous_run_id: self.previous_run_id,
+            run,
+            upserts: self.upserts,
+            retractions: self.retractions,
+            corrections: self.corrections,
+            period_upserts: self.period_upserts,
+            period_deletions: self.period_deletions,
+            period_corrections: self.period_corrections,
+            dead_letters: self.dead_letters,
+            resolved: self.resolved,
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! Saved plans: the exact changes, with the fingerprints of everything they rest on.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rustc_hash::FxHashMap;
+use serde::{Deserialize, Serialize};
+
+use super::Request;
+use super::draft::Draft;
+use crate::fault::{FaultKind, configuration, fault};
+use crate::model::aggregate::{CorrectionKind, Values};
+use crate::model::run::{InputFile, RunBasis};
+use crate::model::timestamp::Timestamp;
+use crate::store::AggregateStore;
+
+const SCHEMA: &str = "trueup.saved_plan/1";
+
+/// A plan in a file.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct SavedPlan {
+    pub schema: String,
+    pub trueup_version: String,
+    pub created_at: Timestamp,
+    /// The job file.
+    pub job_path: PathBuf,
+    pub environment: Option<String>,
+    pub request: Request,
+    /// The ledger digest of the last run when the plan was made; empty without one.
+    pub ledger_digest: String,
+    /// Why the guard refuses the plan, if it does.
+    pub guard: Option<String>,
+    pub draft: Draft,
+}
+
+impl SavedPlan {
+    pub fn schema() -> String {
+        SCHEMA.to_owned()
+    }
+
+    /// Writes the plan, as a whole or not at all.
+    ///
+    /// # Errors
+    /// Where the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let unwritable = || format!("cannot write the plan {}", path.display());
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = PathBuf::from(partial);
+        let mut file = BufWriter::new(File::create(&partial).with_context(unwritable)?);
+        serde_json::to_writer(&mut file, self).with_context(unwritable)?;
+        file.write_all(b"\n").and_then(|()| file.flush()).with_context(unwritable)?;
+        std::fs::rename(&partial, path).with_context(unwritable)
+    }
+
+    /// # Errors
+    /// Where the file is no plan, or one of another version.
+    pub fn read(path: &Path) -> Result<SavedPlan> {
+        let file =
+            File::open(path).map_err(|error| configuration(format!("cannot read the plan {}: {error}", path.display())))?;
+        let plan: SavedPlan = serde_json::from_reader(BufReader::new(file)).map_err(|error| {
+            configuration(format!("{} is no saved plan: {error}; make one with `trueup plan JOB --out FILE`", path.display()))
+        })?;
+        if plan.schema != SCHEMA || plan.trueup_version != env!("CARGO_PKG_VERSION") {
+            return Err(configuration(format!(
+                "{} was saved by trueup {} ({}), this is {} ({SCHEMA}): plan again",
+                path.display(),
+                plan.trueup_version,
+                plan.schema,
+                env!("CARGO_PKG_VERSION")
+            )));
+        }
+        Ok(plan)
+    }
+
+    /// What the plan rests on and is no longer so, in words.
+    ///
+    /// # Errors
+    /// Where the store cannot be read.
+    pub fn moved(&self, job: &str, basis: &RunBasis, files: &[InputFile], store: &dyn AggregateStore) -> Result<Vec<String>> {
+        let mut moved = Vec::new();
+        let planned = &self.draft.basis;
+        let digests = [
+            ("the job file", &planned.job_digest, &basis.job_digest),
+            ("the customers table", &planned.reference.customers, &basis.reference.customers),
+            ("the subscriptions table", &planned.reference.subscriptions, &basis.reference.subscriptions),
+            ("the meters table", &planned.reference.meters, &basis.reference.meters),
+            ("the prices table", &planned.reference.prices, &basis.reference.prices),
+        ];
+        moved.extend(digests.iter().filter(|(_, then, now)| then != now).map(|(name, ..)| format!("{name} changed")));
+        moved.extend(moved_files(&self.draft.input.files, files));
+        moved.extend(self.moved_store(job, store)?);
+        Ok(moved)
+    }
+
+    fn moved_store(&self, job: &str, store: &dyn AggregateStore) -> Result<Option<String>> {
+        let runs = store.runs(job)?;
+        let last = runs.last();
+        if last.map(|run| &run.run_id) != self.draft.previous_run_id.as_ref() {
+            let name = last.map_or("none", |run| run.run_id.as_str());
+            return Ok(Some(format!("another run was published since (the last one is {name})")));
+        }
+        if last.map_or("", |run| run.ledger_digest.as_str()) != self.ledger_digest {
+            return Ok(Some("the ledger is not the one that the plan was made from".to_owned()));
+        }
+        let Some(extent) = store.extent(job)? else { return Ok(None) };
+        let rows = store.windows(job, extent)?;
+        let rows: FxHashMap<_, _> = rows.iter().map(|stored| (&stored.row.key, Values::from(&stored.row))).collect();
+        // A session that is rebuilt is retracted and inserted under one key.
+        let mut seen = rustc_hash::FxHashSet::default();
+        let mut first = self
+            .draft
+            .corrections
+            .iter()
+            .filter(|correction| correction.kind != CorrectionKind::Adjust && seen.insert(&correction.key));
+        let other = first.find(|correction| rows.get(&correction.key).copied() != correction.before);
+        Ok(other.map(|correction| {
+            let key = crate::audit::describe(&correction.key);
+            format!("the stored row {key} is not what the plan saw")
+        }))
+    }
+}
+
+fn moved_files(then: &[InputFile], now: &[InputFile]) -> Vec<String> {
+    const SHOWN: usize = 5;
+    let fingerprints = |files: &'_ [InputFile]| -> FxHashMap<String, String> {
+        files.iter().map(|file| (file.name.clone(), file.fingerprint.clone())).collect()
+    };
+    let (before, after) = (fingerprints(then), fingerprints(now));
+    let gone = then.iter().filter(|file| !after.contains_key(&file.name)).map(|file| format!("input {} is gone", file.name));
+    let changed = now.iter().filter_map(|file| match before.get(&file.name) {
+        None => Some(format!("input {} is new", file.name)),
+        Some(fingerprint) if *fingerprint != file.fingerprint => Some(format!("input {} changed", file.name)),
+        Some(_) => None,
+    });
+    let mut moved: Vec<_> = gone.chain(changed).collect();
+    if moved.len() > SHOWN {
+        let more = moved.len() - SHOWN;
+        moved.truncate(SHOWN);
+        moved.push(format!("{more} more inputs moved"));
+    }
+    moved
+}
+
+/// The fault of a plan that no longer holds (exit code 7).
+pub fn stale(path: &Path, moved: &[String]) -> anyhow::Error {
+    fault(FaultKind::Stale, format!("plan {} is stale: {}. Nothing was published; plan again", path.display(), moved.join("; ")))
+}
