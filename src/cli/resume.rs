@@ -41,7 +41,7 @@ pub fn execute(session: &Session, arguments: &ResumeArguments) -> Result<u8> {
         }
         match session.format {
             Format::Json => {
-                emit_json(&Nothing { schema: "trueup.resume/1", run_id: None, job: &job.name, status: "nothing_to_resume" })?
+                emit_json(&Nothing { schema: "trueup.resume/1", run_id: None, job: &job.name, status: "nothing_to_resume" })?;
             }
             Format::Text => emit(&format!(
                 "{} there is nothing to resume\n",

@@ -12,16 +12,36 @@ use super::window::Span;
 /// Shared text: names repeat in every row.
 pub type Text = Arc<str>;
 
+/// Shared text in saved plans and in the ledger.
+mod text {
+    use std::sync::Arc;
+
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(text)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<str>, D::Error> {
+        String::deserialize(deserializer).map(Arc::from)
+    }
+}
+
 /// What accumulates together: one subscription, meter, price and combination of
 /// dimensions in one billing period.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PeriodKey {
+    #[serde(with = "text")]
     pub tenant_id: Text,
+    #[serde(with = "text")]
     pub subscription_id: Text,
+    #[serde(with = "text")]
     pub meter_id: Text,
     /// Empty for usage without a price.
+    #[serde(with = "text")]
     pub price_id: Text,
     /// Canonical JSON.
+    #[serde(with = "text")]
     pub dimensions: Text,
     pub period_start: Timestamp,
 }
@@ -37,12 +57,14 @@ pub struct WindowKey {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WindowRow {
     pub key: WindowKey,
+    #[serde(with = "text")]
     pub customer_id: Text,
     pub window_end: Timestamp,
     pub period_end: Timestamp,
     pub quantity: Decimal,
     pub event_count: u64,
     pub cost: Decimal,
+    #[serde(with = "text")]
     pub currency: Text,
     /// Of the events counted, in any order.
     pub events_digest: String,
@@ -53,9 +75,13 @@ pub struct WindowRow {
 /// changed; a difference here alone changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Basis {
+    #[serde(with = "text")]
     pub meter: Text,
+    #[serde(with = "text")]
     pub price: Text,
+    #[serde(with = "text")]
     pub subscription: Text,
+    #[serde(with = "text")]
     pub customer: Text,
 }
 
@@ -97,6 +123,7 @@ pub struct StoredWindow {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeriodRow {
     pub key: PeriodKey,
+    #[serde(with = "text")]
     pub customer_id: Text,
     pub period_end: Timestamp,
     pub quantity: Decimal,
@@ -106,6 +133,7 @@ pub struct PeriodRow {
     pub commitment_adjustment: Decimal,
     /// Cost and adjustments, rounded to the currency's minor unit.
     pub amount: Decimal,
+    #[serde(with = "text")]
     pub currency: Text,
     /// When the period was closed, because it was invoiced.
     pub closed_at: Option<Timestamp>,
@@ -200,7 +228,9 @@ impl From<&WindowRow> for Values {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Correction {
     pub key: WindowKey,
+    #[serde(with = "text")]
     pub customer_id: Text,
+    #[serde(with = "text")]
     pub currency: Text,
     pub kind: CorrectionKind,
     pub causes: Causes,

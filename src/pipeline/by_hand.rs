@@ -134,7 +134,7 @@ pub fn revert(
     let mut stored: BTreeMap<WindowKey, StoredWindow> = stored.into_iter().map(|row| (row.row.key.clone(), row)).collect();
     for (key, change) in windows {
         let current = stored.remove(&key).map(|stored| stored.row);
-        restore_window(&mut draft, &mut reverted.rows, current, change).with_context(|| describe(&key))?;
+        restore_window(&mut draft, &mut reverted.rows, current, &change).with_context(|| describe(&key))?;
     }
     let everything = Span { start: Timestamp::MIN, end: Timestamp::MAX };
     let stored = store.periods(job, everything)?;
@@ -197,7 +197,7 @@ fn period_changes(store: &dyn AggregateStore, job: &str, run_id: &str) -> Result
     Ok(changes)
 }
 
-fn restore_window(draft: &mut Draft, rows: &mut RowCounts, current: Option<WindowRow>, change: Change) -> Result<()> {
+fn restore_window(draft: &mut Draft, rows: &mut RowCounts, current: Option<WindowRow>, change: &Change) -> Result<()> {
     let restored = match &change.before {
         None => None,
         Some((_, replaced)) => {

@@ -494,7 +494,7 @@ proptest! {
                 Change::Nothing => {}
             }
             settings.write(&workspace);
-            let request = Request { range: range.and_then(|range| within(&events, range)), scope };
+            let request = Request { range: range.and_then(|range| within(&events, range)), scope, ..Request::default() };
             let before = state(&workspace, "trueup");
             let published = run(&workspace, "trueup", &request, threads);
             let after = state(&workspace, "trueup");
