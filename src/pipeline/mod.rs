@@ -232,8 +232,12 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         let rows = ledger_rows(store, &job.name)?;
         changes.ask_the_ledger(|key| rows.contains(key));
     }
-    if changes.has_closed_differences() {
-        changes.adjust_closed(&store.map_or_else(|| Ok(FxHashMap::default()), |store| closed::adjustments(store, &job.name))?);
+    if let Some(store) = store.filter(|_| !closed.is_empty()) {
+        let wants = |key: &WindowKey, customer: &str| {
+            let (period, start) = (&key.period, key.window_start);
+            closed.hold(period) && range.contains(start) && request.scope.holds(&period.tenant_id, customer, &period.meter_id)
+        };
+        changes.adjust_closed(closed::adjustments(store, &job.name, wants)?);
     }
     changes.check_totals()?;
     invariants::ledger_replay(&stored.windows, &changes, &priced, range, &closed)?;

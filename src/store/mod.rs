@@ -48,6 +48,8 @@ pub struct LedgerEntry {
     pub correction_id: String,
     pub run_id: String,
     pub key: WindowKey,
+    pub customer_id: String,
+    pub currency: String,
     pub kind: String,
     /// JSON, as written.
     pub causes: String,

@@ -162,6 +162,8 @@ pub fn ledger_entry(row: &dyn Cells) -> Result<LedgerEntry> {
         correction_id: string(row, "correction_id")?,
         run_id: string(row, "run_id")?,
         key: window_key(row)?,
+        customer_id: string(row, "customer_id")?,
+        currency: string(row, "currency")?,
         kind: string(row, "kind")?,
         causes: string(row, "causes")?,
         before: values("before")?,

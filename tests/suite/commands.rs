@@ -160,7 +160,8 @@ fn a_run_as_json() {
         "inserted": 7,
         "updated": 0,
         "retracted": 0,
-        "unchanged": 0
+        "unchanged": 0,
+        "adjusted": 0
       },
       "periods": {
         "written": 5,
@@ -276,7 +277,7 @@ fn a_plan_says_what_would_change() {
       ~  cus_1     demo / sub_1 / bytes_sent / standard_bytes / 2026-01-01T10:00:00Z      1590     1590   0.00159 USD  price_changed
       ~  cus_2     demo / sub_2 / bytes_sent / standard_bytes / 2026-01-01T11:00:00Z        64       64  0.000064 USD  price_changed
 
-      trueup run job.yaml  # publish exactly this, if nothing changes meanwhile
+      trueup run job.yaml  # publish this, if nothing changes meanwhile
     ");
 }
 
@@ -342,7 +343,8 @@ fn a_sound_store_verifies() {
         "inserted": 0,
         "updated": 0,
         "retracted": 0,
-        "unchanged": 7
+        "unchanged": 7,
+        "adjusted": 0
       },
       "periods_differing": 0,
       "ledger": []
@@ -418,7 +420,7 @@ fn altered_periods_are_drift() {
 
 #[test]
 fn an_altered_ledger_is_drift() {
-    const DIGEST: &str = "its ledger digest does not match its corrections";
+    const DIGEST: &str = "its ledger digest does not match the run";
     drift(
         "UPDATE corrections SET quantity_after = '2001' WHERE kind = 'update' AND quantity_after = '2000'",
         &["corrections", DIGEST],

@@ -5,6 +5,7 @@
 mod bad_input;
 mod causes;
 mod commands;
+mod corrections;
 mod deployment;
 mod golden;
 mod histories;

@@ -1,0 +1,358 @@
+//! Corrections that can be trusted: saved plans, closed periods, taking back,
+//! resuming, and ends that nobody planned.
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::support::{Row, Workspace};
+
+/// Two customers on a graduated plan, with events in January and February.
+fn world() -> Workspace {
+    let workspace = Workspace::new();
+    workspace.write(
+        "job.yaml",
+        "version: 1\njob: usage\nsource: {kind: files, paths: [\"events/*.ndjson\"]}\nwindow: day\nreference:\n  \
+         customers: {path: customers.csv}\n  subscriptions: {path: subscriptions.csv}\n  meters: {path: meters.yaml}\n  \
+         prices: {path: prices.yaml}\nstore: {kind: sqlite, path: trueup.db}\n",
+    );
+    workspace.write("customers.csv", "tenant_id,customer_id,external_customer_id\nt,c1,x1\nt,c2,x2\n");
+    workspace.write(
+        "subscriptions.csv",
+        "tenant_id,subscription_id,customer_id,plan_id,currency,billing_period,started_at\n\
+         t,s1,c1,pro,USD,month,2025-01-01\nt,s2,c2,pro,USD,month,2025-01-01\n",
+    );
+    workspace.write("meters.yaml", "meters: [{meter_id: calls, event_name: call, aggregation: sum, property: n}]\n");
+    workspace.write(
+        "prices.yaml",
+        "prices: [{price_id: p, plan_id: pro, meter_id: calls, currency: USD, model: graduated, minimum_amount: \"5\", \
+         tiers: [{up_to: \"10\", unit_amount: \"1\"}, {up_to: null, unit_amount: \"0.5\"}]}]\n",
+    );
+    let events =
+        [("a", "x1", "2026-01-05", 6), ("b", "x1", "2026-01-20", 8), ("c", "x2", "2026-01-10", 3), ("d", "x1", "2026-02-02", 2)];
+    send(&workspace, "first", &events);
+    workspace
+}
+
+fn send(workspace: &Workspace, file: &str, events: &[(&str, &str, &str, i64)]) {
+    let line = |(id, customer, day, n): &(&str, &str, &str, i64)| {
+        let event = json!({"tenant_id": "t", "id": id, "event_name": "call", "external_customer_id": customer,
+            "timestamp": format!("{day}T12:00:00Z"), "ingested_at": format!("{day}T13:00:00Z"), "properties": {"n": n}});
+        format!("{event}\n")
+    };
+    workspace.write(&format!("events/{file}.ndjson"), events.iter().map(line).collect::<String>());
+}
+
+const WINDOWS: &str =
+    "SELECT subscription_id, window_start, quantity, cost, event_count, events_digest FROM usage_windows ORDER BY 1, 2";
+const PERIODS: &str = "SELECT subscription_id, period_start, quantity, cost, minimum_adjustment, amount, closed_at FROM usage_periods ORDER BY 1, 2";
+
+fn tables(workspace: &Workspace) -> [Vec<Row>; 2] {
+    [WINDOWS, PERIODS].map(|sql| workspace.query(sql))
+}
+
+fn amounts(workspace: &Workspace) -> Vec<String> {
+    let rows =
+        workspace.query("SELECT subscription_id || ' ' || period_start || ' ' || amount AS row FROM usage_periods ORDER BY 1");
+    rows.into_iter().map(|row| row["row"].clone()).collect()
+}
+
+// --- saved plans -----------------------------------------------------------------------------
+
+#[test]
+fn a_saved_plan_is_published_exactly() {
+    let workspace = world();
+    let planned = workspace.trueup(&["plan", "job.yaml", "--out", "plan.json", "--output", "json"]).json();
+    assert!(!workspace.path("trueup.db").exists(), "a plan writes nothing");
+    let applied = workspace.trueup(&["apply", "plan.json", "--output", "json"]).json();
+    assert_eq!(applied["counts"]["rows"], planned["rows"]);
+    let by_plan = tables(&workspace);
+    assert_eq!(workspace.run(&[])["rows"]["unchanged"], 4, "the next run finds nothing to do");
+    let fresh = world();
+    fresh.run(&[]);
+    assert_eq!(by_plan, tables(&fresh));
+    assert_eq!(workspace.query("SELECT mode FROM runs ORDER BY version")[0]["mode"], "apply");
+    workspace.trueup(&["apply", "plan.json"]).fails_with(7, &["plan.json is stale", "another run was published", "plan again"]);
+}
+
+#[test]
+fn a_saved_plan_is_refused_when_anything_moved() {
+    let moved = |change: &dyn Fn(&Workspace), says: &str| {
+        let workspace = world();
+        workspace.run(&[]);
+        send(&workspace, "late", &[("e", "x2", "2026-01-10", 1)]);
+        assert_eq!(workspace.trueup(&["plan", "job.yaml", "--out", "plan.json"]).code, 0);
+        change(&workspace);
+        let before = workspace.dump();
+        workspace.trueup(&["apply", "plan.json"]).fails_with(7, &["is stale", says]);
+        assert_eq!(workspace.dump(), before);
+    };
+    moved(&|workspace| send(workspace, "more", &[("f", "x2", "2026-01-11", 1)]), "more.ndjson is new");
+    moved(&|workspace| send(workspace, "late", &[("e", "x2", "2026-01-11", 100)]), "late.ndjson changed");
+    moved(&|workspace| std::fs::remove_file(workspace.path("events/late.ndjson")).unwrap(), "late.ndjson is gone");
+    moved(&|workspace| workspace.edit("prices.yaml", "0.5", "0.6"), "the prices table changed");
+    moved(&|workspace| workspace.edit("job.yaml", "window: day", "window: hour"), "the job file changed");
+    moved(
+        &|workspace| workspace.tamper("UPDATE usage_windows SET quantity = '4' WHERE subscription_id = 's2'"),
+        "is not what the plan saw",
+    );
+}
+
+#[test]
+fn a_saved_plan_beyond_the_guard_needs_approval() {
+    let workspace = world();
+    workspace.run(&[]);
+    workspace.edit("job.yaml", "window: day", "window: day\nguard: {max_cost_change: \"1%\"}");
+    workspace.edit("prices.yaml", "unit_amount: \"1\"", "unit_amount: \"2\"");
+    assert_eq!(workspace.trueup(&["plan", "job.yaml", "--out", "plan.json"]).code, 0);
+    workspace.trueup(&["apply", "plan.json"]).fails_with(8, &["max_cost_change 1%", "trueup apply plan.json --yes"]);
+    assert_eq!(workspace.trueup(&["apply", "plan.json", "--yes"]).code, 0);
+    workspace.trueup(&["apply", "job.yaml"]).fails_with(2, &["job.yaml is no saved plan"]);
+}
+
+// --- closed periods --------------------------------------------------------------------------
+
+#[test]
+fn differences_in_closed_periods_become_adjustments() {
+    let workspace = world();
+    workspace.run(&[]);
+    let closed = workspace.trueup(&["close", "job.yaml", "--period", "2026-01", "--customer", "c1", "--output", "json"]).json();
+    assert_eq!(closed["periods"][0]["amount"], "12");
+    let before = tables(&workspace);
+    send(&workspace, "late", &[("e", "x1", "2026-01-07", 4), ("f", "x1", "2026-02-03", 4), ("g", "x2", "2026-01-07", 4)]);
+    let run = workspace.run(&[]);
+    // The windows of 7 January (new) and 20 January (moved by tiers) of c1 stay as they were invoiced.
+    assert_eq!(run["rows"], json!({"inserted": 2, "updated": 0, "retracted": 0, "unchanged": 3, "adjusted": 2}), "{run}");
+    let of_c1 = |rows: &[Row]| -> Vec<Row> {
+        let january = |row: &&Row| row["subscription_id"] == "s1" && !row.values().any(|cell| cell.starts_with("2026-02"));
+        rows.iter().filter(january).cloned().collect()
+    };
+    let after = tables(&workspace);
+    assert_eq!((of_c1(&before[0]), of_c1(&before[1])), (of_c1(&after[0]), of_c1(&after[1])));
+    let adjusted = workspace.query("SELECT window_start, quantity_before, quantity_after, cost_before, cost_after FROM corrections WHERE kind = 'adjust' ORDER BY 1");
+    let shown: Vec<Vec<&str>> = adjusted.iter().map(|row| row.values().map(String::as_str).collect()).collect();
+    assert_eq!(shown, [["4", "", "4", "", "2026-01-07T00:00:00Z"], ["4", "6", "8", "8", "2026-01-20T00:00:00Z"]]);
+    // Promise 3, and the ledger is whole.
+    assert_eq!(workspace.run(&[])["rows"]["adjusted"], 0);
+    let verified = workspace.trueup(&["verify", "job.yaml"]);
+    assert_eq!(verified.code, 0, "{}", verified.stdout);
+    // Voided again: adjusted back.
+    std::fs::remove_file(workspace.path("events/late.ndjson")).unwrap();
+    assert_eq!(workspace.run(&[])["rows"]["adjusted"], 2);
+    send(&workspace, "late", &[("e", "x1", "2026-01-07", 4)]);
+    assert_eq!(workspace.run(&["--allow-closed"])["rows"]["inserted"], 1);
+    assert_eq!(amounts(&workspace)[0], "s1 2026-01-01T00:00:00Z 14");
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+}
+
+#[test]
+fn periods_are_chosen_closed_once_and_opened_again() {
+    let workspace = world();
+    workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]).fails_with(2, &["no stored billing period"]);
+    workspace.run(&[]);
+    for (period, count) in [("2026-02-15", 2), ("2026-01", 2)] {
+        let closed = workspace.trueup(&["close", "job.yaml", "--period", period, "--output", "json"]).json();
+        assert_eq!(closed["periods"].as_array().unwrap().len(), count, "{closed}");
+    }
+    let again = workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]);
+    assert_eq!((again.code, again.stdout.as_str()), (0, "trueup close usage: these periods are closed already\n"));
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+    assert_eq!(workspace.trueup(&["close", "job.yaml", "--period", "2026-01", "--reopen"]).code, 0);
+    let open = workspace.query("SELECT count(*) AS n FROM usage_periods WHERE closed_at IS NULL");
+    assert_eq!(open[0]["n"], "2");
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+    for (arguments, says) in [(["--period", "2026-13"], "--period"), (["--period", "soon"], "--period")] {
+        workspace.trueup(&["close", "job.yaml", arguments[0], arguments[1]]).fails_with(2, &[says]);
+    }
+    workspace
+        .trueup(&["close", "job.yaml", "--period", "2026-01", "--customer", "nobody"])
+        .fails_with(2, &["no stored billing period"]);
+}
+
+// --- taking back -----------------------------------------------------------------------------
+
+fn last_run(workspace: &Workspace) -> String {
+    workspace.query("SELECT run_id FROM runs ORDER BY version DESC LIMIT 1").remove(0).remove("run_id").unwrap()
+}
+
+#[test]
+fn a_run_is_taken_back() {
+    let workspace = world();
+    workspace.run(&[]);
+    let before = tables(&workspace);
+    workspace.edit("prices.yaml", "unit_amount: \"1\"", "unit_amount: \"2\"");
+    send(&workspace, "late", &[("e", "x2", "2026-01-11", 1)]);
+    std::fs::write(workspace.path("events/voids.ndjson"), "{\"tenant_id\":\"t\",\"id\":\"b\",\"deleted\":true}\n").unwrap();
+    workspace.run(&[]);
+    let wrong = tables(&workspace);
+    let run = last_run(&workspace);
+    let reverted = workspace.trueup(&["revert", "job.yaml", "--run", &run, "--output", "json"]).json();
+    assert_eq!(tables(&workspace), before, "{reverted}");
+    let causes =
+        workspace.query("SELECT DISTINCT causes FROM corrections WHERE run_id = (SELECT run_id FROM runs WHERE mode = 'revert')");
+    assert_eq!(causes.len(), 1);
+    assert_eq!(causes[0]["causes"], "{\"manual_revert\":1}");
+    // The ledger is whole, though the events say something else.
+    let verified = workspace.trueup(&["verify", "job.yaml", "--output", "json"]);
+    assert_eq!(verified.code, 3);
+    let verified: Value = serde_json::from_str(&verified.stdout).unwrap();
+    assert_eq!(verified["ledger"], json!([]));
+    // Taking the revert back gives what the run had made.
+    let run = last_run(&workspace);
+    assert_eq!(workspace.trueup(&["revert", "job.yaml", "--run", &run]).code, 0);
+    assert_eq!(tables(&workspace), wrong);
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+}
+
+#[test]
+fn a_run_whose_rows_changed_later_is_not_taken_back_unless_told() {
+    let workspace = world();
+    workspace.run(&[]);
+    send(&workspace, "late", &[("e", "x1", "2026-01-05", 1)]);
+    workspace.run(&[]);
+    let middle = last_run(&workspace);
+    send(&workspace, "later", &[("f", "x1", "2026-01-05", 1)]);
+    workspace.run(&[]);
+    let before = workspace.dump();
+    workspace.trueup(&["revert", "job.yaml", "--run", &middle]).fails_with(8, &["changed by later runs", "--force"]);
+    assert_eq!(workspace.dump(), before);
+    assert_eq!(workspace.trueup(&["revert", "job.yaml", "--run", &middle, "--force"]).code, 0);
+    let row = workspace.query("SELECT quantity FROM usage_windows WHERE window_start LIKE '2026-01-05%'");
+    assert_eq!(row[0]["quantity"], "6");
+    workspace.trueup(&["revert", "job.yaml", "--run", "nonsense"]).fails_with(2, &["has no such run", "trueup runs"]);
+    workspace.run(&["--yes"]);
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+}
+
+#[test]
+fn what_is_invoiced_is_not_taken_back_unless_told() {
+    let workspace = world();
+    workspace.run(&[]);
+    let run = last_run(&workspace);
+    workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]);
+    workspace.trueup(&["revert", "job.yaml", "--run", &run]).fails_with(8, &["is closed", "--allow-closed"]);
+    assert_eq!(workspace.trueup(&["revert", "job.yaml", "--run", &run, "--allow-closed"]).code, 0);
+    assert!(tables(&workspace).iter().all(Vec::is_empty));
+}
+
+// --- ends that nobody planned ----------------------------------------------------------------
+
+/// A workspace with enough events that a run takes a while.
+fn large_world() -> Workspace {
+    let workspace = world();
+    let mut lines = String::new();
+    for n in 0..60_000 {
+        let (day, hour, customer) = (n % 28 + 1, n % 24, n % 2 + 1);
+        lines += &format!(
+            "{{\"tenant_id\":\"t\",\"id\":\"n{n}\",\"event_name\":\"call\",\"external_customer_id\":\"x{customer}\",\
+             \"timestamp\":\"2026-03-{day:02}T{hour:02}:00:00Z\",\"properties\":{{\"n\":1}}}}\n"
+        );
+    }
+    workspace.write("events/many.ndjson", lines);
+    workspace
+}
+
+fn start(workspace: &Workspace, arguments: &[&str]) -> std::process::Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_trueup"));
+    command.args(arguments).current_dir(workspace.path("")).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().unwrap()
+}
+
+fn signal(child: &std::process::Child, name: &str) {
+    Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
+}
+
+/// Waits until the run holds the lock.
+fn wait_for_lock(workspace: &Workspace) {
+    let lock = workspace.path("trueup.db.usage.lock");
+    for _ in 0..1000 {
+        if std::fs::read_to_string(&lock).is_ok_and(|text| !text.is_empty()) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    panic!("no run took the lock");
+}
+
+#[test]
+fn a_run_that_is_asked_to_end_writes_nothing_and_can_be_resumed() {
+    for (name, code) in [("-TERM", 143), ("-INT", 130)] {
+        let workspace = large_world();
+        let mut child = start(&workspace, &["run", "job.yaml", "--month", "2026-03"]);
+        wait_for_lock(&workspace);
+        signal(&child, name);
+        assert_eq!(child.wait().unwrap().code(), Some(code));
+        assert!(workspace.query("SELECT * FROM runs").is_empty());
+        let resumed = workspace.trueup(&["resume", "job.yaml", "--output", "json"]).json();
+        assert_eq!(resumed["range"]["start"], "2026-03-01T00:00:00Z");
+        assert_eq!(resumed["usage"]["counted"], 60_000);
+        let nothing = workspace.trueup(&["resume", "job.yaml"]);
+        assert_eq!((nothing.code, nothing.stdout.as_str()), (0, "trueup resume usage: there is nothing to resume\n"));
+    }
+}
+
+#[test]
+fn a_held_lock_names_its_holder_and_a_dead_holder_is_taken_over() {
+    let workspace = large_world();
+    let mut child = start(&workspace, &["run", "job.yaml"]);
+    wait_for_lock(&workspace);
+    signal(&child, "-STOP");
+    let held = format!("process {} since", child.id());
+    for command in [&["run", "job.yaml"][..], &["resume", "job.yaml"], &["close", "job.yaml", "--period", "2026-01"]] {
+        workspace.trueup(command).fails_with(6, &[&held]);
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(workspace.run(&[])["usage"]["counted"], 60_004);
+}
+
+/// Killed at a random moment, the store is as before or as after; the next run makes
+/// it as if nothing had happened.
+#[test]
+fn killed_at_any_moment_the_next_run_makes_it_right() {
+    let workspace = world();
+    let many: Vec<_> = (0..400)
+        .map(|n| (format!("m{n}"), format!("x{}", n % 2 + 1), format!("2026-{:02}-{:02}", n % 3 + 1, n % 27 + 1)))
+        .collect();
+    let many: Vec<_> = many.iter().map(|(id, customer, day)| (id.as_str(), customer.as_str(), day.as_str(), 1)).collect();
+    send(&workspace, "base", &many);
+    workspace.run(&[]);
+    let before = tables(&workspace);
+    let kept = std::fs::read(workspace.path("trueup.db")).unwrap();
+    workspace.edit("prices.yaml", "0.5", "0.7");
+    send(&workspace, "late", &[("z1", "x1", "2026-01-03", 5), ("z2", "x2", "2026-02-03", 5), ("z3", "x2", "2026-03-28", 5)]);
+    let clock = std::time::Instant::now();
+    workspace.run(&[]);
+    let length = clock.elapsed().as_micros() as u64;
+    let after = tables(&workspace);
+    assert_ne!(before, after);
+    let restore = || {
+        for file in ["trueup.db-wal", "trueup.db-shm"] {
+            let _ = std::fs::remove_file(workspace.path(file));
+        }
+        std::fs::write(workspace.path("trueup.db"), &kept).unwrap();
+    };
+    let (mut unchanged, mut published) = (0, 0);
+    for attempt in 0..120u64 {
+        restore();
+        let mut child = start(&workspace, &["run", "job.yaml"]);
+        // Everywhere, and three times as often near the end, where it publishes.
+        let share = if attempt % 4 == 0 { attempt * 9 % 1100 } else { 600 + attempt * 13 % 600 };
+        std::thread::sleep(Duration::from_micros(length * share / 1000));
+        let _ = child.kill();
+        child.wait().unwrap();
+        let now = tables(&workspace);
+        assert!(now == before || now == after, "attempt {attempt}: a store between two runs");
+        if now == after {
+            published += 1
+        } else {
+            unchanged += 1
+        }
+        workspace.run(&[]);
+        assert_eq!(tables(&workspace), after, "attempt {attempt}");
+        let verified = workspace.trueup(&["verify", "job.yaml"]);
+        assert_eq!(verified.code, 0, "attempt {attempt}: {}", verified.stdout);
+    }
+    assert!(unchanged > 5 && published > 5, "{unchanged} before and {published} after the commit");
+}
