@@ -56,28 +56,34 @@ impl Day {
         let zone = profile.timezone;
         let span = WindowSize::Day.window(instant_of(date.and_time(NaiveTime::from_hms_opt(12, 0, 0)?), zone), zone);
         let (start, end) = (span.start.nanos() / MICROSECOND, span.end.nanos() / MICROSECOND);
-        let days = u64::from(profile.days);
-        let rows = profile.events / days + u64::from(u64::from(index) < profile.events % days);
-        let of =
-            |millionths: u64| u64::try_from(u128::from(rows) * u128::from(millionths) / u128::from(MILLION)).unwrap_or_default();
+        let (before, after) = (rows_before(profile, index), rows_before(profile, index + 1));
         let rates = profile.rates;
         let late_days = rates.late_days.min(profile.days.saturating_sub(index + 1));
+        // Shares of the rows so far, so that what is rounded off on one day counts on another.
+        let share = |rows: u64, rate: u64| u64::try_from(u128::from(rows) * u128::from(rate) / u128::from(MILLION));
+        let mut rest = after - before;
+        let mut take = |fate: Fate, rate: u64, rows_each: u64| {
+            let wanted = share(after, rate).unwrap_or_default() - share(before, rate).unwrap_or_default();
+            let count = wanted.min(rest / rows_each);
+            rest -= count * rows_each;
+            (fate, count)
+        };
         let counts = [
-            (Fate::Duplicated, of(rates.duplicates)),
-            (Fate::Amended, of(rates.amended)),
-            (Fate::Voided, of(rates.voided)),
-            (Fate::Late, if late_days > 0 { of(rates.late) } else { 0 }),
-            (Fate::MissingTimestamp, of(rates.missing_timestamp)),
-            (Fate::InvalidNumber, of(rates.invalid_number)),
-            (Fate::UnknownCustomer, of(rates.unknown_customer)),
+            take(Fate::Duplicated, rates.duplicates, 2),
+            take(Fate::Amended, rates.amended, 2),
+            take(Fate::Voided, rates.voided, 2),
+            take(Fate::Late, if late_days > 0 { rates.late } else { 0 }, 1),
+            take(Fate::MissingTimestamp, rates.missing_timestamp, 1),
+            take(Fate::InvalidNumber, rates.invalid_number, 1),
+            take(Fate::UnknownCustomer, rates.unknown_customer, 1),
         ];
+        let copies = counts.iter().take(3).map(|(_, count)| *count).sum::<u64>();
         let mut next = 0;
         let fates = counts.map(|(fate, count)| {
             next += count;
             (fate, next - count, next)
         });
-        let copies = of(rates.duplicates) + of(rates.amended) + of(rates.voided);
-        let events = rows - copies;
+        let events = after - before - copies;
         Some(Day {
             index,
             date,
@@ -176,6 +182,12 @@ impl Day {
 const HOUR: u64 = 3_600_000_000;
 const HOUR_SIGNED: i64 = 3_600_000_000;
 
+/// The rows of all days before this one.
+fn rows_before(profile: &Profile, index: u32) -> u64 {
+    let (days, index) = (u64::from(profile.days), u64::from(index));
+    profile.events / days * index + (profile.events % days).min(index)
+}
+
 /// The instant at which clocks change between two instants; they do so at quarter hours.
 fn clock_change(start: i64, end: i64, zone: chrono_tz::Tz) -> Option<i64> {
     let quarter = 15 * MINUTE / MICROSECOND;
@@ -238,8 +250,10 @@ mod tests {
                 }
                 assert!((5 - day.index..9).all(|lag| day.positions_after(Fate::Late, lag).next().is_none()));
             }
-            let copies =
-                |day: &Day| [Fate::Duplicated, Fate::Amended, Fate::Voided].map(|fate| day.count(fate)).iter().sum::<u64>();
+            let copies = |day: &Day| {
+                let of = |fate| (0..5).map(|lag| day.positions_after(fate, lag).count() as u64).sum::<u64>();
+                of(Fate::Duplicated) + of(Fate::Amended) + of(Fate::Voided)
+            };
             assert_eq!(days.iter().map(|day| day.events + copies(day)).sum::<u64>(), events);
         }
     }

@@ -6,6 +6,7 @@ mod bad_input;
 mod causes;
 mod commands;
 mod deployment;
+mod generate;
 mod golden;
 mod inputs;
 mod kafka;
