@@ -755,6 +755,7 @@ fn the_help_lists_commands_and_exit_codes() {
       dead-letters  List events that should have counted and could not
       export        Write a table as CSV, NDJSON or Parquet
       init          Write a small job that runs
+      generate      Make up events, reference tables and a job, for demonstrations and sizing
       serve         Run jobs by their schedules, with health and metrics over HTTP
       help          Print this message or the help of the given subcommand(s)
 

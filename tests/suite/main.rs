@@ -7,6 +7,7 @@ mod causes;
 mod commands;
 mod corrections;
 mod deployment;
+mod generate;
 mod golden;
 mod histories;
 mod inputs;
