@@ -110,6 +110,9 @@ impl std::fmt::Display for ReferenceTable {
 pub struct Guard {
     pub max_changed_rows: Option<Limit>,
     pub max_cost_change: Option<Limit>,
+    /// Rows whose events are gone from the source, though nobody voided them: none,
+    /// where a guard is set and says nothing else.
+    pub max_vanished_rows: Option<Limit>,
 }
 
 /// A share of what is stored, or an absolute number.
@@ -214,10 +217,15 @@ impl Validator<'_> {
             meters: self.reference("meters", &raw.reference.meters)?,
             prices: self.reference("prices", &raw.reference.prices)?,
         };
+        let vanished = raw.guard.as_ref().map(|_| Limit::Absolute(Decimal::ZERO));
         let guard = raw.guard.unwrap_or_default();
         let guard = Guard {
             max_changed_rows: guard.max_changed_rows.map(|limit| self.limit("max_changed_rows", &limit)).transpose()?,
             max_cost_change: guard.max_cost_change.map(|limit| self.limit("max_cost_change", &limit)).transpose()?,
+            max_vanished_rows: match guard.max_vanished_rows {
+                Some(limit) => Some(self.limit("max_vanished_rows", &limit)?),
+                None => vanished,
+            },
         };
         let schedule = match raw.schedule {
             None => None,

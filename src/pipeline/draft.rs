@@ -36,6 +36,11 @@ pub struct Draft {
 impl Draft {
     /// A run that computes nothing: it knows what the run before it knew.
     pub fn by_hand(mode: RunMode, previous: Option<&RunRecord>, counts: serde_json::Value) -> Draft {
+        let mut counts = counts;
+        if let (Some(counts), Some(rows)) = (counts.as_object_mut(), previous.and_then(|run| run.counts.get("dead_letter_rows")))
+        {
+            counts.insert("dead_letter_rows".to_owned(), rows.clone());
+        }
         let input = previous.map(|run| RunInput { files: Vec::new(), ..run.input.clone() });
         Draft {
             mode,

@@ -79,6 +79,8 @@ pub struct Plan {
     started_at: Timestamp,
     stored: Vec<StoredWindow>,
     previous: Vec<RunRecord>,
+    /// Rows of `dead_letters` once this is published.
+    dead_letter_rows: u64,
 }
 
 /// How long a step took, and how many rows it handled.
@@ -243,6 +245,10 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     invariants::ledger_replay(&stored.windows, &changes, &priced, range, &closed)?;
     invariants::nothing_outside_the_range(&stored.windows, &changes, range)?;
     let periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods), &closed);
+    let known_letters: FxHashSet<_> = past.dead_letters.iter().map(|stored| &stored.letter.key).collect();
+    let new_letters: FxHashSet<_> =
+        seen.dead_letters.iter().map(|letter| &letter.key).filter(|key| !known_letters.contains(key)).collect();
+    let dead_letter_rows = (known_letters.len() + new_letters.len()) as u64;
     let resolved = past.resolved(job, reference, &request.scope, range, &seen.dead_letters);
 
     let files = splits.iter().zip(&keys.rows);
@@ -269,6 +275,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         started_at,
         stored: stored.windows,
         previous: past.runs,
+        dead_letter_rows,
     })
 }
 
@@ -293,7 +300,9 @@ impl Plan {
             previous_run_id: self.previous.last().map(|run| run.run_id.clone()),
             range: self.range,
             started_at: self.started_at,
-            counts: serde_json::json!({"events": self.events, "usage": self.usage, "rows": self.changes.rows}),
+            counts: serde_json::json!({
+                "events": self.events, "usage": self.usage, "rows": self.changes.rows, "dead_letter_rows": self.dead_letter_rows,
+            }),
             input: self.input.clone(),
             basis: self.basis.clone(),
             upserts: std::mem::take(&mut self.changes.upserts),

@@ -1,6 +1,7 @@
 //! Where aggregates, corrections and runs are kept.
 
 pub mod clickhouse;
+mod letters;
 pub mod lock;
 pub mod rows;
 pub mod sqlite;
@@ -40,6 +41,8 @@ pub struct StoredDeadLetter {
     pub first_run_id: String,
     pub last_run_id: String,
     pub resolved_run_id: Option<String>,
+    /// As it was when the row was written.
+    pub row_digest: i64,
 }
 
 /// A correction as the ledger has it.
@@ -57,6 +60,8 @@ pub struct LedgerEntry {
     pub after: Option<Values>,
     /// JSON of the row that was replaced, as written; empty where there was none.
     pub replaced: String,
+    /// As it was when the row was written.
+    pub row_digest: i64,
 }
 
 /// A change to `usage_periods` as the ledger has it; rows as written.
@@ -66,6 +71,7 @@ pub struct PeriodEntry {
     pub run_id: String,
     pub before: String,
     pub after: String,
+    pub row_digest: i64,
 }
 
 /// A value of an exported row.
