@@ -324,7 +324,7 @@ fn killed_at_any_moment_the_next_run_makes_it_right() {
     send(&workspace, "late", &[("z1", "x1", "2026-01-03", 5), ("z2", "x2", "2026-02-03", 5), ("z3", "x2", "2026-03-28", 5)]);
     let clock = std::time::Instant::now();
     workspace.run(&[]);
-    let length = clock.elapsed().as_micros() as u64;
+    let length = u64::try_from(clock.elapsed().as_micros()).unwrap();
     let after = tables(&workspace);
     assert_ne!(before, after);
     let restore = || {
@@ -345,9 +345,9 @@ fn killed_at_any_moment_the_next_run_makes_it_right() {
         let now = tables(&workspace);
         assert!(now == before || now == after, "attempt {attempt}: a store between two runs");
         if now == after {
-            published += 1
+            published += 1;
         } else {
-            unchanged += 1
+            unchanged += 1;
         }
         workspace.run(&[]);
         assert_eq!(tables(&workspace), after, "attempt {attempt}");
