@@ -1,0 +1,30 @@
+"""The comparison's task in DuckDB: duckdb_usage.py EVENTS THREADS OUT.parquet"""
+
+import sys
+
+import duckdb
+
+events, threads, out = sys.argv[1:]
+connection = duckdb.connect(config={"threads": int(threads), "preserve_insertion_order": False})
+connection.execute(f"""
+    COPY (
+        WITH latest AS (
+            SELECT arg_max({{
+                       'external_customer_id': external_customer_id, 'event_name': event_name, 'timestamp': timestamp,
+                       'properties': properties, 'deleted': deleted
+                   }}, ingested_at) AS event, tenant_id
+            FROM read_parquet('{events}/*.parquet')
+            GROUP BY tenant_id, id
+        ), usage AS (
+            SELECT tenant_id, event.external_customer_id, event.event_name,
+                   CAST(event.timestamp AT TIME ZONE 'UTC' AS DATE) AS day,
+                   json_extract_string(event.properties, ['$.units', '$.user_id']) AS fields
+            FROM latest
+            WHERE NOT event.deleted
+        )
+        SELECT tenant_id, external_customer_id, event_name, day,
+               count(*) AS events, CAST(sum(CAST(fields[1] AS BIGINT)) AS BIGINT) AS units, count(DISTINCT fields[2]) AS users
+        FROM usage
+        GROUP BY ALL
+    ) TO '{out}' (FORMAT parquet)
+""")
