@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use crate::config::{Job, Keep, Source, Store};
+use crate::config::{Job, Keep, Source, Store, operator};
 use crate::fault::{FaultKind, configuration, fault};
-use crate::model::run::{InputFile, RunRecord};
+use crate::model::run::{InputFile, Origin, Override, RunRecord};
 use crate::pipeline::draft::Draft;
 use crate::pipeline::saved::{SavedPlan, stale};
 use crate::pipeline::{self, Inputs, Observer, Plan, Published, Request, plan};
@@ -26,6 +26,8 @@ pub struct RunOptions<'o> {
     pub threads: usize,
     /// Publish even beyond the job's guard.
     pub yes: bool,
+    /// Who or what runs it.
+    pub started_by: &'o str,
     /// Read the offsets of this earlier run again.
     pub snapshot: Option<&'o str>,
     pub progress: &'o dyn Observer,
@@ -61,7 +63,13 @@ fn run_locked(job: &Job, reference: &Reference, request: &Request, options: &Run
         plan.check_guard(job)?;
     }
     crate::interrupt::check()?;
-    plan.publish(job, &mut *store)
+    let overrides = Override::list(&[(options.yes, Override::Guard), (request.allow_closed, Override::ClosedPeriods)]);
+    plan.publish(job, &mut *store, &Origin { started_by: options.started_by.to_owned(), overrides })
+}
+
+/// Who runs a command, as the run will say: `ann@host trueup run`.
+pub fn started_by(command: &str) -> String {
+    format!("{} trueup {command}", operator())
 }
 
 /// What an interrupted run of the job wanted.
@@ -94,7 +102,9 @@ pub fn apply(job: &Job, path: &Path, saved: SavedPlan, yes: bool) -> Result<RunR
         }
         crate::interrupt::check()?;
         let runs = store.runs(&job.name)?;
-        let publication = saved.draft.into_publication(&job.name, &runs);
+        let overrides = Override::list(&[(yes, Override::Guard), (saved.request.allow_closed, Override::ClosedPeriods)]);
+        let origin = Origin { started_by: started_by("apply"), overrides };
+        let publication = saved.draft.into_publication(&job.name, &runs, &origin);
         store.publish(&publication)?;
         Ok(publication.run)
     })();
@@ -114,12 +124,13 @@ fn input_files(job: &Job, reference: &Reference, saved: &SavedPlan) -> Result<Ve
     Ok(splits.iter().map(file).collect())
 }
 
-/// Publishes work by hand as a run of its own. `make` gets the runs so far.
+/// Publishes work by hand as a run of its own, begun by `origin`. `make` gets the runs so far.
 ///
 /// # Errors
 /// Whatever the work or the store cannot do; nothing is written then.
 pub fn by_hand<T>(
     job: &Job,
+    origin: &Origin,
     make: impl FnOnce(&dyn AggregateStore, &[RunRecord]) -> Result<Option<(Draft, T)>>,
 ) -> Result<Option<(RunRecord, T)>> {
     let lock = Lock::take(&lock_path(job), &job.name, None, false)?;
@@ -127,7 +138,7 @@ pub fn by_hand<T>(
         let mut store = write_store(job)?;
         let runs = store.runs(&job.name)?;
         let Some((draft, result)) = make(&*store, &runs)? else { return Ok(None) };
-        let publication = draft.into_publication(&job.name, &runs);
+        let publication = draft.into_publication(&job.name, &runs, origin);
         store.publish(&publication)?;
         Ok(Some((publication.run, result)))
     })();

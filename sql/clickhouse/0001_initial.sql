@@ -116,6 +116,8 @@ CREATE TABLE IF NOT EXISTS runs (
     range_end     Nullable(DateTime64(3, 'UTC')),
     started_at    DateTime64(3, 'UTC'),
     finished_at   DateTime64(3, 'UTC'),
+    started_by    String,
+    overrides     String,
     version       Int64,
     counts        String,
     input         String,

@@ -107,6 +107,8 @@ CREATE TABLE runs (
     range_end     TEXT,
     started_at    TEXT    NOT NULL,
     finished_at   TEXT    NOT NULL,
+    started_by    TEXT    NOT NULL, -- ann@host trueup run, or schedule
+    overrides     TEXT    NOT NULL, -- JSON: ["guard"] where --yes was given; closed_periods, later_runs
     version       INTEGER NOT NULL,
     counts        TEXT    NOT NULL, -- JSON
     input         TEXT    NOT NULL, -- JSON: files, ingestion cut-off

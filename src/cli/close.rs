@@ -15,7 +15,7 @@ use crate::config::Job;
 use crate::ends;
 use crate::model::aggregate::PeriodRow;
 use crate::model::decimal::DecimalSum;
-use crate::model::run::RunRecord;
+use crate::model::run::{Origin, RunRecord};
 use crate::pipeline::by_hand;
 
 #[derive(Debug, Args)]
@@ -76,7 +76,8 @@ pub fn execute(session: &Session, arguments: &CloseArguments) -> Result<u8> {
             && is(&arguments.customer, &row.customer_id)
             && is(&arguments.subscription, &row.key.subscription_id)
     };
-    let done = ends::by_hand(&job, |store, runs| by_hand::close(store, &job.name, runs, choice, arguments.reopen, wants))?;
+    let origin = Origin { started_by: ends::started_by("close"), overrides: Vec::new() };
+    let done = ends::by_hand(&job, &origin, |store, runs| by_hand::close(store, &job.name, runs, choice, arguments.reopen, wants))?;
     let (run, rows) = done.as_ref().map_or((None, [].as_slice()), |(run, rows)| (Some(run), rows.as_slice()));
     match session.format {
         Format::Json => emit_json(&Document {

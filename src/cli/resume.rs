@@ -54,7 +54,8 @@ pub fn execute(session: &Session, arguments: &ResumeArguments) -> Result<u8> {
     let request = holder.request.clone().unwrap_or_default();
     let progress = Progress::new(session.quiet);
     let yes = arguments.yes || holder.yes;
-    let options = RunOptions { threads: session.threads, yes, snapshot: None, progress: &progress };
+    let started_by = ends::started_by("resume");
+    let options = RunOptions { threads: session.threads, yes, started_by: &started_by, snapshot: None, progress: &progress };
     let published = ends::run(&job, &request, &options)?;
     drop(progress);
     run::report(session, &job, &RangeArguments::default(), &published, watch.seconds(), plan::Title::Resume)?;

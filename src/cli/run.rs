@@ -40,8 +40,13 @@ pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;
     let request = Request { allow_closed: arguments.allow_closed, ..arguments.range.request(job.timezone)? };
     let progress = Progress::new(session.quiet);
-    let options =
-        RunOptions { threads: session.threads, yes: arguments.yes, snapshot: arguments.snapshot.as_deref(), progress: &progress };
+    let options = RunOptions {
+        threads: session.threads,
+        yes: arguments.yes,
+        started_by: &ends::started_by("run"),
+        snapshot: arguments.snapshot.as_deref(),
+        progress: &progress,
+    };
     let published = ends::run(&job, &request, &options)?;
     drop(progress);
     report(session, &job, &arguments.range, &published, watch.seconds(), plan::Title::Run)?;

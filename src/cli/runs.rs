@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::output::{Style, emit, emit_json, number, table};
 use super::{Format, Session};
 use crate::ends;
-use crate::model::run::RunRecord;
+use crate::model::run::{Override, RunRecord};
 
 #[derive(Debug, Serialize)]
 struct Document<'r> {
@@ -25,6 +25,8 @@ struct RunDocument<'r> {
     range: [Option<String>; 2],
     started_at: String,
     finished_at: String,
+    started_by: &'r str,
+    overrides: &'r [Override],
     version: i64,
     counts: &'r serde_json::Value,
     ledger_digest: &'r str,
@@ -44,7 +46,7 @@ pub fn execute(session: &Session, path: &Path) -> Result<u8> {
         return Ok(0);
     }
     let rows: Vec<_> = runs.iter().rev().map(row).collect();
-    let header = ["run", "started", "status", "range start", "range end", "inserted", "updated", "retracted"];
+    let header = ["run", "started", "status", "range start", "range end", "inserted", "updated", "retracted", "started by"];
     emit(&table(&header, &rows, &[5, 6, 7], Style::for_stdout()))?;
     Ok(0)
 }
@@ -57,6 +59,8 @@ fn document(run: &RunRecord) -> RunDocument<'_> {
         range: [run.range.map(|range| range.start.to_string()), run.range.map(|range| range.end.to_string())],
         started_at: run.started_at.to_string(),
         finished_at: run.finished_at.to_string(),
+        started_by: &run.origin.started_by,
+        overrides: &run.origin.overrides,
         version: run.version,
         counts: &run.counts,
         ledger_digest: &run.ledger_digest,
@@ -77,5 +81,6 @@ fn row(run: &RunRecord) -> Vec<String> {
         count("inserted"),
         count("updated"),
         count("retracted"),
+        run.origin.started_by.clone(),
     ]
 }

@@ -206,6 +206,16 @@ fn replace<T>(ours: &mut Option<T>, later: Option<T>) {
     }
 }
 
+/// Who runs the program, and where: `ann@host`.
+#[allow(clippy::disallowed_methods)]
+pub fn operator() -> String {
+    let named = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let user = named("USER").or_else(|| named("LOGNAME")).unwrap_or_else(|| "unknown".to_owned());
+    let read = |path: &str| std::fs::read_to_string(path).ok().map(|name| name.trim().to_owned()).filter(|name| !name.is_empty());
+    let host = read("/proc/sys/kernel/hostname").or_else(|| named("HOSTNAME")).or_else(|| read("/etc/hostname"));
+    format!("{user}@{}", host.unwrap_or_else(|| "unknown".to_owned()))
+}
+
 /// The environment to layer in, where the command line names none.
 #[allow(clippy::disallowed_methods)]
 pub fn default_environment() -> Option<String> {

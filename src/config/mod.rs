@@ -22,7 +22,7 @@ use crate::model::window::WindowSize;
 use crate::source::files::FilePattern;
 use crate::source::{ColumnMap, Field};
 use connection::Connections;
-pub use connection::{ClickHouseConnection, KafkaConnection, Secret, default_environment};
+pub use connection::{ClickHouseConnection, KafkaConnection, Secret, default_environment, operator};
 use raw::{RawJob, RawSource, RawStore, RawTable};
 use yaml::Placed;
 

@@ -24,12 +24,40 @@ pub struct RunRecord {
     pub range: Option<Span>,
     pub started_at: Timestamp,
     pub finished_at: Timestamp,
+    pub origin: Origin,
     /// Orders the writes of different runs.
     pub version: i64,
     pub counts: serde_json::Value,
     pub input: RunInput,
     pub basis: RunBasis,
     pub ledger_digest: String,
+}
+
+/// Who or what started a run, and what it was told to pass over.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// `ann@host trueup run`, or `schedule`.
+    pub started_by: String,
+    pub overrides: Vec<Override>,
+}
+
+/// A check that somebody told a run to pass over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Override {
+    /// `--yes`: the job's guard.
+    Guard,
+    /// `--allow-closed`: closed periods.
+    ClosedPeriods,
+    /// `--force`: what later runs changed.
+    LaterRuns,
+}
+
+impl Override {
+    /// Those of `told` that are set.
+    pub fn list(told: &[(bool, Override)]) -> Vec<Override> {
+        told.iter().filter(|(is_set, _)| *is_set).map(|(_, which)| *which).collect()
+    }
 }
 
 /// What kind of run it was.
@@ -114,6 +142,8 @@ impl LedgerChain {
             &instant(run.range.map(|range| range.end)),
             &run.started_at.to_string(),
             &run.finished_at.to_string(),
+            &run.origin.started_by,
+            &serde_json::to_string(&run.origin.overrides).unwrap_or_default(),
             &run.version.to_string(),
             &run.counts.to_string(),
             &serde_json::to_string(&run.input).unwrap_or_default(),

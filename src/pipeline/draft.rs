@@ -7,7 +7,7 @@ use crate::clock::now;
 use crate::model::aggregate::{
     Correction, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, WindowKey, WindowRow,
 };
-use crate::model::run::{RunBasis, RunInput, RunMode, RunRecord, ledger_digest};
+use crate::model::run::{Origin, RunBasis, RunInput, RunMode, RunRecord, ledger_digest};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::store::{Publication, next_run_id, next_version};
@@ -62,7 +62,7 @@ impl Draft {
     }
 
     /// The publication, as the run after `previous`.
-    pub fn into_publication(self, job: &str, previous: &[RunRecord]) -> Publication {
+    pub fn into_publication(self, job: &str, previous: &[RunRecord], origin: &Origin) -> Publication {
         let finished_at = now();
         let mut run = RunRecord {
             run_id: next_run_id(previous, finished_at),
@@ -72,6 +72,7 @@ impl Draft {
             range: self.range,
             started_at: self.started_at,
             finished_at,
+            origin: origin.clone(),
             version: next_version(previous, finished_at),
             counts: self.counts,
             input: self.input,

@@ -36,7 +36,7 @@ use crate::clock::{Stopwatch, now};
 use crate::config::Job;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, StoredWindow, WindowKey};
 use crate::model::counts::{EventCounts, UsageCounts};
-use crate::model::run::{InputFile, RunBasis, RunInput, RunMode, RunRecord};
+use crate::model::run::{InputFile, Origin, RunBasis, RunInput, RunMode, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
@@ -320,9 +320,9 @@ impl Plan {
     ///
     /// # Errors
     /// Where the store cannot be written; it is then as it was before.
-    pub fn publish(mut self, job: &Job, store: &mut dyn AggregateStore) -> Result<Published> {
+    pub fn publish(mut self, job: &Job, store: &mut dyn AggregateStore, origin: &Origin) -> Result<Published> {
         let watch = Stopwatch::start();
-        let publication = self.take_draft(RunMode::Run).into_publication(&job.name, &self.previous);
+        let publication = self.take_draft(RunMode::Run).into_publication(&job.name, &self.previous, origin);
         store.publish(&publication)?;
         self.changes.corrections = publication.corrections;
         self.periods.upserts = publication.period_upserts;

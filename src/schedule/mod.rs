@@ -176,7 +176,13 @@ impl Server {
     fn run_once(&self, job: &Scheduled) -> Result<Published> {
         // Read anew each time: a job file that was repaired is used as it is now.
         let job = Job::load_in(&job.path, self.settings.environment.as_deref())?;
-        let options = RunOptions { threads: self.settings.threads, yes: false, snapshot: None, progress: &Unobserved };
+        let options = RunOptions {
+            threads: self.settings.threads,
+            yes: false,
+            started_by: "schedule",
+            snapshot: None,
+            progress: &Unobserved,
+        };
         ends::run(&job, &Request::default(), &options)
     }
 

@@ -11,7 +11,7 @@ use super::{LedgerEntry, PeriodEntry, StoredDeadLetter};
 use crate::model::aggregate::{
     Basis, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, Reason, StoredWindow, Text, Values, WindowKey, WindowRow,
 };
-use crate::model::run::{RunMode, RunRecord};
+use crate::model::run::{Origin, RunMode, RunRecord};
 use crate::model::window::Span;
 
 /// A row whose cells are found by the name of their column.
@@ -121,6 +121,7 @@ pub fn run(row: &dyn Cells) -> Result<RunRecord> {
         range: start.zip(end).map(|(start, end)| Span { start, end }),
         started_at: parsed(row, "started_at")?,
         finished_at: parsed(row, "finished_at")?,
+        origin: Origin { started_by: string(row, "started_by")?, overrides: json(row, "overrides")? },
         version: parsed(row, "version")?,
         counts: json(row, "counts")?,
         input: json(row, "input")?,

@@ -496,9 +496,9 @@ fn runs_are_listed_the_last_one_first() {
     workspace.run(&[]);
     workspace.run(&["--day", "2026-01-02"]);
     assert_snapshot!(shown(&workspace, 0, &["runs", "job.yaml"]), @r"
-    run                                   started               status     range start           range end             inserted  updated  retracted
-    <run>  <time>  succeeded  2026-01-02T00:00:00Z  2026-01-03T00:00:00Z         0        0          0
-    <run>  <time>  succeeded  2026-01-01T00:00:00Z  2026-01-02T00:00:00Z         7        0          0
+    run                                   started               status     range start           range end             inserted  updated  retracted  started by
+    <run>  <time>  succeeded  2026-01-02T00:00:00Z  2026-01-03T00:00:00Z         0        0          0  <operator> trueup run
+    <run>  <time>  succeeded  2026-01-01T00:00:00Z  2026-01-02T00:00:00Z         7        0          0  <operator> trueup run
     ");
     let outcome = workspace.trueup(&["runs", "job.yaml", "--output", "json"]);
     let runs = document(&outcome)["runs"].clone();

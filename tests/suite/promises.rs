@@ -16,6 +16,7 @@ use trueup::audit::check_ledger;
 use trueup::config::{Job, Source, Store};
 use trueup::model::aggregate::{Basis, Cause, DeadLetterKey, PeriodKey, PeriodRow, WindowKey, WindowRow};
 use trueup::model::decimal::DecimalSum;
+use trueup::model::run::Origin;
 use trueup::model::timestamp::Timestamp;
 use trueup::model::window::Span;
 use trueup::pipeline::enrich::Scope;
@@ -303,7 +304,7 @@ fn open(job: &Job) -> SqliteStore {
 }
 
 fn run(workspace: &Workspace, job: &str, request: &Request, threads: usize) -> Published {
-    let published = planned(workspace, job, request, threads, |plan, job, store| plan.publish(job, store).unwrap());
+    let published = planned(workspace, job, request, threads, |plan, job, store| plan.publish(job, store, &Origin::default()).unwrap());
     // Conservation, as the run's record tells it too.
     let (events, usage) = (published.plan.events, published.plan.usage);
     let accounted =

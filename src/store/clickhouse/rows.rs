@@ -148,6 +148,8 @@ pub fn run(run: &RunRecord, stage: u8) -> String {
         "range_end": run.range.map(|range| range.end),
         "started_at": run.started_at,
         "finished_at": run.finished_at,
+        "started_by": run.origin.started_by,
+        "overrides": serde_json::to_string(&run.origin.overrides).unwrap_or_default(),
         "version": run.version,
         "counts": run.counts.to_string(),
         "input": serde_json::to_string(&run.input).unwrap_or_default(),

@@ -239,8 +239,9 @@ fn write_dead_letters(transaction: &Transaction<'_>, publication: &Publication) 
 fn write_run(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
     let run = &publication.run;
     transaction.execute(
-        "INSERT INTO runs (run_id, job, mode, status, range_start, range_end, started_at, finished_at, version, counts, input, \
-         basis, ledger_digest) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+        "INSERT INTO runs (run_id, job, mode, status, range_start, range_end, started_at, finished_at, started_by, \
+         overrides, version, counts, input, basis, ledger_digest) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
         params![
             run.run_id,
             run.job,
@@ -250,6 +251,8 @@ fn write_run(transaction: &Transaction<'_>, publication: &Publication) -> Result
             run.range.map(|range| range.end.to_string()),
             run.started_at.to_string(),
             run.finished_at.to_string(),
+            run.origin.started_by,
+            serde_json::to_string(&run.origin.overrides)?,
             run.version,
             run.counts.to_string(),
             serde_json::to_string(&run.input)?,
