@@ -1,6 +1,7 @@
 //! The command line: one file a command.
 
 mod apply;
+mod changes;
 mod check;
 mod close;
 mod dead_letters;

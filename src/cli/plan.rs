@@ -11,12 +11,11 @@ use serde::Serialize;
 use super::output::{Style, counted, emit, number, table};
 use super::progress::Progress;
 use super::range::RangeArguments;
-use super::{Format, Session};
-use crate::audit::describe;
+use super::{Format, Session, changes};
 use crate::clock::{Stopwatch, now};
 use crate::config::Job;
 use crate::ends;
-use crate::model::aggregate::{Correction, CorrectionKind, Values};
+use crate::model::aggregate::Correction;
 use crate::model::counts::{EventCounts, RowCounts, UsageCounts};
 use crate::model::decimal::Decimal;
 use crate::model::run::{RunMode, RunRecord};
@@ -43,6 +42,10 @@ pub struct PlanArguments {
     /// Write over closed periods too.
     #[arg(long)]
     allow_closed: bool,
+
+    /// Show every step with its rows and seconds.
+    #[arg(long)]
+    timings: bool,
 }
 
 /// What a report is about.
@@ -80,6 +83,7 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
                 seconds: watch.seconds(),
                 style: Style::for_stdout(),
                 title: Title::Plan,
+                timings: arguments.timings,
             };
             report.of_plan(arguments.out.as_deref())?
         }
@@ -211,6 +215,8 @@ pub struct Report<'p> {
     pub seconds: f64,
     pub style: Style,
     pub title: Title,
+    /// Whether every step is shown with its rows.
+    pub timings: bool,
 }
 
 impl Report<'_> {
@@ -273,7 +279,8 @@ impl Report<'_> {
         };
         writeln!(out, "{} {verdict}", self.style.bold(&format!("trueup {} {}:", self.title.name(), self.job.name)))?;
         self.body(&mut out)?;
-        self.largest(&mut out)?;
+        changes::by_customer_and_meter(&self.plan.changes.corrections, self.style, &mut out)?;
+        changes::largest(&self.plan.changes.corrections, self.style, &mut out)?;
         if rows.changed() + periods > 0 {
             if let Err(refusal) = self.plan.check_guard(self.job) {
                 // Only the reason: a plan publishes nothing, and is what the remedy names.
@@ -347,6 +354,19 @@ impl Report<'_> {
         }
         let steps: Vec<_> = self.plan.steps.iter().map(|step| format!("{} {:.2}", step.name, step.seconds)).collect();
         self.line(out, "time", &format!("{:.2} s ({})", self.seconds, steps.join(", ")))?;
+        if self.timings { self.steps(out) } else { Ok(()) }
+    }
+
+    /// Where the time went, step by step.
+    #[allow(clippy::float_arithmetic)] // rates for people
+    fn steps(&self, out: &mut String) -> Result<()> {
+        let row = |step: &Step| {
+            let speed = if step.seconds > 0.0 { format!("{:.0}", precise(step.rows) / step.seconds) } else { String::new() };
+            vec![format!("  {}", step.name), number(step.rows), format!("{:.3}", step.seconds), speed]
+        };
+        let rows: Vec<_> = self.plan.steps.iter().map(row).collect();
+        out.push('\n');
+        out.push_str(&table(&["  step", "rows", "seconds", "rows/s"], &rows, &[1, 2, 3], self.style));
         Ok(())
     }
 
@@ -418,45 +438,10 @@ impl Report<'_> {
         let shown = if shown.is_empty() { String::new() } else { format!(" = {}", shown.join(" + ")) };
         format!("{} {name}{shown}", number(total))
     }
+}
 
-    /// The changes that move the most money, first computations aside.
-    fn largest(&self, out: &mut String) -> Result<()> {
-        const SHOWN: usize = 10;
-        let cost = |values: Option<Values>| values.map_or(Decimal::ZERO, |values| values.cost);
-        let mut changes = Vec::new();
-        for correction in &self.plan.changes.corrections {
-            changes.push((cost(correction.after).checked_sub(cost(correction.before))?, correction));
-        }
-        changes.sort_by(|(a, left), (b, right)| b.abs().cmp(&a.abs()).then_with(|| left.key.cmp(&right.key)));
-        if changes.is_empty() {
-            return Ok(());
-        }
-        let quantity = |values: Option<Values>| values.map_or_else(|| "-".to_owned(), |values| values.quantity.to_string());
-        let row = |(change, correction): &(Decimal, &Correction)| {
-            let symbol = match correction.kind {
-                CorrectionKind::Insert => "+",
-                CorrectionKind::Update => "~",
-                CorrectionKind::Retract => "-",
-                CorrectionKind::Adjust => "!",
-            };
-            let causes: Vec<_> = correction.causes.keys().map(|cause| cause.name()).collect();
-            vec![
-                format!("  {symbol}"),
-                correction.customer_id.to_string(),
-                describe(&correction.key),
-                quantity(correction.before),
-                quantity(correction.after),
-                format!("{change} {}", correction.currency),
-                causes.join(", "),
-            ]
-        };
-        let rows: Vec<_> = changes.iter().take(SHOWN).map(row).collect();
-        out.push('\n');
-        let header = ["", "customer", "window", "quantity", "becomes", "cost change", "cause"];
-        out.push_str(&table(&header, &rows, &[3, 4, 5], self.style));
-        if changes.len() > SHOWN {
-            writeln!(out, "  … and {} more", number((changes.len() - SHOWN) as u64))?;
-        }
-        Ok(())
-    }
+/// Rows as a float, for rates alone.
+#[allow(clippy::cast_precision_loss)]
+fn precise(rows: u64) -> f64 {
+    rows as f64
 }

@@ -33,6 +33,10 @@ pub struct RunArguments {
     /// Write over closed periods too.
     #[arg(long)]
     allow_closed: bool,
+
+    /// Show every step with its rows and seconds.
+    #[arg(long)]
+    timings: bool,
 }
 
 pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
@@ -49,7 +53,8 @@ pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
     };
     let published = ends::run(&job, &request, &options)?;
     drop(progress);
-    report(session, &job, &arguments.range, &published, watch.seconds(), plan::Title::Run)?;
+    let how = (plan::Title::Run, arguments.timings);
+    report(session, &job, &arguments.range, &published, watch.seconds(), how)?;
     Ok(0)
 }
 
@@ -60,13 +65,13 @@ pub fn report(
     range: &RangeArguments,
     published: &Published,
     seconds: f64,
-    title: plan::Title,
+    (title, timings): (plan::Title, bool),
 ) -> Result<()> {
     match session.format {
         Format::Json => emit_json(&plan::Document::new("trueup.run/1", job, Some(&published.run), &published.plan)?),
         Format::Text => {
             let style = Style::for_stdout();
-            let report = plan::Report { plan: &published.plan, job, range, seconds, style, title };
+            let report = plan::Report { plan: &published.plan, job, range, seconds, style, title, timings };
             emit(&report.of_run(&published.run)?)
         }
     }

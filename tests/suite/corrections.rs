@@ -334,7 +334,7 @@ fn killed_at_any_moment_the_next_run_makes_it_right() {
         std::fs::write(workspace.path("trueup.db"), &kept).unwrap();
     };
     let (mut unchanged, mut published) = (0, 0);
-    for attempt in 0..120u64 {
+    for attempt in 0..200u64 {
         restore();
         let mut child = start(&workspace, &["run", "job.yaml"]);
         // Everywhere, and three times as often near the end, where it publishes.

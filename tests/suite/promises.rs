@@ -304,7 +304,8 @@ fn open(job: &Job) -> SqliteStore {
 }
 
 fn run(workspace: &Workspace, job: &str, request: &Request, threads: usize) -> Published {
-    let published = planned(workspace, job, request, threads, |plan, job, store| plan.publish(job, store, &Origin::default()).unwrap());
+    let published =
+        planned(workspace, job, request, threads, |plan, job, store| plan.publish(job, store, &Origin::default()).unwrap());
     // Conservation, as the run's record tells it too.
     let (events, usage) = (published.plan.events, published.plan.usage);
     let accounted =
