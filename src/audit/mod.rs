@@ -1,5 +1,7 @@
 //! Proving that the store says what the events and the ledger say.
 
+pub mod explain;
+
 use anyhow::Result;
 use rustc_hash::FxHashMap;
 

@@ -5,6 +5,8 @@ mod changes;
 mod check;
 mod close;
 mod dead_letters;
+mod explain;
+mod explain_text;
 mod export;
 mod generate;
 mod init;
@@ -82,6 +84,8 @@ enum Command {
     Apply(apply::ApplyArguments),
     /// Recompute and compare, check the ledger, and write nothing.
     Verify(verify::VerifyArguments),
+    /// Take one number apart: tiers, price, events, history.
+    Explain(explain::ExplainArguments),
     /// Check the job file, the reference tables and the source.
     Check(check::CheckArguments),
     /// Take back what a run changed.
@@ -149,6 +153,7 @@ pub fn dispatch(arguments: Arguments) -> Result<u8> {
         Command::Resume(arguments) => resume::execute(&session, &arguments),
         Command::Close(arguments) => close::execute(&session, &arguments),
         Command::Verify(arguments) => verify::execute(&session, &arguments),
+        Command::Explain(arguments) => explain::execute(&session, &arguments),
         Command::Check(arguments) => check::execute(&session, &arguments),
         Command::Runs(arguments) => runs::execute(&session, &arguments.job),
         Command::DeadLetters(arguments) => dead_letters::execute(&session, &arguments),

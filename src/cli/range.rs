@@ -133,7 +133,10 @@ fn midnight(date: NaiveDate, timezone: Tz) -> Timestamp {
 }
 
 /// A bare date or a time without an offset is wall-clock time in the job's zone.
-fn time(option: &str, text: &str, timezone: Tz) -> Result<Timestamp> {
+///
+/// # Errors
+/// Where the text, given by `option`, is no time.
+pub fn time(option: &str, text: &str, timezone: Tz) -> Result<Timestamp> {
     if let Some(date) = date(text) {
         return Ok(midnight(date, timezone));
     }

@@ -30,6 +30,10 @@ pub enum Aggregation {
 }
 
 impl Aggregation {
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, aggregation)| *aggregation == self).map_or("", |(name, _)| name)
+    }
+
     /// Every aggregation by the name that a meter gives it.
     pub const NAMES: [(&'static str, Aggregation); 10] = [
         ("count", Aggregation::Count),
@@ -64,6 +68,10 @@ pub enum ChargeOn {
 impl ChargeOn {
     pub const NAMES: [(&'static str, ChargeOn); 3] =
         [("period", ChargeOn::Period), ("window_sum", ChargeOn::WindowSum), ("window", ChargeOn::Window)];
+
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, charge_on)| *charge_on == self).map_or("", |(name, _)| name)
+    }
 }
 
 /// A meter, validated.
@@ -128,6 +136,15 @@ pub enum Comparison {
 }
 
 impl Comparison {
+    fn name(self) -> &'static str {
+        match self {
+            Comparison::Greater => "gt",
+            Comparison::GreaterOrEqual => "gte",
+            Comparison::Less => "lt",
+            Comparison::LessOrEqual => "lte",
+        }
+    }
+
     fn holds(self, ordering: Ordering) -> bool {
         match self {
             Comparison::Greater => ordering.is_gt(),
@@ -153,6 +170,32 @@ impl FilterValue {
             FilterValue::Number(number) => property.decimal() == Ok(*number),
             FilterValue::Text(text) => property.is_present() && property.text() == text.as_str(),
             FilterValue::Bool(value) => property.text() == if *value { "true" } else { "false" },
+        }
+    }
+}
+
+impl std::fmt::Display for Filter {
+    /// `status lt 500`, `model in large, small`: as the meters file writes it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let list = |values: &[FilterValue]| values.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let (test, values) = match &self.test {
+            FilterTest::In(values) => (if values.len() == 1 { "eq" } else { "in" }, list(values)),
+            FilterTest::NotIn(values) => (if values.len() == 1 { "ne" } else { "not_in" }, list(values)),
+            FilterTest::Exists(true) => return write!(f, "{} exists", self.property),
+            FilterTest::Exists(false) => return write!(f, "{} not_exists", self.property),
+            FilterTest::Compare(comparison, bound) => (comparison.name(), bound.to_string()),
+            FilterTest::Contains(part) => ("contains", part.clone()),
+        };
+        write!(f, "{} {test} {values}", self.property)
+    }
+}
+
+impl std::fmt::Display for FilterValue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            FilterValue::Number(number) => number.fmt(f),
+            FilterValue::Text(text) => f.write_str(text),
+            FilterValue::Bool(value) => value.fmt(f),
         }
     }
 }

@@ -8,6 +8,7 @@ pub mod expression;
 pub mod meter;
 pub mod percentage;
 pub mod price;
+pub mod price_lines;
 pub mod properties;
 pub mod run;
 pub mod timestamp;

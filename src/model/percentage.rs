@@ -23,9 +23,8 @@ pub struct Percentage {
 impl Percentage {
     /// Whether the quantity and the number of events do not tell the price.
     pub fn needs_transactions(&self) -> bool {
-        let is_clamped = self.minimum_amount_per_event.is_some() || self.maximum_amount_per_event.is_some();
         let is_free_by_amount = self.free_amount.is_some() && !self.fixed_amount_per_event.is_zero();
-        is_clamped || is_free_by_amount || self.free_events.is_some()
+        self.is_clamped() || is_free_by_amount || self.free_events.is_some()
     }
 
     /// How many of the first events of an accumulation must be known one by one.
@@ -43,8 +42,7 @@ impl Percentage {
     /// [`DecimalError::Overflow`].
     pub fn cost(&self, quantity: Decimal, events: u64) -> Result<Decimal, DecimalError> {
         let charged = self.beyond_free(quantity)?;
-        let fixed = self.fixed_amount_per_event.checked_mul(Decimal::from_u64(events))?;
-        self.rate_of(charged)?.checked_add(fixed)
+        self.rate_of(charged)?.checked_add(self.fixed_of(events)?)
     }
 
     /// The cost of an accumulation by its events.
@@ -52,6 +50,25 @@ impl Percentage {
     /// # Errors
     /// [`DecimalError::Overflow`].
     pub fn cost_of(&self, transactions: &Transactions) -> Result<Decimal, DecimalError> {
+        let charged = self.charged(transactions, &mut |_, _| ())?;
+        if self.is_clamped() {
+            return charged.fees.total();
+        }
+        self.rate_of(charged.value.total()?)?.checked_add(self.fixed_of(charged.events)?)
+    }
+
+    /// Whether the fee of each event is held between bounds.
+    pub fn is_clamped(&self) -> bool {
+        self.minimum_amount_per_event.is_some() || self.maximum_amount_per_event.is_some()
+    }
+
+    /// What of the events is charged. `each` hears of those that are known one by one, in
+    /// the order of time.
+    pub(super) fn charged(
+        &self,
+        transactions: &Transactions,
+        each: &mut dyn FnMut(&Transaction, EventCharge),
+    ) -> Result<Charges, DecimalError> {
         let mut charges = transactions.rest;
         let mut running = DecimalSum::default();
         let mut first: Vec<_> = transactions.first.iter().collect();
@@ -67,29 +84,36 @@ impl Percentage {
                 (true, None) => Decimal::ZERO,
                 (true, Some(_)) => self.beyond_free(after)?.checked_sub(before)?,
             };
-            if is_free {
-                charges.value.add(charged);
-                charges.fees.add(self.rate_of(charged)?);
-            } else {
-                charges.add(charged, self)?;
-            }
+            let fee = if is_free { self.rate_of(charged)? } else { self.fee(charged)? };
+            each(transaction, EventCharge { charged, fee });
+            charges.value.add(charged);
+            charges.fees.add(fee);
+            charges.events += u64::from(!is_free);
         }
-        if self.minimum_amount_per_event.is_some() || self.maximum_amount_per_event.is_some() {
-            return charges.fees.total();
-        }
-        let fixed = self.fixed_amount_per_event.checked_mul(Decimal::from_u64(charges.events))?;
-        self.rate_of(charges.value.total()?)?.checked_add(fixed)
+        Ok(charges)
+    }
+
+    /// What an event is charged that no allowance frees.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`].
+    pub fn whole_charge(&self, value: Decimal) -> Result<EventCharge, DecimalError> {
+        Ok(EventCharge { charged: value, fee: self.fee(value)? })
+    }
+
+    pub(super) fn fixed_of(&self, events: u64) -> Result<Decimal, DecimalError> {
+        self.fixed_amount_per_event.checked_mul(Decimal::from_u64(events))
     }
 
     /// What of a running total the free amount does not hold.
-    fn beyond_free(&self, total: Decimal) -> Result<Decimal, DecimalError> {
+    pub(super) fn beyond_free(&self, total: Decimal) -> Result<Decimal, DecimalError> {
         match self.free_amount {
             Some(free) if !total.is_negative() => Ok(total.checked_sub(free)?.max(Decimal::ZERO)),
             _ => Ok(total),
         }
     }
 
-    fn rate_of(&self, amount: Decimal) -> Result<Decimal, DecimalError> {
+    pub(super) fn rate_of(&self, amount: Decimal) -> Result<Decimal, DecimalError> {
         amount.mul_div(self.rate_percent, Decimal::from_u64(100))
     }
 
@@ -118,12 +142,21 @@ pub struct Transactions {
     rest: Charges,
 }
 
-/// Sums over events that are charged as a whole.
+/// What one event is charged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EventCharge {
+    /// What of its value is not free.
+    pub charged: Decimal,
+    pub fee: Decimal,
+}
+
+/// Sums over events that are charged.
 #[derive(Debug, Clone, Copy, Default)]
-struct Charges {
-    value: DecimalSum,
-    events: u64,
-    fees: DecimalSum,
+pub(super) struct Charges {
+    pub value: DecimalSum,
+    /// Those that are not free as a whole.
+    pub events: u64,
+    pub fees: DecimalSum,
 }
 
 impl Charges {
@@ -136,6 +169,13 @@ impl Charges {
 }
 
 impl Transactions {
+    /// Number and value of all events.
+    pub(super) fn whole(&self) -> (u64, DecimalSum) {
+        let mut value = self.rest.value;
+        self.first.iter().for_each(|transaction| value.add(transaction.value));
+        (self.rest.events + self.first.len() as u64, value)
+    }
+
     /// # Errors
     /// [`DecimalError::Overflow`] where the event's own fee overflows.
     pub fn add(&mut self, transaction: Transaction, price: &Percentage) -> Result<(), DecimalError> {

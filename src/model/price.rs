@@ -116,7 +116,7 @@ impl Share {
         Share { part: part.max(0), whole: period.end.nanos().saturating_sub(period.start.nanos()) }
     }
 
-    fn apply(self, amount: Decimal) -> Result<Decimal, DecimalError> {
+    pub(super) fn apply(self, amount: Decimal) -> Result<Decimal, DecimalError> {
         if self.part == self.whole { Ok(amount) } else { amount.share(self.part, self.whole) }
     }
 }
@@ -172,6 +172,22 @@ pub enum PriceModel {
     Flat { amount: Decimal },
 }
 
+impl PriceModel {
+    /// The name that the prices file gives it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            PriceModel::PerUnit { .. } => "per_unit",
+            PriceModel::Package { .. } => "package",
+            PriceModel::Graduated(_) => "graduated",
+            PriceModel::Volume(_) => "volume",
+            PriceModel::Percentage(_) => "percentage",
+            PriceModel::GraduatedPercentage(_) => "graduated_percentage",
+            PriceModel::Dynamic { .. } => "dynamic",
+            PriceModel::Flat { .. } => "flat",
+        }
+    }
+}
+
 /// A tier `(previous up_to, up_to]`; the last one has no bound.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Tier {
@@ -213,7 +229,8 @@ impl Price {
         })
     }
 
-    fn uncapped(&self, usage: Usage<'_>, share: Share) -> Result<Decimal, DecimalError> {
+    /// The cost before it is held below the maximum.
+    pub(super) fn uncapped(&self, usage: Usage<'_>, share: Share) -> Result<Decimal, DecimalError> {
         let quantity = self.charged_quantity(usage.quantity)?;
         let flat_due = self.options.charge_zero_usage || !quantity.is_zero();
         match &self.model {
@@ -229,9 +246,11 @@ impl Price {
             },
             _ if !flat_due => Ok(Decimal::ZERO),
             PriceModel::Flat { amount } => share.apply(*amount),
-            PriceModel::Graduated(tiers) => graduated(tiers, quantity, Decimal::ONE, share),
-            PriceModel::GraduatedPercentage(tiers) => graduated(tiers, quantity, Decimal::from_u64(100), share),
-            PriceModel::Volume(tiers) => volume(tiers, quantity, share),
+            PriceModel::Graduated(tiers) => TierPart::total(graduated(tiers, quantity, Decimal::ONE, share)),
+            PriceModel::GraduatedPercentage(tiers) => {
+                TierPart::total(graduated(tiers, quantity, Decimal::from_u64(100), share))
+            }
+            PriceModel::Volume(tiers) => TierPart::total(volume(tiers, quantity, share)),
         }
     }
 
@@ -240,10 +259,13 @@ impl Price {
     /// # Errors
     /// [`DecimalError::Overflow`].
     pub fn charged_quantity(&self, quantity: Decimal) -> Result<Decimal, DecimalError> {
-        let free = self.options.free_units;
-        let charged =
-            if quantity.is_negative() || free.is_zero() { quantity } else { quantity.checked_sub(free)?.max(Decimal::ZERO) };
+        let charged = self.beyond_free_units(quantity)?;
         self.options.transform.map_or(Ok(charged), |transform| transform.apply(charged))
+    }
+
+    pub(super) fn beyond_free_units(&self, quantity: Decimal) -> Result<Decimal, DecimalError> {
+        let free = self.options.free_units;
+        Ok(if quantity.is_negative() || free.is_zero() { quantity } else { quantity.checked_sub(free)?.max(Decimal::ZERO) })
     }
 
     /// What a period is due beside its cost: commitment, then minimum, then both held
@@ -252,6 +274,21 @@ impl Price {
     /// # Errors
     /// [`DecimalError::Overflow`].
     pub fn adjustments(&self, cost: Decimal, share: Share) -> Result<Adjustments, DecimalError> {
+        let due = self.adjustments_uncapped(cost, share)?;
+        let beyond = self.beyond_maximum(cost.checked_add(due.total()?)?, share)?;
+        Ok(Adjustments { commitment: due.commitment.checked_sub(beyond)?, ..due })
+    }
+
+    /// How much of what is due lies beyond the maximum.
+    pub(super) fn beyond_maximum(&self, due: Decimal, share: Share) -> Result<Decimal, DecimalError> {
+        match self.options.maximum_amount {
+            Some(most) => Ok(due.checked_sub(share.apply(most)?)?.max(Decimal::ZERO)),
+            None => Ok(Decimal::ZERO),
+        }
+    }
+
+    /// As [`Price::adjustments`], before both are held below the maximum.
+    pub(super) fn adjustments_uncapped(&self, cost: Decimal, share: Share) -> Result<Adjustments, DecimalError> {
         let mut due = Adjustments::default();
         if let Some(commitment) = &self.options.commitment {
             let difference = cost.checked_sub(share.apply(commitment.amount)?)?;
@@ -265,38 +302,61 @@ impl Price {
         if let Some(least) = self.options.minimum_amount {
             due.minimum = share.apply(least)?.checked_sub(committed)?.max(Decimal::ZERO);
         }
-        if let Some(most) = self.options.maximum_amount {
-            let beyond = committed.checked_add(due.minimum)?.checked_sub(share.apply(most)?)?;
-            due.commitment = due.commitment.checked_sub(beyond.max(Decimal::ZERO))?;
-        }
         Ok(due)
+    }
+}
+
+/// What one tier charges.
+pub(super) struct TierPart<'t> {
+    pub tier: &'t Tier,
+    /// Where the tier begins; `None` for the first.
+    pub lower: Option<Decimal>,
+    pub quantity: Decimal,
+    /// For the quantity, without what is flat.
+    pub amount: Decimal,
+    pub flat_amount: Decimal,
+}
+
+impl TierPart<'_> {
+    fn total(parts: impl Iterator<Item = Result<Self, DecimalError>>) -> Result<Decimal, DecimalError> {
+        parts.into_iter().try_fold(Decimal::ZERO, |cost, part| {
+            let part = part?;
+            cost.checked_add(part.amount)?.checked_add(part.flat_amount)
+        })
     }
 }
 
 /// Bounds are continuous: 1000.5 units in tiers of 1000 puts the half unit in the
 /// second tier. A quantity at or below zero stays in the first. `per` units cost a
 /// tier's unit amount.
-fn graduated(tiers: &[Tier], quantity: Decimal, per: Decimal, share: Share) -> Result<Decimal, DecimalError> {
-    let mut cost = Decimal::ZERO;
-    let mut lower = None;
-    for tier in tiers {
-        if lower.is_some_and(|lower| quantity <= lower) {
-            break;
-        }
+pub(super) fn graduated(
+    tiers: &[Tier],
+    quantity: Decimal,
+    per: Decimal,
+    share: Share,
+) -> impl Iterator<Item = Result<TierPart<'_>, DecimalError>> {
+    let lowers = std::iter::once(None).chain(tiers.iter().map(|tier| tier.up_to));
+    let reached = tiers.iter().zip(lowers).take_while(move |(_, lower)| lower.is_none_or(|lower| quantity > lower));
+    reached.map(move |(tier, lower)| {
         let upper = tier.up_to.map_or(quantity, |up_to| up_to.min(quantity));
-        let inside = upper.checked_sub(lower.unwrap_or(Decimal::ZERO))?;
-        cost = cost.checked_add(inside.mul_div(tier.unit_amount, per)?)?.checked_add(share.apply(tier.flat_amount)?)?;
-        lower = tier.up_to;
-    }
-    Ok(cost)
+        let quantity = upper.checked_sub(lower.unwrap_or(Decimal::ZERO))?;
+        let amount = quantity.mul_div(tier.unit_amount, per)?;
+        Ok(TierPart { tier, lower, quantity, amount, flat_amount: share.apply(tier.flat_amount)? })
+    })
 }
 
-fn volume(tiers: &[Tier], quantity: Decimal, share: Share) -> Result<Decimal, DecimalError> {
-    let reached = tiers.iter().find(|tier| tier.up_to.is_none_or(|up_to| quantity <= up_to));
-    match reached {
-        Some(tier) => quantity.checked_mul(tier.unit_amount)?.checked_add(share.apply(tier.flat_amount)?),
-        None => Ok(Decimal::ZERO),
-    }
+/// The tier that the quantity reaches, if any, charges all of it.
+pub(super) fn volume(
+    tiers: &[Tier],
+    quantity: Decimal,
+    share: Share,
+) -> impl Iterator<Item = Result<TierPart<'_>, DecimalError>> {
+    let lowers = std::iter::once(None).chain(tiers.iter().map(|tier| tier.up_to));
+    let reached = tiers.iter().zip(lowers).find(|(tier, _)| tier.up_to.is_none_or(|up_to| quantity <= up_to));
+    reached.into_iter().map(move |(tier, lower)| {
+        let amount = quantity.checked_mul(tier.unit_amount)?;
+        Ok(TierPart { tier, lower, quantity, amount, flat_amount: share.apply(tier.flat_amount)? })
+    })
 }
 
 #[cfg(test)]

@@ -165,6 +165,19 @@ impl WindowKind {
     }
 }
 
+impl std::fmt::Display for WindowKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            WindowKind::Tumbling(size) => f.write_str(size.name()),
+            WindowKind::Hopping(Hopping { size, advance }) => write!(f, "hopping, {size} every {advance}"),
+            WindowKind::Session { gap_nanos } => {
+                let seconds = gap_nanos / SECOND;
+                if seconds % 60 == 0 { write!(f, "session, gap {}m", seconds / 60) } else { write!(f, "session, gap {seconds}s") }
+            }
+        }
+    }
+}
+
 /// A length of time: by the clock, or by the calendar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Length {
@@ -215,6 +228,16 @@ impl Length {
                 };
                 Span { start: midnight(first), end: midnight(first + i64::from(days)) }
             }
+        }
+    }
+}
+
+impl std::fmt::Display for Length {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Length::Minutes(minutes) if minutes % 60 == 0 => write!(f, "{}h", minutes / 60),
+            Length::Minutes(minutes) => write!(f, "{minutes}m"),
+            Length::Days(days) => write!(f, "{days}d"),
         }
     }
 }

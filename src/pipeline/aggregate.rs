@@ -71,6 +71,14 @@ pub enum Arrival {
     Amended,
 }
 
+/// What became of some events.
+#[derive(Debug)]
+pub struct Outcome {
+    pub counted: Vec<StateKey>,
+    pub rejected: Vec<DeadLetter>,
+    pub skipped: u64,
+}
+
 /// Why an event is passed through the aggregation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Purpose {
@@ -190,6 +198,21 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             (false, false) => Arrival::Late,
         };
         self.take(&copies.kept.event(), Purpose::Count(arrival), &mut slots);
+    }
+
+    /// Takes an event of which only one copy was read, as it was there before.
+    pub fn take_single(&mut self, event: &EventRef<'_>) {
+        self.take(event, Purpose::Count(Arrival::Known), &mut Vec::new());
+    }
+
+    /// What became of the events taken since the last call. Sessions are not closed:
+    /// their keys name the billing period.
+    pub fn take_outcome(&mut self) -> Outcome {
+        let windows = std::mem::take(&mut self.windows).into_keys();
+        let counted = windows.chain(std::mem::take(&mut self.sessions).into_keys()).collect();
+        let skipped = std::mem::take(&mut self.usage).skipped;
+        (self.events, self.withdrawn) = (EventCounts::default(), FxHashMap::default());
+        Outcome { counted, rejected: std::mem::take(&mut self.dead_letters), skipped }
     }
 
     fn wants_tenant(&self, event: &EventRef<'_>) -> bool {

@@ -101,12 +101,18 @@ impl KeyScan {
 }
 
 /// Hashes of keys that occur more than once, or of different keys that share a hash.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct RepeatedKeys(FxHashSet<u64>);
 
 impl RepeatedKeys {
     pub fn contains(&self, hash: u64) -> bool {
         self.0.contains(&hash)
+    }
+
+    /// Those that are among `hashes` too.
+    pub fn among(mut self, hashes: &FxHashSet<u64>) -> RepeatedKeys {
+        self.0.retain(|hash| hashes.contains(hash));
+        self
     }
 }
 
@@ -128,7 +134,7 @@ pub struct Copy {
 }
 
 impl Copy {
-    fn new(event: &EventRef<'_>, known: bool, scratch: &mut Vec<u8>) -> Copy {
+    pub fn new(event: &EventRef<'_>, known: bool, scratch: &mut Vec<u8>) -> Copy {
         scratch.clear();
         let texts = [event.tenant_id, event.id, event.event_name, event.external_customer_id, event.properties];
         for text in texts {
@@ -164,6 +170,11 @@ impl Copy {
             deleted: self.deleted,
             problem: self.problem.as_deref(),
         }
+    }
+
+    /// Whether both are the same in everything.
+    pub fn is_repetition_of(&self, other: &Copy) -> bool {
+        self.content_hash == other.content_hash && self.ingested_at == other.ingested_at
     }
 
     /// Whether both differ in nothing but their times.

@@ -92,6 +92,18 @@ impl Rejection {
     }
 }
 
+impl Value<'_> {
+    /// The value for people; `None` where the event itself counts.
+    pub fn describe(&self) -> Option<String> {
+        match self {
+            Value::Event => None,
+            Value::Number(number) => Some(number.to_string()),
+            Value::Distinct(text) => Some(text.clone().into_owned()),
+            Value::Operation { text, is_add } => Some(format!("{} {text}", if *is_add { "add" } else { "remove" })),
+        }
+    }
+}
+
 impl<'r> Enricher<'r> {
     pub fn new(reference: &'r Reference, scope: Scope) -> Self {
         Enricher::of_meters(reference, scope, |_| true)
@@ -226,7 +238,13 @@ impl<'r> MeterPlan<'r> {
 
     /// Whether the event passes every filter.
     pub fn accepts(&self, slots: &[Property<'_>]) -> bool {
-        self.filters.iter().all(|(slot, test)| slots.get(*slot).is_some_and(|property| test.passes(property)))
+        self.failed_filter(slots).is_none()
+    }
+
+    /// The place of the first filter of the meter that the event does not pass.
+    pub fn failed_filter(&self, slots: &[Property<'_>]) -> Option<usize> {
+        let passes = |(slot, test): &(usize, &FilterTest)| slots.get(*slot).is_some_and(|property| test.passes(property));
+        self.filters.iter().position(|filter| !passes(filter))
     }
 
     /// The value to aggregate; `None` where the property is absent or null.

@@ -21,12 +21,15 @@ mod levels;
 mod names;
 mod past;
 mod price;
+pub mod price_steps;
 mod range;
 mod reconcile;
 pub mod saved;
 mod scan;
 mod sessions;
 mod state;
+pub mod trace;
+pub mod trace_events;
 mod unused;
 
 use anyhow::Result;

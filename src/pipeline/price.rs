@@ -68,14 +68,14 @@ fn period_of(key: &StateKey) -> (u32, u32, u32, u32, Timestamp) {
 
 /// The reference rows of one accumulation.
 #[derive(Clone, Copy)]
-struct Parts<'r> {
-    subscription: &'r Subscription,
-    meter: &'r Meter,
-    price: Option<&'r Price>,
+pub(super) struct Parts<'r> {
+    pub subscription: &'r Subscription,
+    pub meter: &'r Meter,
+    pub price: Option<&'r Price>,
 }
 
 impl<'r> Parts<'r> {
-    fn of(key: &StateKey, reference: &'r Reference) -> Option<Self> {
+    pub fn of(key: &StateKey, reference: &'r Reference) -> Option<Self> {
         Some(Parts {
             subscription: reference.subscriptions.get(key.subscription as usize)?,
             meter: reference.meters.get(key.meter as usize)?,
@@ -85,19 +85,19 @@ impl<'r> Parts<'r> {
 }
 
 /// The price of the accumulation so far, in the way that the meter charges.
-struct Accumulation<'r> {
+pub(super) struct Accumulation<'r> {
     parts: Parts<'r>,
-    measure: Measure,
-    share: Share,
+    pub measure: Measure,
+    pub share: Share,
     to_date: Accumulator,
     transactions: Option<Transactions>,
     events: u64,
     window_sum: DecimalSum,
-    cost: Decimal,
+    pub cost: Decimal,
 }
 
 impl<'r> Accumulation<'r> {
-    fn new(parts: Parts<'r>, period: Span) -> Self {
+    pub fn new(parts: Parts<'r>, period: Span) -> Self {
         let measure =
             Measure { multiplier: parts.meter.multiplier, period_nanos: period.end.nanos().saturating_sub(period.start.nanos()) };
         Accumulation {
@@ -113,7 +113,7 @@ impl<'r> Accumulation<'r> {
     }
 
     /// Adds a window; returns its quantity and its cost.
-    fn add(&mut self, window: &WindowState) -> Result<(Decimal, Decimal), DecimalError> {
+    pub fn add(&mut self, window: &WindowState) -> Result<(Decimal, Decimal), DecimalError> {
         let quantity = window.accumulator.quantity(self.measure)?;
         self.to_date.merge(&window.accumulator);
         self.window_sum.add(quantity);
@@ -126,21 +126,21 @@ impl<'r> Accumulation<'r> {
         let before = self.cost;
         self.cost = match self.parts.meter.charge_on {
             ChargeOn::Window => {
-                let usage = Usage { quantity, events: window.event_count, transactions: window.transactions.as_deref() };
-                let cost = price.cost(usage, self.share)?;
+                let cost = price.cost(usage_of(window, quantity), self.share)?;
                 before.checked_add(cost)?.checked_add(price.adjustments(cost, self.share)?.total()?)?
             }
-            ChargeOn::Period | ChargeOn::WindowSum => {
-                let quantity = self.quantity()?;
-                let usage = Usage { quantity, events: self.events, transactions: self.transactions.as_ref() };
-                price.cost(usage, self.share)?
-            }
+            ChargeOn::Period | ChargeOn::WindowSum => price.cost(self.usage()?, self.share)?,
         };
         Ok((quantity, self.cost.checked_sub(before)?))
     }
 
+    /// What is priced where a meter charges on the period: the period to date.
+    pub fn usage(&self) -> Result<Usage<'_>, DecimalError> {
+        Ok(Usage { quantity: self.quantity()?, events: self.events, transactions: self.transactions.as_ref() })
+    }
+
     /// The quantity of the period to date.
-    fn quantity(&self) -> Result<Decimal, DecimalError> {
+    pub fn quantity(&self) -> Result<Decimal, DecimalError> {
         match self.parts.meter.charge_on {
             ChargeOn::Period => self.to_date.quantity(self.measure),
             ChargeOn::WindowSum | ChargeOn::Window => self.window_sum.total(),
@@ -154,6 +154,11 @@ impl<'r> Accumulation<'r> {
             None => Ok(Adjustments::default()),
         }
     }
+}
+
+/// What is priced where each window is priced on its own.
+pub(super) fn usage_of(window: &WindowState, quantity: Decimal) -> Usage<'_> {
+    Usage { quantity, events: window.event_count, transactions: window.transactions.as_deref() }
 }
 
 /// The states of one accumulation in one billing period, by time.

@@ -158,6 +158,21 @@ impl Reference {
         }
     }
 
+    /// The customer rows that lead to a subscription: external id and validity.
+    pub fn customers_of(&self, subscription: usize) -> Vec<(&str, Span)> {
+        let tenant = self.subscriptions.get(subscription).map(|subscription| subscription.tenant_id.as_str());
+        let external = tenant.and_then(|tenant| self.customers.get(tenant)).into_iter().flatten();
+        let mut rows = Vec::new();
+        for (id, customer) in external {
+            let bound: Vec<_> = customer.bindings.iter().filter(|(_, index)| *index == subscription).collect();
+            // A binding lies in the validity of the row that it comes from.
+            let leads = |row: &&Span| bound.iter().any(|(span, _)| row.covers(*span));
+            rows.extend(customer.validity.iter().filter(leads).map(|row| (id.as_str(), *row)));
+        }
+        rows.sort_unstable();
+        rows
+    }
+
     /// Whether a meter (of this id, or any) keeps a level over time.
     pub fn has_levels(&self, meter: Option<&str>) -> bool {
         let mut levels = self.meters.iter().filter(|meter| meter.aggregation == Aggregation::WeightedSum);

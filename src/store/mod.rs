@@ -82,6 +82,28 @@ pub enum Cell {
     Integer(i64),
 }
 
+/// Which corrections somebody wants.
+#[derive(Debug, Clone, Copy)]
+pub enum Corrections<'c> {
+    /// Of one meter of one subscription.
+    OfMeter { tenant_id: &'c str, subscription_id: &'c str, meter_id: &'c str },
+    /// Of one run.
+    OfRun(&'c str),
+}
+
+impl Corrections<'_> {
+    /// Whether a correction is among them.
+    pub fn hold(&self, entry: &LedgerEntry) -> bool {
+        let period = &entry.key.period;
+        match *self {
+            Corrections::OfMeter { tenant_id, subscription_id, meter_id } => {
+                *period.tenant_id == *tenant_id && *period.subscription_id == *subscription_id && *period.meter_id == *meter_id
+            }
+            Corrections::OfRun(run_id) => entry.run_id == run_id,
+        }
+    }
+}
+
 /// Takes the rows of an export, one at a time.
 pub type RowSink<'s> = &'s mut dyn FnMut(&[Cell]) -> Result<()>;
 
@@ -139,6 +161,11 @@ pub trait AggregateStore {
 
     /// Corrections in the order they were written.
     fn ledger(&self, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()>;
+
+    /// Some of the corrections, in the order they were written.
+    fn corrections(&self, job: &str, of: Corrections<'_>, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
+        self.ledger(job, &mut |entry| if of.hold(&entry) { each(entry) } else { Ok(()) })
+    }
 
     /// Changes to `usage_periods`, in the order they were written.
     fn period_ledger(&self, job: &str, each: &mut dyn FnMut(PeriodEntry) -> Result<()>) -> Result<()>;

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail};
 
 use super::rows as read;
-use super::{AggregateStore, Cell, LedgerEntry, PeriodEntry, Publication, RowSink, StoredDeadLetter, Table};
+use super::{AggregateStore, Cell, Corrections, LedgerEntry, PeriodEntry, Publication, RowSink, StoredDeadLetter, Table};
 use crate::clickhouse_client::{Database, literal};
 use crate::config::ClickHouseConnection;
 use crate::model::aggregate::{PeriodRow, StoredWindow};
@@ -174,6 +174,19 @@ impl AggregateStore for ClickHouseStore {
 
     fn ledger(&self, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
         let sql = format!("SELECT * FROM corrections_current WHERE job = {} ORDER BY correction_id", literal(job));
+        self.query(&sql, read::ledger_entry).context("reading corrections")?.into_iter().try_for_each(each)
+    }
+
+    fn corrections(&self, job: &str, of: Corrections<'_>, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
+        let wanted = match of {
+            Corrections::OfMeter { tenant_id, subscription_id, meter_id } => {
+                let [tenant, subscription, meter] = [tenant_id, subscription_id, meter_id].map(literal);
+                format!("tenant_id = {tenant} AND subscription_id = {subscription} AND meter_id = {meter}")
+            }
+            Corrections::OfRun(run_id) => format!("run_id = {}", literal(run_id)),
+        };
+        let sql =
+            format!("SELECT * FROM corrections_current WHERE job = {} AND {wanted} ORDER BY correction_id", literal(job));
         self.query(&sql, read::ledger_entry).context("reading corrections")?.into_iter().try_for_each(each)
     }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use super::{AggregateStore, LedgerEntry, PeriodEntry, Publication, RowSink, StoredDeadLetter, Table};
+use super::{AggregateStore, Corrections, LedgerEntry, PeriodEntry, Publication, RowSink, StoredDeadLetter, Table};
 use crate::model::aggregate::{PeriodRow, StoredWindow};
 use crate::model::run::RunRecord;
 use crate::model::window::Span;
@@ -112,6 +112,10 @@ impl AggregateStore for SqliteStore {
 
     fn ledger(&self, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
         read::ledger(&self.connection, job, each).context("reading corrections")
+    }
+
+    fn corrections(&self, job: &str, of: Corrections<'_>, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
+        read::corrections(&self.connection, job, of, each).context("reading corrections")
     }
 
     fn period_ledger(&self, job: &str, each: &mut dyn FnMut(PeriodEntry) -> Result<()>) -> Result<()> {

@@ -11,7 +11,7 @@ use crate::model::run::RunRecord;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::store::rows::{self, Cells};
-use crate::store::{Cell, LedgerEntry, PeriodEntry, RowSink, StoredDeadLetter, Table};
+use crate::store::{Cell, Corrections, LedgerEntry, PeriodEntry, RowSink, StoredDeadLetter, Table};
 
 impl Cells for Row<'_> {
     fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>> {
@@ -68,8 +68,38 @@ pub(super) fn dead_letters(connection: &Connection, job: &str) -> Result<Vec<Sto
 }
 
 pub(super) fn ledger(connection: &Connection, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
-    let mut statement = connection.prepare("SELECT * FROM corrections WHERE job = ?1 ORDER BY correction_id")?;
-    let mut found = statement.query([job])?;
+    entries(connection, "SELECT * FROM corrections WHERE job = ?1 ORDER BY correction_id", [job], each)
+}
+
+pub(super) fn corrections(
+    connection: &Connection,
+    job: &str,
+    of: Corrections<'_>,
+    each: &mut dyn FnMut(LedgerEntry) -> Result<()>,
+) -> Result<()> {
+    match of {
+        Corrections::OfMeter { tenant_id, subscription_id, meter_id } => {
+            let sql = "SELECT * FROM corrections WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 AND meter_id = ?4 \
+                       ORDER BY correction_id";
+            entries(connection, sql, [job, tenant_id, subscription_id, meter_id], each)
+        }
+        // Ids of corrections begin with the run's.
+        Corrections::OfRun(run_id) => {
+            let sql = "SELECT * FROM corrections WHERE job = ?1 AND correction_id > ?2 AND correction_id < ?3 \
+                       ORDER BY correction_id";
+            entries(connection, sql, [job, &format!("{run_id}-"), &format!("{run_id}.")], each)
+        }
+    }
+}
+
+fn entries(
+    connection: &Connection,
+    sql: &str,
+    parameters: impl Params,
+    each: &mut dyn FnMut(LedgerEntry) -> Result<()>,
+) -> Result<()> {
+    let mut statement = connection.prepare(sql)?;
+    let mut found = statement.query(parameters)?;
     while let Some(row) = found.next()? {
         each(rows::ledger_entry(row)?)?;
     }
