@@ -13,13 +13,12 @@ use super::{Format, Session};
 use crate::clock::Stopwatch;
 use crate::generate::{Counts, DEFAULT, FileFormat, Options, Profile, check_days, check_events, generate};
 
-/// Makes up events, reference tables and a job that runs as it is.
-///
-/// A profile says what: event types and their properties, customers and how uneven they
-/// are, and how many rows are duplicates, amended, voided, late or broken. The same
-/// profile and seed give the same bytes, whatever the number of threads.
 #[derive(Debug, Args)]
 #[command(after_help = "\
+A profile says what to make up: event types and their properties, customers and how uneven they
+are, and how many rows are duplicates, amended, voided, late or broken. The same profile and seed
+give the same bytes, whatever the number of threads.
+
 Files: job.yaml, meters.yaml, prices.yaml, customers.csv, subscriptions.csv, and in events/ one
 file a local day, with what is ingested on it. `--print-profile` shows every setting.")]
 pub struct GenerateArguments {

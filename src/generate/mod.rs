@@ -10,6 +10,7 @@ mod node;
 mod profile;
 mod property;
 mod random;
+mod raw;
 mod tables;
 mod writer;
 

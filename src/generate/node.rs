@@ -36,11 +36,6 @@ impl Node {
     pub fn is_true(&self, key: &str) -> bool {
         self.get(key).is_some_and(|node| *node == Node::Plain("true".to_owned()))
     }
-
-    pub fn keys(&self) -> impl Iterator<Item = &str> {
-        let entries = if let Node::Map(entries) = self { entries.as_slice() } else { &[] };
-        entries.iter().map(|(key, _)| key.as_str())
-    }
 }
 
 /// A row of a definition table, with the line where it is written.

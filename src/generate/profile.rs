@@ -1,15 +1,15 @@
-//! The profile: typed as people write it, then validated into a [`Profile`].
+//! The profile: typed as written in [`raw`](super::raw), then validated into a [`Profile`].
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use chrono::NaiveDate;
 use chrono_tz::Tz;
-use serde::Deserialize;
 
 use super::node::{Definition, Node};
 use super::property::{Property, Values};
 use super::random::Weighted;
+use super::raw::{RawCustomers, RawEventType, RawPlan, RawProfile, RawProperty, RawRates};
 use crate::config::yaml::{self, Placed};
 use crate::fault::configuration;
 use crate::model::decimal::Decimal;
@@ -94,131 +94,6 @@ pub struct EventType {
     pub breakable: Option<(usize, u64)>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawProfile {
-    version: Placed<u32>,
-    name: Placed<String>,
-    #[serde(default)]
-    seed: u64,
-    timezone: Option<Placed<String>>,
-    start: Placed<String>,
-    days: Placed<u32>,
-    events: Placed<u64>,
-    window: Option<Placed<String>>,
-    customers: RawCustomers,
-    #[serde(default)]
-    rates: RawRates,
-    event_types: Placed<Vec<Placed<RawEventType>>>,
-    meters: Placed<Vec<Definition>>,
-    #[serde(default)]
-    prices: Vec<Definition>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawCustomers {
-    count: Placed<u32>,
-    tenants: Option<Placed<u32>>,
-    skew: Option<Placed<f64>>,
-    plans: Placed<Vec<Placed<RawPlan>>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawPlan {
-    plan_id: String,
-    currency: Placed<String>,
-    billing_period: Option<Placed<String>>,
-    weight: Option<u32>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawRates {
-    duplicates: Option<Placed<String>>,
-    amended: Option<Placed<String>>,
-    voided: Option<Placed<String>>,
-    late: Option<Placed<String>>,
-    late_days: Option<Placed<u32>>,
-    missing_timestamp: Option<Placed<String>>,
-    invalid_number: Option<Placed<String>>,
-    unknown_customer: Option<Placed<String>>,
-    near_clock_change: Option<Placed<String>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawEventType {
-    event_name: String,
-    weight: Option<u32>,
-    #[serde(default)]
-    properties: Vec<Placed<RawProperty>>,
-}
-
-/// One of the kinds, by its key.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawProperty {
-    name: String,
-    integer: Option<RawInteger>,
-    decimal: Option<RawDecimal>,
-    choice: Option<Vec<RawChoice>>,
-    pool: Option<RawPool>,
-    constant: Option<Node>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawInteger {
-    min: i64,
-    max: i64,
-    #[serde(default)]
-    skew: u32,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawDecimal {
-    min: String,
-    max: String,
-    places: u32,
-    #[serde(default)]
-    skew: u32,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawChoice {
-    value: Node,
-    weight: Option<u32>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawPool {
-    prefix: String,
-    size: u32,
-    #[serde(default)]
-    skew: f64,
-}
-
-const METER_KEYS: [&str; 13] = [
-    "meter_id",
-    "event_name",
-    "aggregation",
-    "property",
-    "expression",
-    "multiplier",
-    "operation_property",
-    "filters",
-    "dimensions",
-    "window",
-    "charge_on",
-    "unpriced",
-    "precision",
-];
-
 impl Profile {
     /// Reads and validates a profile.
     ///
@@ -278,11 +153,6 @@ impl Validator<'_> {
         };
         check_days(raw.days.value).map_err(|message| self.error(&raw.days, message))?;
         check_events(raw.events.value).map_err(|message| self.error(&raw.events, message))?;
-        for meter in &raw.meters.value {
-            if let Some(key) = meter.value.keys().find(|key| !METER_KEYS.contains(key)) {
-                return Err(self.error(meter, format!("unknown key `{key}` of a meter: it can have {}", METER_KEYS.join(", "))));
-            }
-        }
         let customers = self.customers(&raw.customers)?;
         let event_types = self.event_types(&raw.event_types, &raw.meters.value)?;
         self.check_prices(&customers.plans, &raw.meters.value, &raw.prices)?;

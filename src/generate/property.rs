@@ -72,13 +72,20 @@ pub fn write_digits(mut value: u64, width: u32, out: &mut String) {
         }
     }
     let first = digits.len().saturating_sub(usize::try_from(count).unwrap_or_default());
-    out.extend(digits.iter().skip(first).map(|digit| char::from(*digit)));
+    out.push_str(ascii(digits.get(first..).unwrap_or_default()));
 }
 
 /// Appends 16 hexadecimal digits.
 pub fn write_hexadecimal(value: u64, out: &mut String) {
-    let digits = value.to_be_bytes().into_iter().flat_map(|byte| [byte >> 4, byte & 15]);
-    out.extend(digits.map(|digit| char::from(if digit < 10 { b'0' + digit } else { b'a' - 10 + digit })));
+    let mut digits = [0; 16];
+    for (pair, byte) in digits.as_chunks_mut::<2>().0.iter_mut().zip(value.to_be_bytes()) {
+        *pair = [byte >> 4, byte & 15].map(|digit| if digit < 10 { b'0' + digit } else { b'a' - 10 + digit });
+    }
+    out.push_str(ascii(&digits));
+}
+
+fn ascii(digits: &[u8]) -> &str {
+    std::str::from_utf8(digits).unwrap_or_default()
 }
 
 #[cfg(test)]

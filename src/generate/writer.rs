@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use arrow::array::{ArrayRef, BooleanBuilder, RecordBatch, StringBuilder, TimestampMicrosecondBuilder};
 use arrow::datatypes::{DataType, Field, Schema, TimeUnit};
 use parquet::arrow::ArrowWriter;
-use parquet::basic::{Compression, ZstdLevel};
+use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
 
@@ -108,6 +108,9 @@ impl ParquetFile {
         // Hardly any value comes twice: a dictionary would be built in vain.
         for name in ["id", "timestamp", "ingested_at", "properties"] {
             properties = properties.set_column_dictionary_enabled(ColumnPath::from(name), false);
+        }
+        for name in ["timestamp", "ingested_at"] {
+            properties = properties.set_column_encoding(ColumnPath::from(name), Encoding::DELTA_BINARY_PACKED);
         }
         for name in ["id", "properties"] {
             properties = properties.set_column_statistics_enabled(ColumnPath::from(name), EnabledStatistics::None);

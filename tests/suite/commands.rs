@@ -808,9 +808,9 @@ fn the_help_lists_commands_and_exit_codes() {
           --customer <CUSTOMER_ID>  Only this customer
           --meter <METER_ID>        Only this meter
           --snapshot <RUN_ID>       Read the same Kafka offsets as this run, over its range
+          --yes                     Publish even if the change is larger than the job's guard allows
           --output <OUTPUT>         How results are printed on stdout [default: text] [possible values:
                                     text, json]
-          --yes                     Publish even if the change is larger than the job's guard allows
           --threads <N>             Threads that read and aggregate [default: one a core]
           --environment <NAME>      Connections of environments/NAME.yaml beside the job [default:
                                     $TRUEUP_ENVIRONMENT]

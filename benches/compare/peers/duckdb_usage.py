@@ -9,22 +9,20 @@ connection = duckdb.connect(config={"threads": int(threads), "preserve_insertion
 connection.execute(f"""
     COPY (
         WITH latest AS (
-            SELECT arg_max({{
+            SELECT tenant_id, arg_max({{
                        'external_customer_id': external_customer_id, 'event_name': event_name, 'timestamp': timestamp,
-                       'properties': properties, 'deleted': deleted
-                   }}, ingested_at) AS event, tenant_id
+                       'fields': json_extract_string(properties, ['$.units', '$.user_id']), 'deleted': deleted
+                   }}, ingested_at) AS event
             FROM read_parquet('{events}/*.parquet')
             GROUP BY tenant_id, id
-        ), usage AS (
-            SELECT tenant_id, event.external_customer_id, event.event_name,
-                   CAST(event.timestamp AT TIME ZONE 'UTC' AS DATE) AS day,
-                   json_extract_string(event.properties, ['$.units', '$.user_id']) AS fields
-            FROM latest
-            WHERE NOT event.deleted
         )
-        SELECT tenant_id, external_customer_id, event_name, day,
-               count(*) AS events, CAST(sum(CAST(fields[1] AS BIGINT)) AS BIGINT) AS units, count(DISTINCT fields[2]) AS users
-        FROM usage
+        SELECT tenant_id, event.external_customer_id, event.event_name,
+               CAST(event.timestamp AT TIME ZONE 'UTC' AS DATE) AS day,
+               count(*) AS events,
+               CAST(sum(CAST(event.fields[1] AS BIGINT)) AS BIGINT) AS units,
+               count(DISTINCT event.fields[2]) AS users
+        FROM latest
+        WHERE NOT event.deleted
         GROUP BY ALL
     ) TO '{out}' (FORMAT parquet)
 """)

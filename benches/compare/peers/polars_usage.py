@@ -8,17 +8,11 @@ os.environ["POLARS_MAX_THREADS"] = threads  # read on import
 
 import polars as pl
 
-latest = (
-    pl.scan_parquet(f"{events}/*.parquet")
-    .sort("ingested_at")
-    .unique(["tenant_id", "id"], keep="last", maintain_order=False)
-    .filter(~pl.col("deleted"))
-)
+kept = [pl.col(name).max_by("ingested_at") for name in ("external_customer_id", "event_name", "timestamp", "properties", "deleted")]
+latest = pl.scan_parquet(f"{events}/*.parquet").group_by("tenant_id", "id").agg(kept).filter(~pl.col("deleted"))
 fields = pl.col("properties").str.json_decode(pl.Struct({"units": pl.Int64, "user_id": pl.String}))
 usage = (
-    latest.select(
-        "tenant_id", "external_customer_id", "event_name", day=pl.col("timestamp").dt.date(), fields=fields
-    )
+    latest.select("tenant_id", "external_customer_id", "event_name", day=pl.col("timestamp").dt.date(), fields=fields)
     .unnest("fields")
     .group_by("tenant_id", "external_customer_id", "event_name", "day")
     .agg(events=pl.len().cast(pl.Int64), units=pl.col("units").sum(), users=pl.col("user_id").n_unique().cast(pl.Int64))
