@@ -272,6 +272,10 @@ fn a_plan_says_what_would_change() {
       dead letters customer_not_found 1
       time         <seconds> s (read keys <seconds>, aggregate <seconds>, price <seconds>, reconcile <seconds>)
 
+      customer  meter       rows  cost                         change  causes
+      cus_1     bytes_sent  ~2    0.00359 -> 0.00718 USD     +0.00359  price_changed 2
+      cus_2     bytes_sent  ~1    0.000064 -> 0.000128 USD  +0.000064  price_changed 1
+
          customer  window                                                             quantity  becomes   cost change  cause
       ~  cus_1     demo / sub_1 / bytes_sent / standard_bytes / 2026-01-01T09:00:00Z      2000     2000     0.002 USD  price_changed
       ~  cus_1     demo / sub_1 / bytes_sent / standard_bytes / 2026-01-01T10:00:00Z      1590     1590   0.00159 USD  price_changed
@@ -749,8 +753,12 @@ fn the_help_lists_commands_and_exit_codes() {
     Commands:
       run           Recompute, and publish what differs
       plan          Show what a run would change, and write nothing
+      apply         Publish a saved plan exactly as it is, or refuse
       verify        Recompute and compare, check the ledger, and write nothing
       check         Check the job file, the reference tables and the source
+      revert        Take back what a run changed
+      resume        Run again what was interrupted
+      close         Close billing periods, because they are invoiced
       runs          List the runs of a job
       dead-letters  List events that should have counted and could not
       export        Write a table as CSV, NDJSON or Parquet
@@ -788,7 +796,8 @@ fn the_help_lists_commands_and_exit_codes() {
               Print version
 
     Exit codes: 0 done, 1 runtime error, 2 usage or configuration, 3 differences found,
-    4 invariant failed and nothing published, 6 another run holds the lock, 8 guard tripped.
+    4 invariant failed and nothing published, 5 partly published and resumable, 6 another run
+    holds the lock, 7 saved plan is stale, 8 guard tripped or approval needed, 130 and 143 signal.
     ");
     assert_snapshot!(shown(&Workspace::new(), 0, &["run", "-h"]), @r"
     Recompute, and publish what differs
