@@ -148,6 +148,17 @@ CREATE TABLE IF NOT EXISTS dead_letters (
 ORDER BY (job, tenant_id, event_id, meter_id, reason)
 SETTINGS non_replicated_deduplication_window = 10000;
 
+-- What runs keep for later ones. Each replaces what the run before it kept.
+CREATE TABLE IF NOT EXISTS job_state (
+    job     String,
+    name    String,
+    run_id  String,
+    content String,
+    version UInt64
+) ENGINE = ReplacingMergeTree(version)
+ORDER BY (job, name)
+SETTINGS non_replicated_deduplication_window = 10000;
+
 -- Rows of a publication under way, as JSON; gone when it is done.
 CREATE TABLE IF NOT EXISTS write_ahead (
     job      String,

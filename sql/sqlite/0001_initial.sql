@@ -132,3 +132,12 @@ CREATE TABLE dead_letters (
     row_digest      INTEGER NOT NULL,
     PRIMARY KEY (job, tenant_id, event_id, meter_id, reason)
 ) WITHOUT ROWID;
+
+-- What runs keep for later ones. Each replaces what the run before it kept.
+CREATE TABLE job_state (
+    job     TEXT NOT NULL,
+    name    TEXT NOT NULL,
+    run_id  TEXT NOT NULL,
+    content TEXT NOT NULL,
+    PRIMARY KEY (job, name)
+) WITHOUT ROWID;

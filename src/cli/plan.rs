@@ -20,6 +20,7 @@ use crate::model::counts::{EventCounts, RowCounts, UsageCounts};
 use crate::model::decimal::Decimal;
 use crate::model::run::{RunMode, RunRecord};
 use crate::model::window::Span;
+use crate::pipeline::incremental::Coverage;
 use crate::pipeline::saved::SavedPlan;
 use crate::pipeline::{Plan, Request, Step};
 
@@ -34,6 +35,10 @@ pub struct PlanArguments {
     /// Exit with 3 if something would change.
     #[arg(long)]
     detailed_exitcode: bool,
+
+    /// Compute everything, also what cannot have changed since the last run.
+    #[arg(long, conflicts_with_all = ["start", "end", "day", "month", "last"])]
+    full: bool,
 
     /// Save the exact changes, for `trueup apply`.
     #[arg(long, value_name = "FILE")]
@@ -69,7 +74,8 @@ impl Title {
 pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
-    let request = Request { allow_closed: arguments.allow_closed, ..arguments.range.request(job.timezone)? };
+    let request =
+        Request { allow_closed: arguments.allow_closed, full: arguments.full, ..arguments.range.request(job.timezone)? };
     let progress = Progress::new(session.quiet);
     let (mut plan, _) = ends::preview(&job, &request, session.threads, &progress)?;
     drop(progress);
@@ -131,6 +137,8 @@ pub struct Document<'p> {
     dead_letters_resolved: u64,
     stale_outside: u64,
     warnings: &'p [String],
+    /// What was skipped, and why.
+    coverage: &'p Coverage,
     steps: &'p [Step],
 }
 
@@ -186,6 +194,7 @@ impl<'p> Document<'p> {
             dead_letters_resolved: plan.resolved.len() as u64,
             stale_outside: plan.changes.stale_outside,
             warnings: &plan.warnings,
+            coverage: &plan.coverage,
             steps: &plan.steps,
         })
     }
@@ -237,7 +246,12 @@ impl Report<'_> {
         } else if self.plan.periods.changed() > 0 {
             format!("published {}, no window changed", counted(self.plan.periods.changed(), "billing period"))
         } else {
-            "nothing changed: the store agrees with the events".to_owned()
+            if self.plan.coverage.skipping.is_some() {
+                "nothing changed: the store agrees with what is new"
+            } else {
+                "nothing changed: the store agrees with the events"
+            }
+            .to_owned()
         };
         writeln!(out, "{} {verdict}", self.style.bold(&format!("trueup {} {}:", self.title.name(), self.job.name)))?;
         self.body(&mut out)?;
@@ -319,6 +333,7 @@ impl Report<'_> {
             None if self.plan.events.read == 0 => return Ok(()),
             None => {}
         }
+        self.coverage(out)?;
         self.counts(out)?;
         self.rows(out)?;
         for (at, (currency, totals)) in self.plan.changes.totals.iter().enumerate() {
@@ -379,6 +394,35 @@ impl Report<'_> {
             self.line(out, "priced", &format!("{} to {}, the billing periods that the range touches", reach.start, reach.end))?;
         }
         Ok(())
+    }
+
+    /// What an incremental run looked at, or why a run computed everything.
+    fn coverage(&self, out: &mut String) -> std::fmt::Result {
+        const SHOWN: usize = 3;
+        let coverage = &self.plan.coverage;
+        if let Some(why) = &coverage.why {
+            self.line(out, "full", why)?;
+        }
+        let Some(skipping) = &coverage.skipping else { return Ok(()) };
+        let new = format!("{} in {}", counted(skipping.new_events, "event"), counted(skipping.new_files, "file"));
+        let mut why: Vec<_> = skipping.changed.iter().take(SHOWN).map(|what| format!("{what} changed")).collect();
+        if skipping.changed.len() > SHOWN {
+            why.push(format!("{} more changed", number((skipping.changed.len() - SHOWN) as u64)));
+        }
+        self.line(out, "new", &[vec![new], why].concat().join(", "))?;
+        let customers = counted(skipping.marked_customers, "customer");
+        self.line(out, "marked", &format!("{customers}, {}", counted(skipping.marked_periods, "billing period")))?;
+        self.line(
+            out,
+            "looked at",
+            &format!(
+                "{} of {} events, {} of {}",
+                number(skipping.rows),
+                number(skipping.all_rows),
+                number(skipping.files),
+                counted(skipping.all_files, "file")
+            ),
+        )
     }
 
     fn counts(&self, out: &mut String) -> std::fmt::Result {

@@ -26,6 +26,10 @@ pub struct RunArguments {
     #[arg(long, value_name = "RUN_ID", conflicts_with_all = ["start", "end", "day", "month", "last"])]
     snapshot: Option<String>,
 
+    /// Compute everything, also what cannot have changed since the last run.
+    #[arg(long, conflicts_with_all = ["start", "end", "day", "month", "last", "snapshot"])]
+    full: bool,
+
     /// Publish even if the change is larger than the job's guard allows.
     #[arg(long)]
     yes: bool,
@@ -42,7 +46,8 @@ pub struct RunArguments {
 pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
-    let request = Request { allow_closed: arguments.allow_closed, ..arguments.range.request(job.timezone)? };
+    let request =
+        Request { allow_closed: arguments.allow_closed, full: arguments.full, ..arguments.range.request(job.timezone)? };
     let progress = Progress::new(session.quiet);
     let options = RunOptions {
         threads: session.threads,

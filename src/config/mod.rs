@@ -160,6 +160,15 @@ pub fn no_color() -> bool {
     std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
 }
 
+/// The folder for what can be made again at any time; `None` where there is none.
+#[allow(clippy::disallowed_methods)]
+pub fn cache_folder() -> Option<PathBuf> {
+    let given = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let caches =
+        given("XDG_CACHE_HOME").filter(|path| path.is_absolute()).or_else(|| given("HOME").map(|home| home.join(".cache")));
+    caches.map(|caches| caches.join("trueup").join("keys"))
+}
+
 impl Job {
     /// Reads and validates a job file.
     ///
@@ -238,12 +247,15 @@ impl Validator<'_> {
                 Some(Schedule { cron, timezone: zone })
             }
         };
-        let digest = Digest::new("job").text(timezone.name()).text(window.name()).text(&format!("{:?}", deduplicate)).hex();
+        let source = self.source(raw.source)?;
+        let (Source::Files { columns, .. } | Source::ClickHouse { columns, .. } | Source::Kafka { columns, .. }) = &source;
+        let digest = Digest::new("job").text(timezone.name()).text(window.name());
+        let digest = digest.text(&format!("{deduplicate:?}")).text(&format!("{columns:?}")).hex();
         Ok(Job {
             path: self.path.to_owned(),
             name: raw.job.value,
             timezone,
-            source: self.source(raw.source)?,
+            source,
             deduplicate,
             reference,
             window,

@@ -31,6 +31,8 @@ pub struct Draft {
     pub period_corrections: Vec<PeriodCorrection>,
     pub dead_letters: Vec<DeadLetter>,
     pub resolved: Vec<DeadLetterKey>,
+    #[serde(default)]
+    pub states: Vec<(String, String)>,
 }
 
 impl Draft {
@@ -58,6 +60,7 @@ impl Draft {
             period_corrections: Vec::new(),
             dead_letters: Vec::new(),
             resolved: Vec::new(),
+            states: Vec::new(),
         }
     }
 
@@ -92,6 +95,7 @@ impl Draft {
             period_corrections: self.period_corrections,
             dead_letters: self.dead_letters,
             resolved: self.resolved,
+            states: self.states,
         }
     }
 }

@@ -10,6 +10,7 @@ mod deployment;
 mod generate;
 mod golden;
 mod histories;
+mod incremental;
 mod inputs;
 mod kafka;
 mod kafka_topic;

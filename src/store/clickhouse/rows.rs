@@ -137,6 +137,10 @@ pub fn period_correction(run: &RunRecord, sequence: usize, correction: &PeriodCo
     with_key(fields, &run.job, &correction.key).to_string()
 }
 
+pub fn state(run: &RunRecord, name: &str, content: &str) -> String {
+    json!({"job": run.job, "name": name, "run_id": run.run_id, "content": content, "version": run.version}).to_string()
+}
+
 /// `stage` 1 while publishing, 2 when done.
 pub fn run(run: &RunRecord, stage: u8) -> String {
     json!({

@@ -15,6 +15,7 @@ pub(super) fn publish(connection: &mut Connection, publication: &Publication) ->
     write_corrections(&transaction, publication)?;
     write_period_corrections(&transaction, publication)?;
     write_dead_letters(&transaction, publication)?;
+    write_states(&transaction, publication)?;
     write_run(&transaction, publication)?;
     transaction.commit()?;
     Ok(())
@@ -232,6 +233,16 @@ fn write_dead_letters(transaction: &Transaction<'_>, publication: &Publication) 
             stored.resolved_run_id,
             stored.row_digest
         ])?;
+    }
+    Ok(())
+}
+
+fn write_states(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
+    let run = &publication.run;
+    let mut replace =
+        transaction.prepare("INSERT OR REPLACE INTO job_state (job, name, run_id, content) VALUES (?1, ?2, ?3, ?4)")?;
+    for (name, content) in &publication.states {
+        replace.execute(params![run.job, name, run.run_id, content])?;
     }
     Ok(())
 }
