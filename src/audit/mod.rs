@@ -1,6 +1,7 @@
 //! Proving that the store says what the events and the ledger say.
 
 pub mod explain;
+pub mod report;
 
 use anyhow::Result;
 use rustc_hash::FxHashMap;

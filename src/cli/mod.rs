@@ -1,6 +1,8 @@
 //! The command line: one file a command.
 
 mod apply;
+mod audit;
+mod audit_text;
 mod changes;
 mod check;
 mod close;
@@ -86,6 +88,8 @@ enum Command {
     Verify(verify::VerifyArguments),
     /// Take one number apart: tiers, price, events, history.
     Explain(explain::ExplainArguments),
+    /// Sum up what runs changed: by cause, customer, meter.
+    Audit(audit::AuditArguments),
     /// Check the job file, the reference tables and the source.
     Check(check::CheckArguments),
     /// Take back what a run changed.
@@ -154,6 +158,7 @@ pub fn dispatch(arguments: Arguments) -> Result<u8> {
         Command::Close(arguments) => close::execute(&session, &arguments),
         Command::Verify(arguments) => verify::execute(&session, &arguments),
         Command::Explain(arguments) => explain::execute(&session, &arguments),
+        Command::Audit(arguments) => audit::execute(&session, &arguments),
         Command::Check(arguments) => check::execute(&session, &arguments),
         Command::Runs(arguments) => runs::execute(&session, &arguments.job),
         Command::DeadLetters(arguments) => dead_letters::execute(&session, &arguments),

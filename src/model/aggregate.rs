@@ -262,7 +262,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Reason; 7] = [
+    pub const ALL: [Reason; 7] = [
         Reason::MalformedEvent,
         Reason::CustomerNotFound,
         Reason::NoActiveSubscription,
@@ -271,6 +271,19 @@ impl Reason {
         Reason::InvalidProperty,
         Reason::ValueOutOfRange,
     ];
+
+    /// What makes such an event count, in one line.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Reason::MalformedEvent => "repair the row where it stands, or send the event again as it should be",
+            Reason::CustomerNotFound => "add the external id to the customers table, valid at the time of the event",
+            Reason::NoActiveSubscription => "add a subscription, or repair started_at and ended_at",
+            Reason::PriceNotFound => "add a price for plan, meter and currency, or declare the meter unpriced",
+            Reason::AmbiguousReference => "end or remove all but one of the rows that match",
+            Reason::InvalidProperty => "send the event again with the same id and a valid property, or void it",
+            Reason::ValueOutOfRange => "send the event again with the same id and a value that fits, or void it",
+        }
+    }
 
     pub fn parse(name: &str) -> Option<Reason> {
         Reason::ALL.into_iter().find(|reason| reason.name() == name)
