@@ -56,7 +56,8 @@ pub(super) fn resolve(
     })
 }
 
-/// The range, widened to whole tumbling windows: doing it again changes nothing.
+/// The range, widened to whole tumbling windows. Windows of different sizes may need more
+/// than that, so only a range that changed is widened.
 pub(super) fn widen_tumbling(range: Span, job: &Job, reference: &Reference, scope: &Scope) -> Span {
     let meters = reference.meters.iter().filter(|meter| scope.meter.as_ref().is_none_or(|wanted| *wanted == meter.id));
     let tumbling = meters.filter(|meter| matches!(meter.window, WindowKind::Tumbling(_)));

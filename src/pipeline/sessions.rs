@@ -28,13 +28,14 @@ pub fn is_session(meter: &Meter) -> bool {
 /// Where the source cannot be read.
 pub fn widen(inputs: &Inputs<'_>, request: &Request, past: &Past, range: Span, timeline: &mut Timeline<'_>) -> Result<Span> {
     let Inputs { job, reference, source, store, threads, .. } = *inputs;
-    let mut meters = reference.meters.iter().filter(|meter| request.scope.meter.as_ref().is_none_or(|id| *id == meter.id));
-    if !meters.any(is_session) {
-        return Ok(range);
-    }
+    let meters = reference.meters.iter().filter(|meter| request.scope.meter.as_ref().is_none_or(|id| *id == meter.id));
+    let gap = |meter: &Meter| if let WindowKind::Session { gap_nanos } = meter.window { Some(gap_nanos) } else { None };
+    let Some(longest_gap) = meters.filter_map(gap).max() else { return Ok(range) };
     let mut range = range;
     loop {
         let reach = range::reach(range, reference, &request.scope);
+        // A session of an earlier billing period can last until after its end.
+        let reach = Span { start: Timestamp::from_nanos(reach.start.nanos().saturating_sub(longest_gap)), ..reach };
         let splits = source.splits(&Selection { span: Some(reach), tenant: request.scope.tenant.clone() })?;
         let keys = read_keys(inputs, &splits, timeline)?;
         let context = Context {
@@ -63,11 +64,11 @@ pub fn widen(inputs: &Inputs<'_>, request: &Request, past: &Past, range: Span, t
         };
         let stored = stored.iter().filter(of_sessions).map(|stored| stored.row.window());
         let spans: Vec<_> = computed.chain(stored).collect();
-        let wider = range::widen_tumbling(cover(range, &spans), job, reference, &request.scope);
-        if wider == range {
+        let held = cover(range, &spans);
+        if held == range {
             return Ok(range);
         }
-        range = wider;
+        range = range::widen_tumbling(held, job, reference, &request.scope);
     }
 }
 
