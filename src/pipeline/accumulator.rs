@@ -23,13 +23,42 @@ pub enum Accumulator {
     /// 10^20 that two of a billion values share one.
     CountUnique(FxHashSet<u128>),
     /// For each value (by hash, as above) the last operation on it.
-    AddedUnique(FxHashMap<u128, Operation>),
+    AddedUnique(Added),
     CountUniqueApprox(Box<Sketch>),
-    /// By how much the level changes, and the changes weighted with nanoseconds.
+    /// By how much the level changes until when, and the changes weighted with nanoseconds.
     WeightedSum {
-        change: DecimalSum,
+        changes: Vec<LevelChange>,
         weighted: DecimalSum,
     },
+}
+
+/// What the events of one price do to a level that lasts until an instant.
+#[derive(Debug, Clone, Copy)]
+pub struct LevelChange {
+    pub until: Timestamp,
+    pub level: DecimalSum,
+}
+
+/// The last operation on each value, and how many of them add it.
+#[derive(Debug, Clone, Default)]
+pub struct Added {
+    last: FxHashMap<u128, Operation>,
+    count: u64,
+}
+
+impl Added {
+    fn note(&mut self, value: u128, operation: Operation) {
+        let is_add = operation.is_add;
+        let was_added = match self.last.entry(value) {
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                entry.insert(operation);
+                false
+            }
+            std::collections::hash_map::Entry::Occupied(mut entry) if *entry.get() < operation => entry.insert(operation).is_add,
+            std::collections::hash_map::Entry::Occupied(_) => return,
+        };
+        self.count = self.count - u64::from(was_added) + u64::from(is_add);
+    }
 }
 
 /// An operation on a value of a unique count, in the order of its moment.
@@ -110,11 +139,11 @@ impl Accumulator {
             Aggregation::Min => Accumulator::Min(None),
             Aggregation::Max => Accumulator::Max(None),
             Aggregation::Latest => Accumulator::Latest(None),
-            Aggregation::CountUnique if meter.operation_property.is_some() => Accumulator::AddedUnique(FxHashMap::default()),
+            Aggregation::CountUnique if meter.operation_property.is_some() => Accumulator::AddedUnique(Added::default()),
             Aggregation::CountUnique => Accumulator::CountUnique(FxHashSet::default()),
             Aggregation::CountUniqueApprox => Accumulator::CountUniqueApprox(Box::new(Sketch::new())),
             Aggregation::WeightedSum => {
-                Accumulator::WeightedSum { change: DecimalSum::default(), weighted: DecimalSum::default() }
+                Accumulator::WeightedSum { changes: Vec::new(), weighted: DecimalSum::default() }
             }
         }
     }
@@ -147,13 +176,14 @@ impl Accumulator {
             (Accumulator::AddedUnique(values), Value::Operation { text, is_add }) => {
                 let Moment { timestamp, ingested_at, id, .. } = moment;
                 let operation = Operation { timestamp, ingested_at, id: id.into(), is_add: *is_add };
-                keep_last(values, xxh3_128(text.as_bytes()), operation);
+                values.note(xxh3_128(text.as_bytes()), operation);
             }
             (Accumulator::CountUniqueApprox(sketch), Value::Distinct(text)) => sketch.add(text),
-            (Accumulator::WeightedSum { change, weighted }, Value::Number(number)) => {
+            (Accumulator::WeightedSum { changes, weighted }, Value::Number(number)) => {
                 let mut level = DecimalSum::default();
                 level.add(*number);
-                change.merge(level);
+                let until = Timestamp::from_nanos(moment.timestamp.nanos().saturating_add(moment.remaining));
+                change_level(changes, LevelChange { until, level });
                 weighted.add_weighted(level, moment.remaining);
             }
             // The value always fits: both are chosen by the meter's aggregation.
@@ -175,14 +205,14 @@ impl Accumulator {
             (Accumulator::Latest(a), Accumulator::Latest(b)) if *a < *b => a.clone_from(b),
             (Accumulator::CountUnique(a), Accumulator::CountUnique(b)) => a.extend(b),
             (Accumulator::AddedUnique(a), Accumulator::AddedUnique(b)) => {
-                b.iter().for_each(|(value, operation)| keep_last(a, *value, operation.clone()));
+                b.last.iter().for_each(|(value, operation)| a.note(*value, operation.clone()));
             }
             (Accumulator::CountUniqueApprox(a), Accumulator::CountUniqueApprox(b)) => a.merge(b),
             (
-                Accumulator::WeightedSum { change, weighted },
-                Accumulator::WeightedSum { change: their_change, weighted: their_weighted },
+                Accumulator::WeightedSum { changes, weighted },
+                Accumulator::WeightedSum { changes: their_changes, weighted: their_weighted },
             ) => {
-                change.merge(*their_change);
+                their_changes.iter().for_each(|change| change_level(changes, *change));
                 weighted.merge(*their_weighted);
             }
             _ => {}
@@ -202,19 +232,17 @@ impl Accumulator {
             Accumulator::Min(value) | Accumulator::Max(value) => Ok(value.unwrap_or_default()),
             Accumulator::Latest(latest) => Ok(latest.as_ref().map_or(Decimal::ZERO, |latest| latest.value)),
             Accumulator::CountUnique(values) => Ok(Decimal::from_u64(values.len() as u64)),
-            Accumulator::AddedUnique(values) => {
-                Ok(Decimal::from_u64(values.values().filter(|operation| operation.is_add).count() as u64))
-            }
+            Accumulator::AddedUnique(values) => Ok(Decimal::from_u64(values.count)),
             Accumulator::CountUniqueApprox(sketch) => Ok(Decimal::from_u64(sketch.estimate())),
             Accumulator::WeightedSum { weighted, .. } => weighted.mean(measure.period_nanos.unsigned_abs()),
         }
     }
 
-    /// By how much a level changes; zero for all other aggregations.
-    pub fn level_change(&self) -> DecimalSum {
+    /// What happens to a level; nothing for all other aggregations.
+    pub fn level_changes(&self) -> &[LevelChange] {
         match self {
-            Accumulator::WeightedSum { change, .. } => *change,
-            _ => DecimalSum::default(),
+            Accumulator::WeightedSum { changes, .. } => changes,
+            _ => &[],
         }
     }
 
@@ -226,16 +254,11 @@ impl Accumulator {
     }
 }
 
-fn keep_last(values: &mut FxHashMap<u128, Operation>, value: u128, operation: Operation) {
-    match values.entry(value) {
-        std::collections::hash_map::Entry::Vacant(entry) => {
-            entry.insert(operation);
-        }
-        std::collections::hash_map::Entry::Occupied(mut entry) => {
-            if *entry.get() < operation {
-                entry.insert(operation);
-            }
-        }
+/// Nearly always there is one: prices change seldom.
+fn change_level(changes: &mut Vec<LevelChange>, change: LevelChange) {
+    match changes.iter_mut().find(|known| known.until == change.until) {
+        Some(known) => known.level.merge(change.level),
+        None => changes.push(change),
     }
 }
 

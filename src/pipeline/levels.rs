@@ -23,10 +23,8 @@ struct LevelKey {
     dimensions: u32,
 }
 
-/// From where on a level lasts under one price: the billing period, and the price.
-type Segment = (Timestamp, u32);
-
-/// What the events of one segment do to the level.
+/// What the events of one segment do to the level. A segment is the time of one price in
+/// one billing period; its changes go by its end.
 #[derive(Debug, Clone, Copy, Default)]
 struct Change {
     level: DecimalSum,
@@ -44,15 +42,19 @@ pub fn carry_in(
 ) -> Option<Timestamp> {
     let mut last_end = None;
     let is_level = |meter: &Meter| meter.aggregation == Aggregation::WeightedSum;
-    let mut levels: FxHashMap<LevelKey, BTreeMap<Segment, Change>> = FxHashMap::default();
+    let mut levels: FxHashMap<LevelKey, BTreeMap<Timestamp, Change>> = FxHashMap::default();
     for (key, state) in windows.iter() {
         if !reference.meters.get(key.meter as usize).is_some_and(is_level) {
             continue;
         }
         let level = LevelKey { subscription: key.subscription, meter: key.meter, dimensions: key.dimensions };
-        let change = levels.entry(level).or_default().entry((key.period_start, key.price)).or_default();
-        change.level.merge(state.accumulator.level_change());
-        change.news.merge(state.news);
+        let changes = levels.entry(level).or_default();
+        for change in state.accumulator.level_changes() {
+            changes.entry(change.until).or_default().level.merge(change.level);
+        }
+        if let Some(first) = state.accumulator.level_changes().iter().map(|change| change.until).min() {
+            changes.entry(first).or_default().news.merge(state.news);
+        }
     }
     for (key, changes) in levels {
         let (Some(subscription), Some(meter)) =
@@ -62,7 +64,7 @@ pub fn carry_in(
         };
         let last = Timestamp::from_nanos(range.end.nanos().saturating_sub(1));
         let end = subscription.cycle.period(last).end.min(subscription.active.end);
-        let walk = Walk { key, reference, subscription, meter, dimensions: &dimensions.text(key.dimensions), timezone };
+        let walk = Walk { key, reference, subscription, meter, dimensions: &dimensions.text(key.dimensions), range, timezone };
         last_end = last_end.max(walk.carry(changes, end, windows));
     }
     last_end
@@ -75,6 +77,7 @@ struct Walk<'w> {
     subscription: &'w Subscription,
     meter: &'w Meter,
     dimensions: &'w str,
+    range: Span,
     timezone: chrono_tz::Tz,
 }
 
@@ -82,13 +85,14 @@ impl Walk<'_> {
     /// Returns the end of the last window that it touched.
     fn carry(
         &self,
-        mut changes: BTreeMap<Segment, Change>,
+        changes: BTreeMap<Timestamp, Change>,
         end: Timestamp,
         windows: &mut FxHashMap<StateKey, WindowState>,
     ) -> Option<Timestamp> {
-        let (mut at, _) = *changes.keys().next()?;
+        // Before the first segment ends, there is nothing to carry.
+        let mut at = *changes.keys().next()?;
+        let mut changes = changes.into_iter().peekable();
         let mut last_end = None;
-        at = at.max(self.subscription.active.start);
         let values: BTreeMap<&str, &serde_json::value::RawValue> = serde_json::from_str(self.dimensions).unwrap_or_default();
         let values: Vec<_> = values.into_iter().map(|(name, value)| (name, value.get().to_owned())).collect();
         let meter = self.key.meter as usize;
@@ -96,15 +100,14 @@ impl Walk<'_> {
         while at < end {
             let period = self.subscription.cycle.period(at);
             let until = self.reference.level_end(self.subscription, meter, at, period, &values);
-            if let Some(price) = self.reference.price_at(self.subscription, meter, at, &values) {
-                let price = price.map_or(NO_PRICE, index);
-                if !carried.level.is_zero() {
-                    last_end = Some(self.add(carried, at, (period, until), price, windows));
-                }
-                if let Some(change) = changes.remove(&(period.start, price)) {
-                    carried.level.merge(change.level);
-                    carried.news.merge(change.news);
-                }
+            while let Some((_, change)) = changes.next_if(|(end, _)| *end <= at) {
+                carried.level.merge(change.level);
+                carried.news.merge(change.news);
+            }
+            // Earlier periods are of no concern.
+            let price = self.reference.price_at(self.subscription, meter, at, &values).filter(|_| period.overlaps(self.range));
+            if let Some(price) = price.filter(|_| !carried.level.is_zero()) {
+                last_end = Some(self.add(carried, at, (period, until), price.map_or(NO_PRICE, index), windows));
             }
             at = until;
         }
