@@ -186,6 +186,9 @@ pub enum Length {
     Days(u32),
 }
 
+/// Ten years: what lasts so long after any event can still be told as an instant.
+const LONGEST_DAYS: u32 = 3660;
+
 impl Length {
     /// `15m`, `1h`, `7d`, or a name such as `hour`, `day` and `week`.
     pub fn parse(text: &str) -> Option<Length> {
@@ -195,14 +198,16 @@ impl Length {
             return Some(*length);
         }
         let unit = text.chars().last()?;
-        let count: u32 = text.strip_suffix(unit)?.parse().ok().filter(|count| (1..=100_000).contains(count))?;
-        match unit {
-            'm' => Some(Length::Minutes(count)),
-            'h' => count.checked_mul(60).map(Length::Minutes),
-            'd' => Some(Length::Days(count)),
-            'w' => count.checked_mul(7).map(Length::Days),
-            _ => None,
-        }
+        let count: u32 = text.strip_suffix(unit)?.parse().ok().filter(|count| *count > 0)?;
+        let (length, most) = match unit {
+            'm' => (Length::Minutes(count), LONGEST_DAYS * 24 * 60),
+            'h' => (Length::Minutes(count.checked_mul(60)?), LONGEST_DAYS * 24 * 60),
+            'd' => (Length::Days(count), LONGEST_DAYS),
+            'w' => (Length::Days(count.checked_mul(7)?), LONGEST_DAYS),
+            _ => return None,
+        };
+        let (Length::Minutes(number) | Length::Days(number)) = length;
+        (number <= most).then_some(length)
     }
 
     /// Between clock changes.

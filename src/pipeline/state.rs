@@ -111,7 +111,7 @@ impl WindowState {
         self.accumulator.merge(&other.accumulator);
         self.news.merge(other.news);
         if let (Some(ours), Some(theirs), Some(price)) = (&mut self.transactions, &other.transactions, price) {
-            // Every fee was computed before: none overflows now.
+            // Every event was checked before: no fee overflows now.
             let _ = ours.merge(theirs, price);
         }
     }
@@ -161,9 +161,13 @@ impl Sessions {
                 let after = self.0.range(session.last..).next().map(|(start, _)| *start);
                 after.filter(|start| reaches(session.last, *start))
             });
-            let Some((start, other)) = joined.and_then(|start| self.0.remove_entry(&start)) else { break };
+            let Some((start, mut other)) = joined.and_then(|start| self.0.remove_entry(&start)) else { break };
             first = first.min(start);
             session.last = session.last.max(other.last);
+            // The smaller one into the larger one: a session grows event by event.
+            if session.state.event_count < other.state.event_count {
+                std::mem::swap(&mut session.state, &mut other.state);
+            }
             session.state.merge(&other.state, price);
         }
         self.0.insert(first, session);

@@ -166,7 +166,7 @@ fn input_text(input: &Input) -> String {
 fn window(row: &Located<RawMeter>, default: WindowSize) -> Result<WindowKind> {
     let names = WindowSize::NAMES.get(..9).unwrap_or_default();
     let length = |key: &str, text: &str| {
-        Length::parse(text).ok_or_else(|| row.error(format!("{key} `{text}` is no length such as 15m, 1h or 1d")))
+        Length::parse(text).ok_or_else(|| row.error(format!("{key} `{text}` is no length such as 15m, 1h or 1d, up to 3660d")))
     };
     let written = match &row.value.window {
         None | Some(Value::Null) => return Ok(WindowKind::Tumbling(default)),
