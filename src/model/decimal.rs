@@ -266,10 +266,8 @@ impl FromStr for Decimal {
             [b'+', rest @ ..] => (false, rest),
             _ => (false, bytes),
         };
-        // The common case: a plain integer that fits 64 bits.
-        if !digits.is_empty() && digits.len() <= 18 && digits.iter().all(u8::is_ascii_digit) {
-            let value = digits.iter().fold(0i128, |value, d| value * 10 + i128::from(d - b'0'));
-            return Ok(Decimal(if negative { -value } else { value } * ONE));
+        if let Some(units) = parse_short(digits) {
+            return Ok(Decimal(if negative { -units } else { units }));
         }
         let units = parse_units(digits)?;
         Self::from_units(if negative { -units } else { units })
@@ -317,6 +315,27 @@ fn parse_units(text: &[u8]) -> Result<i128> {
     Ok(if digits.next().unwrap_or(0) >= 5 { units + 1 } else { units })
 }
 
+/// The common case: up to 18 digits, with a point or without. Nothing can overflow
+/// or has to be rounded; `None` leaves everything else to [`parse_units`].
+fn parse_short(text: &[u8]) -> Option<i128> {
+    if text.len() > 19 {
+        return None;
+    }
+    let (mut value, mut digits, mut point) = (0u64, 0u32, None);
+    for byte in text {
+        match byte {
+            b'0'..=b'9' => (value, digits) = (value * 10 + u64::from(byte - b'0'), digits + 1),
+            b'.' if point.is_none() => point = Some(digits),
+            _ => return None,
+        }
+    }
+    if digits == 0 || digits > SCALE {
+        return None;
+    }
+    let places = digits - point.unwrap_or(digits);
+    Some(i128::from(value) * 10i128.pow(SCALE - places))
+}
+
 fn parse_exponent(text: &[u8]) -> Result<i64> {
     let (negative, digits) = match text {
         [b'-', rest @ ..] => (true, rest),
@@ -338,14 +357,66 @@ fn to_i64(length: usize) -> i64 {
 impl fmt::Display for Decimal {
     /// Plain notation with the scale trimmed: `3`, `0.5`, `-0.25`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let magnitude = self.0.unsigned_abs();
-        let (whole, fraction) = (magnitude / ONE.unsigned_abs(), magnitude % ONE.unsigned_abs());
-        let sign = if self.0 < 0 { "-" } else { "" };
-        if fraction == 0 {
-            return write!(f, "{sign}{whole}");
+        f.write_str(DecimalText::default().of(*self))
+    }
+}
+
+/// A place to write decimals to, one after the other: every row of the store has two.
+#[derive(Debug)]
+pub struct DecimalText([u8; 40]);
+
+impl Default for DecimalText {
+    fn default() -> Self {
+        DecimalText([0; 40])
+    }
+}
+
+impl DecimalText {
+    /// The value in plain notation with the scale trimmed: `3`, `0.5`, `-0.25`.
+    pub fn of(&mut self, value: Decimal) -> &str {
+        let magnitude = value.0.unsigned_abs();
+        let one = ONE.unsigned_abs();
+        // Three groups of 18 digits: divisions in 64 bits are many times faster.
+        let group = |number: u128| u64::try_from(number % one).unwrap_or_default();
+        let (whole, mut fraction) = (magnitude / one, group(magnitude));
+        let mut at = self.0.len();
+        if fraction != 0 {
+            let mut places = SCALE;
+            while fraction.is_multiple_of(10) {
+                (fraction, places) = (fraction / 10, places - 1);
+            }
+            at = self.put_digits(at, fraction, places);
+            at = self.put(at, b'.');
         }
-        let fraction = format!("{fraction:018}");
-        write!(f, "{sign}{whole}.{}", fraction.trim_end_matches('0'))
+        let above = group(whole / one);
+        at = if above == 0 {
+            self.put_digits(at, group(whole), 1)
+        } else {
+            let at = self.put_digits(at, group(whole), SCALE);
+            self.put_digits(at, above, 1)
+        };
+        if value.0 < 0 {
+            at = self.put(at, b'-');
+        }
+        self.0.get(at..).and_then(|text| std::str::from_utf8(text).ok()).unwrap_or_default()
+    }
+
+    /// Puts a number's digits, at least so many, before `at`; returns where they begin.
+    fn put_digits(&mut self, mut at: usize, mut number: u64, at_least: u32) -> usize {
+        let mut written = 0;
+        while written < at_least || number != 0 {
+            at = self.put(at, b'0' + u8::try_from(number % 10).unwrap_or_default());
+            (number, written) = (number / 10, written + 1);
+        }
+        at
+    }
+
+    fn put(&mut self, at: usize, byte: u8) -> usize {
+        let at = at.saturating_sub(1);
+        if let Some(place) = self.0.get_mut(at) {
+            *place = byte;
+        }
+        at
     }
 }
 
@@ -382,6 +453,8 @@ impl<'de> serde::Deserialize<'de> for Decimal {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn d(text: &str) -> Decimal {
@@ -412,6 +485,22 @@ mod tests {
         assert_eq!("99999999999999999999".parse::<Decimal>().map(|d| d.to_string()), Ok("99999999999999999999".into()));
         for text in ["", "-", "abc", "1x", "1e", "--1", ".", "1.2.3", "0x10", "NaN", "１"] {
             assert_eq!(text.parse::<Decimal>(), Err(DecimalError::Syntax), "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn writes_and_reads_every_value(units in -MAX_UNITS..=MAX_UNITS, shift in 0u32..38, short in "[-+]?[0-9]{0,12}[.]?[0-9]{0,12}") {
+            let value = Decimal(units / 10i128.pow(shift));
+            let magnitude = value.0.unsigned_abs();
+            let (whole, fraction) = (magnitude / ONE.unsigned_abs(), magnitude % ONE.unsigned_abs());
+            let sign = if value.0 < 0 { "-" } else { "" };
+            let expected = format!("{sign}{whole}.{fraction:018}");
+            prop_assert_eq!(value.to_string(), expected.trim_end_matches('0').trim_end_matches('.'));
+            prop_assert_eq!(value.to_string().parse::<Decimal>(), Ok(value));
+            let digits = short.trim_start_matches(['-', '+']).as_bytes();
+            let slowly = parse_units(digits).map(|units| Decimal(if short.starts_with('-') { -units } else { units }));
+            prop_assert_eq!(short.parse::<Decimal>(), slowly);
         }
     }
 

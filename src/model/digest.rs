@@ -21,7 +21,7 @@ impl Digest {
 
     /// 32 hexadecimal digits.
     pub fn hex(&self) -> String {
-        format!("{:032x}", self.0.digest128())
+        hex(self.0.digest128())
     }
 }
 
@@ -51,6 +51,12 @@ impl SetDigest {
     }
 
     pub fn hex(self) -> String {
-        format!("{:032x}", self.0)
+        hex(self.0)
     }
+}
+
+/// 32 hexadecimal digits, many times faster than formatting.
+fn hex(number: u128) -> String {
+    let digit = |value: u8| char::from(if value < 10 { b'0' + value } else { b'a' + value - 10 });
+    number.to_be_bytes().into_iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }

@@ -5,6 +5,7 @@ pub mod counts;
 pub mod decimal;
 pub mod digest;
 pub mod expression;
+mod json_scanner;
 pub mod meter;
 pub mod percentage;
 pub mod price;

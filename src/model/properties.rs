@@ -1,7 +1,9 @@
 //! Reading chosen properties out of an event's JSON text.
 //!
 //! The text is walked once and validated as a whole; only the wanted values are
-//! kept, as slices of the text itself, so numbers keep every digit.
+//! kept, as slices of the text itself, so numbers keep every digit. A scanner of
+//! our own takes the common texts; whatever it does not understand, or finds
+//! wrong, serde_json reads again: it alone decides what is refused, and says why.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -11,6 +13,7 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::decimal::{Decimal, DecimalError};
+use super::json_scanner::Scanner;
 
 /// The value of one property.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -27,7 +30,8 @@ pub enum Property<'a> {
 }
 
 impl<'a> Property<'a> {
-    fn from_raw(raw: &'a str) -> Property<'a> {
+    /// A JSON value as written, known to be valid.
+    pub(super) fn from_raw(raw: &'a str) -> Property<'a> {
         match raw.as_bytes().first() {
             Some(b'"') => Property::Text(unquote(raw)),
             Some(b'n') => Property::Null,
@@ -236,11 +240,19 @@ pub struct PropertyPlan {
     root: Node,
 }
 
+/// A step of the wanted paths.
 #[derive(Debug, Clone, Default)]
-struct Node {
-    children: Vec<(String, Node)>,
-    /// The slots whose path ends here.
-    slot: Option<usize>,
+pub(super) struct Node {
+    pub children: Vec<(String, Node)>,
+    /// The slot whose path ends here.
+    pub slot: Option<usize>,
+}
+
+impl Node {
+    /// The wanted property of this name.
+    pub fn child(&self, key: &str) -> Option<&Node> {
+        self.children.iter().find(|(name, _)| name == key).map(|(_, node)| node)
+    }
 }
 
 impl PropertyPlan {
@@ -275,6 +287,15 @@ impl PropertyPlan {
         slots.clear();
         slots.resize(self.paths.len(), Property::Absent);
         let Some(json) = json.filter(|text| !text.is_empty() && *text != "null") else { return Ok(()) };
+        if Scanner::new(json).properties(&self.root, slots).is_some() {
+            return Ok(());
+        }
+        self.read_with_serde(json, slots)
+    }
+
+    fn read_with_serde<'a>(&self, json: &'a str, slots: &mut Vec<Property<'a>>) -> Result<(), serde_json::Error> {
+        slots.clear();
+        slots.resize(self.paths.len(), Property::Absent);
         let mut reader = serde_json::Deserializer::from_str(json);
         Walk { node: &self.root, slots }.deserialize(&mut reader)?;
         reader.end()
@@ -335,13 +356,104 @@ impl<'p> Visitor<'_> for Key<'p> {
         f.write_str("a key")
     }
     fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
-        Ok(self.0.children.iter().find(|(name, _)| name == key).map(|(_, node)| node))
+        Ok(self.0.child(key))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Texts of JSON's own characters, from sound to broken.
+    fn json_like() -> impl Strategy<Value = String> {
+        let word = proptest::sample::select(vec![
+            "{",
+            "}",
+            "[",
+            "]",
+            ":",
+            ",",
+            "\"",
+            "\"a\"",
+            "\"b\":",
+            "\"a\":",
+            "{\"a\":",
+            ",\"b\":",
+            "1",
+            "-0.5e+3",
+            "01",
+            "1.",
+            "-",
+            "1e",
+            "true",
+            "null",
+            "fals",
+            " ",
+            "\n",
+            "\t",
+            "\"é\\n\"",
+            "\"\\ud800\"",
+            "\"\\u00zz\"",
+            "\"\\q\"",
+            "\u{1}",
+            "\"\u{1}\"",
+            "\"long text beyond eight bytes\"",
+            "\"\\u0061\":",
+            "{}",
+            "[]",
+            "[1,{\"a\":2}]",
+            "x",
+            "\u{feff}",
+            "\\",
+        ]);
+        proptest::collection::vec(word, 0..12).prop_map(|words| words.concat())
+    }
+
+    /// Sound objects whose texts may be damaged at one place.
+    fn damaged() -> impl Strategy<Value = String> {
+        let leaf = prop_oneof![
+            Just(serde_json::Value::Null),
+            any::<bool>().prop_map(Into::into),
+            any::<i64>().prop_map(Into::into),
+            ".{0,20}".prop_map(Into::into),
+        ];
+        let value = leaf.prop_recursive(3, 20, 4, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..4).prop_map(Into::into),
+                proptest::collection::btree_map("a|b|.{0,10}", inner, 0..4)
+                    .prop_map(|entries| serde_json::Value::Object(entries.into_iter().collect())),
+            ]
+        });
+        (value, any::<prop::sample::Index>(), any::<bool>(), "[ -~]?").prop_map(|(value, at, damage, replacement)| {
+            let text = serde_json::json!({"a": value, "b": {"a": 1.5, "c": [value]}}).to_string();
+            let place = text.char_indices().nth(at.index(text.chars().count()));
+            match place.filter(|_| damage) {
+                Some((at, old)) => [&text[..at], &replacement, &text[at + old.len_utf8()..]].concat(),
+                None => text,
+            }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn reads_as_serde_json_does(text in prop_oneof![json_like(), json_like().prop_map(|text| format!("{{{text}}}")), damaged()]) {
+            let mut plan = PropertyPlan::default();
+            for path in ["a", "b", "b.a", "b.c.a", "é"] {
+                plan.slot(path);
+            }
+            let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+            let expected = plan.read_with_serde(&text, &mut theirs).map_err(|error| error.to_string());
+            let text = Some(text.as_str()).filter(|text| !text.is_empty() && *text != "null");
+            prop_assume!(text.is_some());
+            let read = plan.read(text, &mut ours).map_err(|error| error.to_string());
+            prop_assert_eq!(&read, &expected);
+            if read.is_ok() {
+                prop_assert_eq!(ours, theirs);
+            }
+        }
+    }
 
     #[test]
     fn reads_nested_paths_and_keeps_every_digit() {

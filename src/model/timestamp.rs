@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use chrono::{DateTime, NaiveDate, NaiveDateTime, Utc};
+use chrono::{DateTime, Datelike, NaiveDate, NaiveDateTime, Timelike, Utc};
 
 /// Nanoseconds in a second.
 pub const SECOND: i64 = 1_000_000_000;
@@ -143,12 +143,54 @@ fn offset(text: &[u8]) -> Option<i64> {
 impl fmt::Display for Timestamp {
     /// RFC 3339 in UTC; the fraction is trimmed.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.utc().format("%Y-%m-%dT%H:%M:%S"))?;
-        let fraction = self.0.rem_euclid(SECOND);
-        if fraction != 0 {
-            write!(f, ".{}", format!("{fraction:09}").trim_end_matches('0'))?;
+        let mut text = TimestampText::default();
+        f.write_str(text.of(*self))
+    }
+}
+
+/// A place to write instants to, one after the other: every row of the store has four.
+#[derive(Debug, Default)]
+pub struct TimestampText([u8; 30]);
+
+impl TimestampText {
+    /// The instant as RFC 3339 in UTC; the fraction is trimmed.
+    pub fn of(&mut self, t: Timestamp) -> &str {
+        let wall = t.utc();
+        let fields = [
+            (0..4, u32::try_from(wall.year()).unwrap_or_default(), b'-'),
+            (5..7, wall.month(), b'-'),
+            (8..10, wall.day(), b'T'),
+            (11..13, wall.hour(), b':'),
+            (14..16, wall.minute(), b':'),
+            (17..19, wall.second(), b'.'),
+            (20..29, wall.nanosecond(), b'Z'),
+        ];
+        for (place, value, separator) in fields {
+            self.write(place, value, separator);
         }
-        f.write_str("Z")
+        let mut length = 30;
+        if wall.nanosecond() == 0 {
+            length = 20;
+        } else {
+            while self.0.get(length - 2) == Some(&b'0') {
+                length -= 1;
+            }
+        }
+        if let Some(last) = self.0.get_mut(length - 1) {
+            *last = b'Z';
+        }
+        self.0.get(..length).and_then(|text| std::str::from_utf8(text).ok()).unwrap_or_default()
+    }
+
+    /// Digits with leading zeros at `place`, and what stands behind them.
+    fn write(&mut self, place: std::ops::Range<usize>, mut value: u32, separator: u8) {
+        if let Some(byte) = self.0.get_mut(place.end) {
+            *byte = separator;
+        }
+        for byte in self.0.get_mut(place).into_iter().flatten().rev() {
+            *byte = b'0' + u8::try_from(value % 10).unwrap_or_default();
+            value /= 10;
+        }
     }
 }
 
