@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use crate::config::{Job, Keep, Source, Store, operator};
+use crate::config::{Job, Keep, Source, Store, cache_folder, operator};
 use crate::fault::{FaultKind, configuration, fault};
 use crate::model::run::{InputFile, Origin, Override, RunRecord};
 use crate::pipeline::draft::Draft;
 use crate::pipeline::saved::{SavedPlan, stale};
-use crate::pipeline::{self, Inputs, Observer, Plan, Published, Request, plan};
+use crate::pipeline::{self, Inputs, KeyCache, Observer, Plan, Published, Request, plan};
 use crate::reference::Reference;
 use crate::source::EventSource;
 use crate::source::clickhouse::ClickHouseSource;
@@ -56,8 +56,9 @@ fn run_locked(job: &Job, reference: &Reference, request: &Request, options: &Run
         None => (source(job)?, request.clone()),
         Some(run_id) => snapshot(job, &*store, run_id, request)?,
     };
-    let inputs =
-        Inputs { job, reference, source: &*source, store: Some(&*store), threads: options.threads, progress: options.progress };
+    let keys = key_cache(job, true);
+    let (threads, progress) = (options.threads, options.progress);
+    let inputs = Inputs { job, reference, source: &*source, store: Some(&*store), threads, progress, keys: &keys };
     let plan = plan(&inputs, &request)?;
     if !options.yes {
         plan.check_guard(job)?;
@@ -161,7 +162,8 @@ pub fn preview(
     reference.check_scope(request.scope.tenant.as_deref(), request.scope.customer.as_deref())?;
     let store = read_store(job)?;
     let source = source(job)?;
-    let inputs = Inputs { job, reference: &reference, source: &*source, store: store.as_deref(), threads, progress };
+    let keys = key_cache(job, false);
+    let inputs = Inputs { job, reference: &reference, source: &*source, store: store.as_deref(), threads, progress, keys: &keys };
     Ok((plan(&inputs, request)?, store))
 }
 
@@ -241,6 +243,25 @@ pub fn lock_path(job: &Job) -> PathBuf {
             std::env::temp_dir().join(format!("trueup-{store}-{}.lock", job.name))
         }
     }
+}
+
+/// Where runs keep the keys that they read: beside the store, or where caches go.
+fn key_cache(job: &Job, writes: bool) -> KeyCache {
+    if !matches!(job.source, Source::Files { .. }) {
+        return KeyCache::default();
+    }
+    let folder = match &job.store {
+        Store::Sqlite { path } => {
+            let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+            let mut name = path.file_name().unwrap_or_default().to_owned();
+            name.push(".keys");
+            Some(path.with_file_name(name))
+        }
+        Store::ClickHouse { connection } => cache_folder().map(|folder| {
+            folder.join(crate::model::digest::Digest::new("keys").text(&connection.url).text(&connection.database).hex())
+        }),
+    };
+    KeyCache { folder: folder.map(|folder| folder.join(&job.name)), writes }
 }
 
 /// What people call the store.

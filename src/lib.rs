@@ -16,6 +16,7 @@ pub mod clock;
 pub mod config;
 pub mod ends;
 pub mod fault;
+pub mod generate;
 pub mod interrupt;
 pub mod model;
 pub mod pipeline;

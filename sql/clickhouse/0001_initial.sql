@@ -82,6 +82,7 @@ CREATE TABLE IF NOT EXISTS corrections (
     event_count_before Nullable(UInt64),
     event_count_after  Nullable(UInt64),
     replaced           String,
+    row_digest         Int64,
     recorded_at        DateTime64(3, 'UTC')
 ) ENGINE = ReplacingMergeTree
 ORDER BY (job, correction_id)
@@ -100,6 +101,7 @@ CREATE TABLE IF NOT EXISTS period_corrections (
     period_start    DateTime64(3, 'UTC'),
     row_before      String,
     row_after       String,
+    row_digest      Int64,
     recorded_at     DateTime64(3, 'UTC')
 ) ENGINE = ReplacingMergeTree
 ORDER BY (job, correction_id)
@@ -140,9 +142,21 @@ CREATE TABLE IF NOT EXISTS dead_letters (
     first_run_id    LowCardinality(String),
     last_run_id     LowCardinality(String),
     resolved_run_id Nullable(String),
+    row_digest      Int64,
     version         UInt64
 ) ENGINE = ReplacingMergeTree(version)
 ORDER BY (job, tenant_id, event_id, meter_id, reason)
+SETTINGS non_replicated_deduplication_window = 10000;
+
+-- What runs keep for later ones. Each replaces what the run before it kept.
+CREATE TABLE IF NOT EXISTS job_state (
+    job     String,
+    name    String,
+    run_id  String,
+    content String,
+    version UInt64
+) ENGINE = ReplacingMergeTree(version)
+ORDER BY (job, name)
 SETTINGS non_replicated_deduplication_window = 10000;
 
 -- Rows of a publication under way, as JSON; gone when it is done.

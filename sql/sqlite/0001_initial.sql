@@ -75,6 +75,7 @@ CREATE TABLE corrections (
     event_count_before INTEGER,
     event_count_after  INTEGER,
     replaced           TEXT    NOT NULL, -- JSON of the row that was there before, '' for none: a run can be taken back
+    row_digest         INTEGER NOT NULL, -- tells which row was altered
     recorded_at        TEXT    NOT NULL
 ) WITHOUT ROWID;
 
@@ -91,6 +92,7 @@ CREATE TABLE period_corrections (
     period_start    TEXT NOT NULL,
     row_before      TEXT NOT NULL, -- '' for none
     row_after       TEXT NOT NULL, -- '' for none
+    row_digest      INTEGER NOT NULL,
     recorded_at     TEXT NOT NULL
 ) WITHOUT ROWID;
 
@@ -127,5 +129,15 @@ CREATE TABLE dead_letters (
     first_run_id    TEXT    NOT NULL,
     last_run_id     TEXT    NOT NULL,
     resolved_run_id TEXT,
+    row_digest      INTEGER NOT NULL,
     PRIMARY KEY (job, tenant_id, event_id, meter_id, reason)
+) WITHOUT ROWID;
+
+-- What runs keep for later ones. Each replaces what the run before it kept.
+CREATE TABLE job_state (
+    job     TEXT NOT NULL,
+    name    TEXT NOT NULL,
+    run_id  TEXT NOT NULL,
+    content TEXT NOT NULL,
+    PRIMARY KEY (job, name)
 ) WITHOUT ROWID;

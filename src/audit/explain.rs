@@ -296,7 +296,9 @@ impl<'r> Answer<'_, 'r> {
         }
         // A session that is computed can begin or end elsewhere than the stored one.
         let spans = self.computed.iter().map(|(key, one)| Span { start: key.window_start, end: one.figures.end });
-        for stored in store.windows(job, spans.fold(at, Span::union))?.into_iter().filter(|stored| self.is_asked(&stored.row.key.period)) {
+        for stored in
+            store.windows(job, spans.fold(at, Span::union))?.into_iter().filter(|stored| self.is_asked(&stored.row.key.period))
+        {
             let row = stored.row;
             if row.window().contains(self.asked.at) || self.computed.contains_key(&row.key) {
                 let figures = Figures::of_window(&row);

@@ -7,7 +7,7 @@ use anyhow::Result;
 use rustc_hash::FxHashMap;
 
 use crate::model::aggregate::{Cause, CorrectionKind, PeriodKey, PeriodRow, Values, WindowKey};
-use crate::model::run::{LedgerChain, LedgerLine};
+use crate::model::run::{LedgerChain, LedgerLine, RunRecord, row_digest};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::store::{AggregateStore, PeriodEntry};
@@ -37,7 +37,7 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
     }
     let order: FxHashMap<&str, usize> = runs.iter().enumerate().map(|(at, run)| (run.run_id.as_str(), at)).collect();
     let mut findings = Vec::new();
-    let mut rows: FxHashMap<WindowKey, Values> = FxHashMap::default();
+    let mut rows: FxHashMap<WindowKey, (Values, String)> = FxHashMap::default();
     let mut last_run = 0;
     store.ledger(job, &mut |entry| {
         let mut find = |problem: String| {
@@ -54,7 +54,7 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
         last_run = last_run.max(at);
         let (period_start, window_start) = (entry.key.period.period_start.to_string(), entry.key.window_start.to_string());
         let period = &entry.key.period;
-        chain.add(&LedgerLine {
+        let line = LedgerLine {
             texts: [
                 &period.tenant_id,
                 &period.subscription_id,
@@ -63,20 +63,27 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
                 &period.dimensions,
                 &period_start,
                 &window_start,
+                &entry.customer_id,
+                &entry.currency,
                 &entry.kind,
                 &entry.causes,
                 &entry.replaced,
             ],
             before: entry.before,
             after: entry.after,
-        });
+        };
+        if line.row_digest() != entry.row_digest {
+            find("was altered after it was written".to_owned());
+        }
+        chain.add(&line);
         if entry.kind == CorrectionKind::Adjust.name() {
             return Ok(());
         }
         let known = match entry.after {
-            Some(after) => rows.insert(entry.key.clone(), after),
+            Some(after) => rows.insert(entry.key.clone(), (after, entry.run_id.clone())),
             None => rows.remove(&entry.key),
         };
+        let known = known.map(|(values, _)| values);
         // A run that repaired an altered store says so, and starts from what it found.
         let is_repair = entry.causes.contains(Cause::StoreAltered.name());
         if known != entry.before && !is_repair {
@@ -92,6 +99,9 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
         match chains.get_mut(&entry.run_id) {
             Some(chain) => chain.texts(&[&entry.before, &entry.after]),
             None => find(format!("belongs to run {}, which is not in runs", entry.run_id)),
+        }
+        if row_digest(&[&entry.before, &entry.after]) != entry.row_digest {
+            find("was altered after it was written".to_owned());
         }
         if let Err(error) = replay_period(&mut periods, &entry) {
             find(error);
@@ -109,9 +119,31 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
             });
         }
     }
-    compare_with_table(store, job, rows, &mut findings)?;
+    let versions = runs.iter().map(|run| (run.run_id.as_str(), run.version)).collect();
+    compare_with_table(store, job, rows, &versions, &mut findings)?;
     compare_periods(store, job, periods, &mut findings)?;
+    check_dead_letters(store, job, runs.last(), &mut findings)?;
     Ok(findings)
+}
+
+fn check_dead_letters(
+    store: &dyn AggregateStore,
+    job: &str,
+    last: Option<&RunRecord>,
+    findings: &mut Vec<Finding>,
+) -> Result<()> {
+    let letters = store.dead_letters(job)?;
+    for stored in letters.iter().filter(|stored| stored.digest() != stored.row_digest) {
+        let key = &stored.letter.key;
+        let row = format!("{} / {} / {} / {}", key.tenant_id, key.event_id, key.meter_id, key.reason.name());
+        findings.push(Finding { table: "dead_letters", row, problem: "was altered after it was written".to_owned() });
+    }
+    let left = last.and_then(|run| run.counts.get("dead_letter_rows")).and_then(serde_json::Value::as_u64);
+    if let Some(left) = left.filter(|left| *left != letters.len() as u64) {
+        let problem = format!("has {} rows, the last run left {left}", letters.len());
+        findings.push(Finding { table: "dead_letters", row: "the table".to_owned(), problem });
+    }
+    Ok(())
 }
 
 /// Applies a change of `usage_periods` to the rows so far.
@@ -164,15 +196,21 @@ fn compare_periods(
 fn compare_with_table(
     store: &dyn AggregateStore,
     job: &str,
-    mut replayed: FxHashMap<WindowKey, Values>,
+    mut replayed: FxHashMap<WindowKey, (Values, String)>,
+    versions: &FxHashMap<&str, i64>,
     findings: &mut Vec<Finding>,
 ) -> Result<()> {
     let everything = Span { start: Timestamp::MIN, end: Timestamp::MAX };
     let everything = store.extent(job)?.unwrap_or(everything);
     for stored in store.windows(job, everything)? {
         let problem = match replayed.remove(&stored.row.key) {
-            Some(values) if values == Values::from(&stored.row) => continue,
-            Some(values) => format!(
+            Some((values, run)) if values == Values::from(&stored.row) => {
+                if *run == *stored.run_id && versions.get(run.as_str()) == Some(&stored.version) {
+                    continue;
+                }
+                format!("names run {} and version {}, the ledger says run {run}", stored.run_id, stored.version)
+            }
+            Some((values, _)) => format!(
                 "holds quantity {} and cost {}, the ledger says {} and {}",
                 stored.row.quantity, stored.row.cost, values.quantity, values.cost
             ),

@@ -93,7 +93,11 @@ impl Writer<'_> {
             self.field(out, if at == 0 { "run" } else { "" }, &line(run))?;
         }
         if hidden > 0 {
-            self.field(out, "", &self.style.dim(&format!("and {} before them: --all shows them", counted(hidden as u64, "run"))))?;
+            self.field(
+                out,
+                "",
+                &self.style.dim(&format!("and {} before them: --all shows them", counted(hidden as u64, "run"))),
+            )?;
         }
         Ok(())
     }
@@ -109,7 +113,12 @@ impl Writer<'_> {
 
     fn totals(&self, out: &mut String) -> Result<()> {
         let kinds = self.report.kinds;
-        let says = format!("{} inserted, {} updated, {} retracted", number(kinds.inserted), number(kinds.updated), number(kinds.retracted));
+        let says = format!(
+            "{} inserted, {} updated, {} retracted",
+            number(kinds.inserted),
+            number(kinds.updated),
+            number(kinds.retracted)
+        );
         self.field(out, "windows", &says)?;
         self.sums(out, "cost", &self.report.totals)?;
         self.field(out, "periods", &format!("{} changed", number(self.report.periods)))?;

@@ -77,7 +77,8 @@ pub fn execute(session: &Session, arguments: &CloseArguments) -> Result<u8> {
             && is(&arguments.subscription, &row.key.subscription_id)
     };
     let origin = Origin { started_by: ends::started_by("close"), overrides: Vec::new() };
-    let done = ends::by_hand(&job, &origin, |store, runs| by_hand::close(store, &job.name, runs, choice, arguments.reopen, wants))?;
+    let done =
+        ends::by_hand(&job, &origin, |store, runs| by_hand::close(store, &job.name, runs, choice, arguments.reopen, wants))?;
     let (run, rows) = done.as_ref().map_or((None, [].as_slice()), |(run, rows)| (Some(run), rows.as_slice()));
     match session.format {
         Format::Json => emit_json(&Document {

@@ -19,10 +19,10 @@ use crate::model::aggregate::Values;
 use crate::model::meter::Input;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
-use crate::pipeline::Inputs;
 use crate::pipeline::price_steps::PriceSteps;
 use crate::pipeline::trace::CarriedIn;
 use crate::pipeline::trace_events::{CountedEvent, SetAside};
+use crate::pipeline::{Inputs, KeyCache};
 use crate::reference::Reference;
 
 #[derive(Debug, Args)]
@@ -81,6 +81,7 @@ pub fn execute(session: &Session, arguments: &ExplainArguments) -> Result<u8> {
         store: store.as_deref(),
         threads: session.threads,
         progress: &progress,
+        keys: &KeyCache::default(),
     };
     let answers = explain(&inputs, &reference, &asked)?;
     drop(progress);

@@ -233,13 +233,7 @@ impl Writer<'_> {
         for event in list.events() {
             let (why, detail) = event.why.describe();
             let ingested = event.ingested_at.map_or_else(|| "-".to_owned(), |t| t.to_string());
-            rows.push(vec![
-                format!("    {}", event.timestamp),
-                ingested,
-                event.id.clone(),
-                why.to_owned(),
-                detail.to_owned(),
-            ]);
+            rows.push(vec![format!("    {}", event.timestamp), ingested, event.id.clone(), why.to_owned(), detail.to_owned()]);
         }
         out.push_str(&table(&["    time", "ingested", "id", "why", ""], &rows, &[], self.style));
         self.folded(out, list.total, rows.len())

@@ -3,12 +3,14 @@
 mod apply;
 mod audit;
 mod audit_text;
+mod changes;
 mod check;
 mod close;
 mod dead_letters;
 mod explain;
 mod explain_text;
 mod export;
+mod generate;
 mod init;
 pub mod output;
 mod plan;
@@ -104,6 +106,8 @@ enum Command {
     Export(export::ExportArguments),
     /// Write a small job that runs.
     Init(init::InitArguments),
+    /// Make up events, reference tables and a job, for demonstrations and sizing.
+    Generate(generate::GenerateArguments),
     /// Run jobs by their schedules, with health and metrics over HTTP.
     Serve(serve::ServeArguments),
 }
@@ -160,6 +164,7 @@ pub fn dispatch(arguments: Arguments) -> Result<u8> {
         Command::DeadLetters(arguments) => dead_letters::execute(&session, &arguments),
         Command::Export(arguments) => export::execute(&session, &arguments),
         Command::Init(arguments) => init::execute(&session, &arguments),
+        Command::Generate(arguments) => generate::execute(&session, &arguments),
         Command::Serve(arguments) => serve::execute(&session, &arguments),
     }
 }

@@ -11,16 +11,16 @@ use serde::Serialize;
 use super::output::{Style, counted, emit, number, table};
 use super::progress::Progress;
 use super::range::RangeArguments;
-use super::{Format, Session};
-use crate::audit::describe;
+use super::{Format, Session, changes};
 use crate::clock::{Stopwatch, now};
 use crate::config::Job;
 use crate::ends;
-use crate::model::aggregate::{Correction, CorrectionKind, Values};
+use crate::model::aggregate::Correction;
 use crate::model::counts::{EventCounts, RowCounts, UsageCounts};
 use crate::model::decimal::Decimal;
 use crate::model::run::{RunMode, RunRecord};
 use crate::model::window::Span;
+use crate::pipeline::incremental::Coverage;
 use crate::pipeline::saved::SavedPlan;
 use crate::pipeline::{Plan, Request, Step};
 
@@ -36,6 +36,10 @@ pub struct PlanArguments {
     #[arg(long)]
     detailed_exitcode: bool,
 
+    /// Compute everything, also what cannot have changed since the last run.
+    #[arg(long, conflicts_with_all = ["start", "end", "day", "month", "last"])]
+    full: bool,
+
     /// Save the exact changes, for `trueup apply`.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -43,6 +47,10 @@ pub struct PlanArguments {
     /// Write over closed periods too.
     #[arg(long)]
     allow_closed: bool,
+
+    /// Show every step with its rows and seconds.
+    #[arg(long)]
+    timings: bool,
 }
 
 /// What a report is about.
@@ -66,7 +74,8 @@ impl Title {
 pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
-    let request = Request { allow_closed: arguments.allow_closed, ..arguments.range.request(job.timezone)? };
+    let request =
+        Request { allow_closed: arguments.allow_closed, full: arguments.full, ..arguments.range.request(job.timezone)? };
     let progress = Progress::new(session.quiet);
     let (mut plan, _) = ends::preview(&job, &request, session.threads, &progress)?;
     drop(progress);
@@ -80,6 +89,7 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
                 seconds: watch.seconds(),
                 style: Style::for_stdout(),
                 title: Title::Plan,
+                timings: arguments.timings,
             };
             report.of_plan(arguments.out.as_deref())?
         }
@@ -127,6 +137,8 @@ pub struct Document<'p> {
     dead_letters_resolved: u64,
     stale_outside: u64,
     warnings: &'p [String],
+    /// What was skipped, and why.
+    coverage: &'p Coverage,
     steps: &'p [Step],
 }
 
@@ -182,6 +194,7 @@ impl<'p> Document<'p> {
             dead_letters_resolved: plan.resolved.len() as u64,
             stale_outside: plan.changes.stale_outside,
             warnings: &plan.warnings,
+            coverage: &plan.coverage,
             steps: &plan.steps,
         })
     }
@@ -211,6 +224,8 @@ pub struct Report<'p> {
     pub seconds: f64,
     pub style: Style,
     pub title: Title,
+    /// Whether every step is shown with its rows.
+    pub timings: bool,
 }
 
 impl Report<'_> {
@@ -231,7 +246,12 @@ impl Report<'_> {
         } else if self.plan.periods.changed() > 0 {
             format!("published {}, no window changed", counted(self.plan.periods.changed(), "billing period"))
         } else {
-            "nothing changed: the store agrees with the events".to_owned()
+            if self.plan.coverage.skipping.is_some() {
+                "nothing changed: the store agrees with what is new"
+            } else {
+                "nothing changed: the store agrees with the events"
+            }
+            .to_owned()
         };
         writeln!(out, "{} {verdict}", self.style.bold(&format!("trueup {} {}:", self.title.name(), self.job.name)))?;
         self.body(&mut out)?;
@@ -273,7 +293,8 @@ impl Report<'_> {
         };
         writeln!(out, "{} {verdict}", self.style.bold(&format!("trueup {} {}:", self.title.name(), self.job.name)))?;
         self.body(&mut out)?;
-        self.largest(&mut out)?;
+        changes::by_customer_and_meter(&self.plan.changes.corrections, self.style, &mut out)?;
+        changes::largest(&self.plan.changes.corrections, self.style, &mut out)?;
         if rows.changed() + periods > 0 {
             if let Err(refusal) = self.plan.check_guard(self.job) {
                 // Only the reason: a plan publishes nothing, and is what the remedy names.
@@ -312,6 +333,7 @@ impl Report<'_> {
             None if self.plan.events.read == 0 => return Ok(()),
             None => {}
         }
+        self.coverage(out)?;
         self.counts(out)?;
         self.rows(out)?;
         for (at, (currency, totals)) in self.plan.changes.totals.iter().enumerate() {
@@ -347,6 +369,19 @@ impl Report<'_> {
         }
         let steps: Vec<_> = self.plan.steps.iter().map(|step| format!("{} {:.2}", step.name, step.seconds)).collect();
         self.line(out, "time", &format!("{:.2} s ({})", self.seconds, steps.join(", ")))?;
+        if self.timings { self.steps(out) } else { Ok(()) }
+    }
+
+    /// Where the time went, step by step.
+    #[allow(clippy::float_arithmetic)] // rates for people
+    fn steps(&self, out: &mut String) -> Result<()> {
+        let row = |step: &Step| {
+            let speed = if step.seconds > 0.0 { format!("{:.0}", precise(step.rows) / step.seconds) } else { String::new() };
+            vec![format!("  {}", step.name), number(step.rows), format!("{:.3}", step.seconds), speed]
+        };
+        let rows: Vec<_> = self.plan.steps.iter().map(row).collect();
+        out.push('\n');
+        out.push_str(&table(&["  step", "rows", "seconds", "rows/s"], &rows, &[1, 2, 3], self.style));
         Ok(())
     }
 
@@ -359,6 +394,35 @@ impl Report<'_> {
             self.line(out, "priced", &format!("{} to {}, the billing periods that the range touches", reach.start, reach.end))?;
         }
         Ok(())
+    }
+
+    /// What an incremental run looked at, or why a run computed everything.
+    fn coverage(&self, out: &mut String) -> std::fmt::Result {
+        const SHOWN: usize = 3;
+        let coverage = &self.plan.coverage;
+        if let Some(why) = &coverage.why {
+            self.line(out, "full", why)?;
+        }
+        let Some(skipping) = &coverage.skipping else { return Ok(()) };
+        let new = format!("{} in {}", counted(skipping.new_events, "event"), counted(skipping.new_files, "file"));
+        let mut why: Vec<_> = skipping.changed.iter().take(SHOWN).map(|what| format!("{what} changed")).collect();
+        if skipping.changed.len() > SHOWN {
+            why.push(format!("{} more changed", number((skipping.changed.len() - SHOWN) as u64)));
+        }
+        self.line(out, "new", &[vec![new], why].concat().join(", "))?;
+        let customers = counted(skipping.marked_customers, "customer");
+        self.line(out, "marked", &format!("{customers}, {}", counted(skipping.marked_periods, "billing period")))?;
+        self.line(
+            out,
+            "looked at",
+            &format!(
+                "{} of {} events, {} of {}",
+                number(skipping.rows),
+                number(skipping.all_rows),
+                number(skipping.files),
+                counted(skipping.all_files, "file")
+            ),
+        )
     }
 
     fn counts(&self, out: &mut String) -> std::fmt::Result {
@@ -418,45 +482,10 @@ impl Report<'_> {
         let shown = if shown.is_empty() { String::new() } else { format!(" = {}", shown.join(" + ")) };
         format!("{} {name}{shown}", number(total))
     }
+}
 
-    /// The changes that move the most money, first computations aside.
-    fn largest(&self, out: &mut String) -> Result<()> {
-        const SHOWN: usize = 10;
-        let cost = |values: Option<Values>| values.map_or(Decimal::ZERO, |values| values.cost);
-        let mut changes = Vec::new();
-        for correction in &self.plan.changes.corrections {
-            changes.push((cost(correction.after).checked_sub(cost(correction.before))?, correction));
-        }
-        changes.sort_by(|(a, left), (b, right)| b.abs().cmp(&a.abs()).then_with(|| left.key.cmp(&right.key)));
-        if changes.is_empty() {
-            return Ok(());
-        }
-        let quantity = |values: Option<Values>| values.map_or_else(|| "-".to_owned(), |values| values.quantity.to_string());
-        let row = |(change, correction): &(Decimal, &Correction)| {
-            let symbol = match correction.kind {
-                CorrectionKind::Insert => "+",
-                CorrectionKind::Update => "~",
-                CorrectionKind::Retract => "-",
-                CorrectionKind::Adjust => "!",
-            };
-            let causes: Vec<_> = correction.causes.keys().map(|cause| cause.name()).collect();
-            vec![
-                format!("  {symbol}"),
-                correction.customer_id.to_string(),
-                describe(&correction.key),
-                quantity(correction.before),
-                quantity(correction.after),
-                format!("{change} {}", correction.currency),
-                causes.join(", "),
-            ]
-        };
-        let rows: Vec<_> = changes.iter().take(SHOWN).map(row).collect();
-        out.push('\n');
-        let header = ["", "customer", "window", "quantity", "becomes", "cost change", "cause"];
-        out.push_str(&table(&header, &rows, &[3, 4, 5], self.style));
-        if changes.len() > SHOWN {
-            writeln!(out, "  … and {} more", number((changes.len() - SHOWN) as u64))?;
-        }
-        Ok(())
-    }
+/// Rows as a float, for rates alone.
+#[allow(clippy::cast_precision_loss)]
+fn precise(rows: u64) -> f64 {
+    rows as f64
 }

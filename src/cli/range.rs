@@ -80,7 +80,7 @@ impl RangeArguments {
                 "the range from {} to {} is empty: --start must be before --end, which is not part of the range",
                 range.start, range.end
             ))),
-            range => Ok(Request { range, scope, allow_closed: false }),
+            range => Ok(Request { range, scope, ..Request::default() }),
         }
     }
 }

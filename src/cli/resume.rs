@@ -58,6 +58,6 @@ pub fn execute(session: &Session, arguments: &ResumeArguments) -> Result<u8> {
     let options = RunOptions { threads: session.threads, yes, started_by: &started_by, snapshot: None, progress: &progress };
     let published = ends::run(&job, &request, &options)?;
     drop(progress);
-    run::report(session, &job, &RangeArguments::default(), &published, watch.seconds(), plan::Title::Resume)?;
+    run::report(session, &job, &RangeArguments::default(), &published, watch.seconds(), (plan::Title::Resume, false))?;
     Ok(0)
 }

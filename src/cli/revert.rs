@@ -46,10 +46,10 @@ struct Document<'r> {
 pub fn execute(session: &Session, arguments: &RevertArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;
     let told = (arguments.force, arguments.allow_closed);
-    let overrides =
-        Override::list(&[(arguments.force, Override::LaterRuns), (arguments.allow_closed, Override::ClosedPeriods)]);
+    let overrides = Override::list(&[(arguments.force, Override::LaterRuns), (arguments.allow_closed, Override::ClosedPeriods)]);
     let origin = Origin { started_by: ends::started_by("revert"), overrides };
-    let done = ends::by_hand(&job, &origin, |store, runs| by_hand::revert(store, &job.name, runs, &arguments.run, told).map(Some))?;
+    let done =
+        ends::by_hand(&job, &origin, |store, runs| by_hand::revert(store, &job.name, runs, &arguments.run, told).map(Some))?;
     let Some((run, reverted)) = done else { return Ok(0) };
     if session.format == Format::Json {
         emit_json(&Document {

@@ -26,6 +26,10 @@ pub struct RunArguments {
     #[arg(long, value_name = "RUN_ID", conflicts_with_all = ["start", "end", "day", "month", "last"])]
     snapshot: Option<String>,
 
+    /// Compute everything, also what cannot have changed since the last run.
+    #[arg(long, conflicts_with_all = ["start", "end", "day", "month", "last", "snapshot"])]
+    full: bool,
+
     /// Publish even if the change is larger than the job's guard allows.
     #[arg(long)]
     yes: bool,
@@ -33,12 +37,17 @@ pub struct RunArguments {
     /// Write over closed periods too.
     #[arg(long)]
     allow_closed: bool,
+
+    /// Show every step with its rows and seconds.
+    #[arg(long)]
+    timings: bool,
 }
 
 pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
-    let request = Request { allow_closed: arguments.allow_closed, ..arguments.range.request(job.timezone)? };
+    let request =
+        Request { allow_closed: arguments.allow_closed, full: arguments.full, ..arguments.range.request(job.timezone)? };
     let progress = Progress::new(session.quiet);
     let options = RunOptions {
         threads: session.threads,
@@ -49,7 +58,8 @@ pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
     };
     let published = ends::run(&job, &request, &options)?;
     drop(progress);
-    report(session, &job, &arguments.range, &published, watch.seconds(), plan::Title::Run)?;
+    let how = (plan::Title::Run, arguments.timings);
+    report(session, &job, &arguments.range, &published, watch.seconds(), how)?;
     Ok(0)
 }
 
@@ -60,13 +70,13 @@ pub fn report(
     range: &RangeArguments,
     published: &Published,
     seconds: f64,
-    title: plan::Title,
+    (title, timings): (plan::Title, bool),
 ) -> Result<()> {
     match session.format {
         Format::Json => emit_json(&plan::Document::new("trueup.run/1", job, Some(&published.run), &published.plan)?),
         Format::Text => {
             let style = Style::for_stdout();
-            let report = plan::Report { plan: &published.plan, job, range, seconds, style, title };
+            let report = plan::Report { plan: &published.plan, job, range, seconds, style, title, timings };
             emit(&report.of_run(&published.run)?)
         }
     }

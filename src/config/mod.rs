@@ -110,6 +110,9 @@ impl std::fmt::Display for ReferenceTable {
 pub struct Guard {
     pub max_changed_rows: Option<Limit>,
     pub max_cost_change: Option<Limit>,
+    /// Rows whose events are gone from the source, though nobody voided them: none,
+    /// where a guard is set and says nothing else.
+    pub max_vanished_rows: Option<Limit>,
 }
 
 /// A share of what is stored, or an absolute number.
@@ -155,6 +158,15 @@ fn cron_parser() -> CronParser {
 #[allow(clippy::disallowed_methods)]
 pub fn no_color() -> bool {
     std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+}
+
+/// The folder for what can be made again at any time; `None` where there is none.
+#[allow(clippy::disallowed_methods)]
+pub fn cache_folder() -> Option<PathBuf> {
+    let given = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let caches =
+        given("XDG_CACHE_HOME").filter(|path| path.is_absolute()).or_else(|| given("HOME").map(|home| home.join(".cache")));
+    caches.map(|caches| caches.join("trueup").join("keys"))
 }
 
 impl Job {
@@ -214,10 +226,15 @@ impl Validator<'_> {
             meters: self.reference("meters", &raw.reference.meters)?,
             prices: self.reference("prices", &raw.reference.prices)?,
         };
+        let vanished = raw.guard.as_ref().map(|_| Limit::Absolute(Decimal::ZERO));
         let guard = raw.guard.unwrap_or_default();
         let guard = Guard {
             max_changed_rows: guard.max_changed_rows.map(|limit| self.limit("max_changed_rows", &limit)).transpose()?,
             max_cost_change: guard.max_cost_change.map(|limit| self.limit("max_cost_change", &limit)).transpose()?,
+            max_vanished_rows: match guard.max_vanished_rows {
+                Some(limit) => Some(self.limit("max_vanished_rows", &limit)?),
+                None => vanished,
+            },
         };
         let schedule = match raw.schedule {
             None => None,
@@ -230,12 +247,15 @@ impl Validator<'_> {
                 Some(Schedule { cron, timezone: zone })
             }
         };
-        let digest = Digest::new("job").text(timezone.name()).text(window.name()).text(&format!("{:?}", deduplicate)).hex();
+        let source = self.source(raw.source)?;
+        let (Source::Files { columns, .. } | Source::ClickHouse { columns, .. } | Source::Kafka { columns, .. }) = &source;
+        let digest = Digest::new("job").text(timezone.name()).text(window.name());
+        let digest = digest.text(&format!("{deduplicate:?}")).text(&format!("{columns:?}")).hex();
         Ok(Job {
             path: self.path.to_owned(),
             name: raw.job.value,
             timezone,
-            source: self.source(raw.source)?,
+            source,
             deduplicate,
             reference,
             window,

@@ -72,6 +72,7 @@ pub struct RawStore {
 pub struct RawGuard {
     pub max_changed_rows: Option<Placed<String>>,
     pub max_cost_change: Option<Placed<String>>,
+    pub max_vanished_rows: Option<Placed<String>>,
 }
 
 #[derive(Debug, Deserialize)]

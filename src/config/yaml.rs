@@ -17,7 +17,15 @@ pub type Placed<T> = serde_saphyr::Spanned<T>;
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text =
         std::fs::read_to_string(path).map_err(|error| configuration(format!("cannot read {}: {error}", path.display())))?;
-    serde_saphyr::from_str(&text).map_err(|error| configuration(located(path, &error)))
+    parse(&text, path)
+}
+
+/// Reads YAML that people know as the file `path`.
+///
+/// # Errors
+/// As [`read`].
+pub fn parse<T: DeserializeOwned>(text: &str, path: &Path) -> Result<T> {
+    serde_saphyr::from_str(text).map_err(|error| configuration(located(path, &error)))
 }
 
 /// `file:line:column: what is wrong`, then the excerpt under the file's own name.

@@ -4,6 +4,7 @@
 //! [`Price::cost`], and its keys in `reference/prices.rs`.
 
 use super::decimal::{Decimal, DecimalError, Rounding};
+use super::digest::Digest;
 use super::percentage::{Percentage, Transactions};
 use super::window::Span;
 
@@ -199,6 +200,13 @@ pub struct Tier {
 }
 
 impl Price {
+    /// Changes when anything of the row changes: also what it is the price of, and when.
+    pub fn row_digest(&self) -> String {
+        let texts = [&self.id, &self.plan_id, &self.meter_id, &self.digest];
+        let digest = texts.into_iter().fold(Digest::new("price row"), |digest, text| digest.text(text));
+        digest.text(&format!("{:?} {:?}", self.matches, self.valid)).hex()
+    }
+
     /// The percentage price whose events must be known one by one, if this is one.
     pub fn transactions(&self) -> Option<&Percentage> {
         match &self.model {
@@ -247,9 +255,7 @@ impl Price {
             _ if !flat_due => Ok(Decimal::ZERO),
             PriceModel::Flat { amount } => share.apply(*amount),
             PriceModel::Graduated(tiers) => TierPart::total(graduated(tiers, quantity, Decimal::ONE, share)),
-            PriceModel::GraduatedPercentage(tiers) => {
-                TierPart::total(graduated(tiers, quantity, Decimal::from_u64(100), share))
-            }
+            PriceModel::GraduatedPercentage(tiers) => TierPart::total(graduated(tiers, quantity, Decimal::from_u64(100), share)),
             PriceModel::Volume(tiers) => TierPart::total(volume(tiers, quantity, share)),
         }
     }

@@ -118,8 +118,7 @@ impl Price {
                 lines.push(Line::product(Step::Units, "units".to_owned(), quantity, *unit_amount, amount));
             }
             PriceModel::Package { size, amount, round_up } => {
-                let (rounding, counted) =
-                    if *round_up { (Rounding::Up, "started") } else { (Rounding::Down, "whole") };
+                let (rounding, counted) = if *round_up { (Rounding::Up, "started") } else { (Rounding::Down, "whole") };
                 let packages = quantity.divide_to_integer(*size, rounding)?;
                 let says = format!("{counted} packages of {size}");
                 lines.push(Line::product(Step::Packages, says, packages, *amount, packages.checked_mul(*amount)?));
@@ -270,11 +269,7 @@ fn fixed_line(percentage: &Percentage, events: u64, lines: &mut Vec<Line>) -> Re
 }
 
 /// A percentage of events that are known one by one.
-fn transaction_lines(
-    percentage: &Percentage,
-    transactions: &Transactions,
-    lines: &mut Vec<Line>,
-) -> Result<(), DecimalError> {
+fn transaction_lines(percentage: &Percentage, transactions: &Transactions, lines: &mut Vec<Line>) -> Result<(), DecimalError> {
     let charged = percentage.charged(transactions, &mut |_, _| ())?;
     let (events, value) = transactions.whole();
     let quantity = charged.value.total()?;
@@ -376,9 +371,10 @@ mod tests {
             shown(&price.adjustment_lines(d("20"), Share::WHOLE).unwrap()),
             ["beyond the commitment of 10, charged 2 times: - x - = 10", "held to the maximum of 20: - x - = -10"]
         );
-        assert_eq!(shown(&price.rounding_line(d("1.005")).unwrap().into_iter().collect::<Vec<_>>()), [
-            "rounded to 2 places of USD: - x - = 0.005"
-        ]);
+        assert_eq!(
+            shown(&price.rounding_line(d("1.005")).unwrap().into_iter().collect::<Vec<_>>()),
+            ["rounded to 2 places of USD: - x - = 0.005"]
+        );
     }
 
     fn amount(most: i64) -> impl Strategy<Value = Decimal> {
@@ -427,9 +423,8 @@ mod tests {
 
     fn options() -> impl Strategy<Value = PriceOptions> {
         let rounding = proptest::option::of(prop_oneof![Just(Rounding::Up), Just(Rounding::Down), Just(Rounding::HalfUp)]);
-        let transform = (any::<bool>(), 1i64..3000, rounding, 0u32..3).prop_map(|(divide, factor, rounding, precision)| {
-            Transform { divide, factor: cents(factor), rounding, precision }
-        });
+        let transform = (any::<bool>(), 1i64..3000, rounding, 0u32..3)
+            .prop_map(|(divide, factor, rounding, precision)| Transform { divide, factor: cents(factor), rounding, precision });
         let commitment = (amount(20_000), 100i64..300, any::<bool>()).prop_map(|(amount, factor, true_up)| Commitment {
             amount,
             overage_factor: cents(factor),

@@ -4,8 +4,10 @@ use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::aggregate::{Causes, Correction, PeriodCorrection, PeriodRow, Values};
+use super::digest::frame;
 use super::timestamp::Timestamp;
 use super::window::Span;
 use crate::pipeline::enrich::Scope;
@@ -161,17 +163,7 @@ impl LedgerChain {
 
     /// Adds a correction, in the order of its sequence.
     pub fn add(&mut self, correction: &LedgerLine<'_>) {
-        let mut line = String::from("\n");
-        for text in correction.texts {
-            let _ = write!(line, "{}:{text}|", text.len());
-        }
-        for values in [&correction.before, &correction.after] {
-            let _ = match values {
-                Some(v) => write!(line, "{} {} {}|", v.quantity, v.cost, v.event_count),
-                None => write!(line, "-|"),
-            };
-        }
-        self.0.update(line.as_bytes());
+        self.0.update(correction.text().as_bytes());
     }
 
     pub fn finish(self) -> String {
@@ -182,11 +174,63 @@ impl LedgerChain {
     }
 }
 
-/// A correction as the ledger digest sees it: the same from memory and from the store.
+/// A correction as digests see it: the same from memory and from the store.
 pub struct LedgerLine<'a> {
-    pub texts: [&'a str; 10],
+    pub texts: [&'a str; 12],
     pub before: Option<Values>,
     pub after: Option<Values>,
+}
+
+impl LedgerLine<'_> {
+    fn text(&self) -> String {
+        let mut line = String::from("\n");
+        for text in self.texts {
+            let _ = write!(line, "{}:{text}|", text.len());
+        }
+        for values in [&self.before, &self.after] {
+            let _ = match values {
+                Some(v) => write!(line, "{} {} {}|", v.quantity, v.cost, v.event_count),
+                None => write!(line, "-|"),
+            };
+        }
+        line
+    }
+
+    /// The digest that is kept in the row: it tells which row was altered.
+    pub fn row_digest(&self) -> i64 {
+        row_digest(&[&self.text()])
+    }
+}
+
+/// The digest of a row by the texts of its columns.
+pub fn row_digest(texts: &[&str]) -> i64 {
+    let mut bytes = Vec::with_capacity(256);
+    texts.iter().for_each(|text| frame(&mut bytes, Some(text.as_bytes())));
+    i64::from_le_bytes(xxh3_64(&bytes).to_le_bytes())
+}
+
+/// Hands the line of a correction to `each`.
+pub fn with_ledger_line<T>(correction: &Correction, each: impl FnOnce(&LedgerLine<'_>) -> T) -> T {
+    let key = &correction.key;
+    let (period_start, window_start) = (key.period.period_start.to_string(), key.window_start.to_string());
+    each(&LedgerLine {
+        texts: [
+            &key.period.tenant_id,
+            &key.period.subscription_id,
+            &key.period.meter_id,
+            &key.period.price_id,
+            &key.period.dimensions,
+            &period_start,
+            &window_start,
+            &correction.customer_id,
+            &correction.currency,
+            correction.kind.name(),
+            &causes_json(&correction.causes),
+            &replaced_json(correction),
+        ],
+        before: correction.before,
+        after: correction.after,
+    })
 }
 
 /// The causes of a correction as the ledger stores them: `{"late_event":3}`.
@@ -208,26 +252,7 @@ pub fn period_json(row: Option<&PeriodRow>) -> String {
 /// The ledger digest after `run` with its corrections, in their order.
 pub fn ledger_digest(previous: &str, run: &RunRecord, corrections: &[Correction], periods: &[PeriodCorrection]) -> String {
     let mut chain = LedgerChain::new(previous, run);
-    for correction in corrections {
-        let key = &correction.key;
-        let (period_start, window_start) = (key.period.period_start.to_string(), key.window_start.to_string());
-        chain.add(&LedgerLine {
-            texts: [
-                &key.period.tenant_id,
-                &key.period.subscription_id,
-                &key.period.meter_id,
-                &key.period.price_id,
-                &key.period.dimensions,
-                &period_start,
-                &window_start,
-                correction.kind.name(),
-                &causes_json(&correction.causes),
-                &replaced_json(correction),
-            ],
-            before: correction.before,
-            after: correction.after,
-        });
-    }
+    corrections.iter().for_each(|correction| with_ledger_line(correction, |line| chain.add(line)));
     for correction in periods {
         chain.texts(&[&period_json(correction.before.as_ref()), &period_json(correction.after.as_ref())]);
     }

@@ -3,12 +3,14 @@
 //! Each thread has an [`Aggregator`]; merging them gives the same whatever event
 //! went to which. Only window-level state stays in memory.
 
-use rustc_hash::{FxHashMap, FxHashSet};
-use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
+use rustc_hash::FxHashMap;
+use xxhash_rust::xxh3::xxh3_128;
 
 use super::accumulator::Moment;
 use super::deduplicate::{Copies, Held, RepeatedKeys, key_hash, write_key};
 use super::enrich::{Enricher, MeterPlan, Rejection, Value};
+use super::incremental::Marks;
+use super::letters::{OpenDeadLetters, VisitedLetters};
 use super::state::{Interner, NO_PRICE, News, Sessions, StateKey, WindowCache, WindowState, index};
 use crate::config::Deduplicate;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
@@ -21,7 +23,7 @@ use crate::model::properties::{Property, write_json_text};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 use crate::source::Field;
-use crate::source::{EventBatch, EventRef};
+use crate::source::{EventBatch, EventRef, RowChoice};
 
 /// Settings of one computation, shared by all threads.
 pub struct Context<'r> {
@@ -35,29 +37,8 @@ pub struct Context<'r> {
     pub reach: Span,
     pub repeated: RepeatedKeys,
     pub open_dead_letters: OpenDeadLetters,
-}
-
-/// Dead letters that are still open: the hash of tenant and id and, where only one
-/// match was rejected, the index of its meter.
-#[derive(Debug, Default)]
-pub struct OpenDeadLetters(FxHashSet<(u64, Option<usize>)>);
-
-impl OpenDeadLetters {
-    pub fn add(&mut self, tenant: &str, event_id: &str, meter: Option<usize>) {
-        self.0.insert((Self::hash(tenant, event_id), meter));
-    }
-
-    fn hash(tenant: &str, event_id: &str) -> u64 {
-        let mut key = Vec::with_capacity(64);
-        frame(&mut key, Some(tenant.as_bytes()));
-        frame(&mut key, Some(event_id.as_bytes()));
-        xxh3_64(&key)
-    }
-
-    fn holds(&self, event: &EventRef<'_>, meter: Option<usize>) -> bool {
-        let (Some(tenant), Some(id)) = (event.tenant_id, event.id) else { return false };
-        !self.0.is_empty() && self.0.contains(&(Self::hash(tenant, id), meter))
-    }
+    /// What is computed, where it is not everything.
+    pub marks: Option<Marks>,
 }
 
 /// How an event relates to the run before.
@@ -111,6 +92,9 @@ pub struct Aggregator<'c, 'r> {
     pub usage: UsageCounts,
     pub held: Held,
     pub ingested_until: Option<Timestamp>,
+    pub visited: VisitedLetters,
+    /// How many copies were held by the hash of their key, where not all rows are read.
+    pub copies: FxHashMap<u64, u64>,
     key: Vec<u8>,
     /// The windows that the event at hand is withdrawn from.
     replaced: Vec<StateKey>,
@@ -138,6 +122,8 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             usage: UsageCounts::default(),
             held: Held::default(),
             ingested_until: None,
+            visited: VisitedLetters::default(),
+            copies: FxHashMap::default(),
             key: Vec::new(),
             replaced: Vec::new(),
             scratch: Scratch { periods: vec![None; context.enricher.reference.subscriptions.len()], ..Scratch::default() },
@@ -148,28 +134,48 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     /// ingested at that time, was there in the run before.
     pub fn visit(&mut self, batch: &EventBatch, is_known: impl Fn(Option<Timestamp>, Timestamp) -> bool) {
         let mut slots = Vec::new();
-        for event in batch.rows() {
-            self.events.read += 1;
-            let ingested_at = event.ingested_at.or(event.timestamp);
-            self.ingested_until = self.ingested_until.max(ingested_at);
-            let known = is_known(event.timestamp, ingested_at.unwrap_or(Timestamp::MIN));
-            // Copies of one key can be told by their tenant only where it is part of the key.
-            if self.context.rules.key.contains(&Field::TenantId) && !self.wants_tenant(&event) {
-                self.events.out_of_range += 1;
-                continue;
+        batch.rows().for_each(|event| self.visit_event(&event, &is_known, &mut slots));
+    }
+
+    /// As [`Aggregator::visit`], for the rows that `choice` wants: the others are not read.
+    pub fn visit_chosen(
+        &mut self,
+        batch: &EventBatch,
+        choice: &dyn RowChoice,
+        is_known: impl Fn(Option<Timestamp>, Timestamp) -> bool,
+    ) {
+        let mut slots = Vec::new();
+        batch.rows().filter(|event| choice.wants(event)).for_each(|event| self.visit_event(&event, &is_known, &mut slots));
+    }
+
+    fn visit_event<'e>(
+        &mut self,
+        event: &EventRef<'e>,
+        is_known: &impl Fn(Option<Timestamp>, Timestamp) -> bool,
+        slots: &mut Vec<Property<'e>>,
+    ) {
+        self.events.read += 1;
+        let ingested_at = event.ingested_at.or(event.timestamp);
+        self.ingested_until = self.ingested_until.max(ingested_at);
+        let known = is_known(event.timestamp, ingested_at.unwrap_or(Timestamp::MIN));
+        // Copies of one key can be told by their tenant only where it is part of the key.
+        if self.context.rules.key.contains(&Field::TenantId) && !self.wants_tenant(event) {
+            self.events.out_of_range += 1;
+            return;
+        }
+        let mut key = std::mem::take(&mut self.key);
+        let hash = write_key(&self.context.rules.key, event, &mut key).then(|| key_hash(&key));
+        let hash = hash.filter(|hash| self.context.repeated.contains(*hash));
+        if let Some(hash) = hash {
+            self.held.hold(self.context.rules, Some(self.context.range), &key, event, known);
+            if self.context.marks.is_some() {
+                *self.copies.entry(hash).or_default() += 1;
             }
-            let mut key = std::mem::take(&mut self.key);
-            let has_key = write_key(&self.context.rules.key, &event, &mut key);
-            let held = has_key && self.context.repeated.contains(key_hash(&key));
-            if held {
-                self.held.hold(self.context.rules, Some(self.context.range), &key, &event, known);
-            }
-            self.key = key;
-            if held {
-                continue;
-            }
+        }
+        self.key = key;
+        if hash.is_none() {
             let arrival = if known { Arrival::Known } else { Arrival::Late };
-            self.take(&event, Purpose::Count(arrival), &mut slots);
+            self.take(event, Purpose::Count(arrival), slots);
         }
     }
 
@@ -220,11 +226,19 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     }
 
     fn void(&mut self, event: &EventRef<'_>) {
+        self.note_visit(event);
         // A tombstone may carry no time; it voids its id all the same.
         if self.wants_tenant(event) && event.timestamp.is_none_or(|t| self.context.range.contains(t)) {
             self.events.voided += 1;
         } else {
             self.events.out_of_range += 1;
+        }
+    }
+
+    /// Notes that an event was judged again; where everything is computed, all are.
+    fn note_visit(&mut self, event: &EventRef<'_>) {
+        if self.context.marks.is_some() {
+            self.visited.visit(&self.context.open_dead_letters, event);
         }
     }
 
@@ -234,6 +248,9 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         let counting = matches!(purpose, Purpose::Count(_));
         if event.deleted && event.problem.is_none() && event.missing_field().is_none() {
             return self.void(event);
+        }
+        if counting {
+            self.note_visit(event);
         }
         let problem = event
             .problem
@@ -289,6 +306,10 @@ impl<'c, 'r> Aggregator<'c, 'r> {
                 continue;
             }
             let Some((window, period)) = self.place(t, subscription, meter.meter.window) else { continue };
+            if context.marks.as_ref().is_some_and(|marks| !marks.hold(subscription, meter.index, period)) {
+                self.visited.leave_out(&context.open_dead_letters, event, meter.index);
+                continue;
+            }
             let resolved = event_was_open || was_open(Some(meter.index));
             let outcome = self.take_match(event, subscription, meter, slots, (window, period), purpose, resolved);
             // A longer window can reach out of the range: its match is for another run.
@@ -470,6 +491,10 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         self.usage.merge(&other.usage);
         self.held.merge(self.context.rules, Some(self.context.range), other.held);
         self.ingested_until = self.ingested_until.max(other.ingested_until);
+        self.visited.merge(other.visited);
+        for (hash, count) in other.copies {
+            *self.copies.entry(hash).or_default() += count;
+        }
     }
 }
 

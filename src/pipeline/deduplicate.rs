@@ -43,66 +43,11 @@ pub fn key_hash(key: &[u8]) -> u64 {
     xxh3_64(key) >> (64 - HASH_BITS)
 }
 
-const HASH_BITS: u32 = 42;
-const PARTITION_BITS: u32 = HASH_BITS - 32;
-
-/// The hashes of all keys seen, for finding the ones that repeat.
-#[derive(Debug)]
-pub struct KeyScan {
-    /// By the hash's first bits; the other 32 are kept.
-    partitions: Vec<Vec<u32>>,
-    /// From the first to the last event time.
-    pub extent: Option<(Timestamp, Timestamp)>,
-    key: Vec<u8>,
-}
-
-impl Default for KeyScan {
-    fn default() -> Self {
-        KeyScan { partitions: vec![Vec::new(); 1 << PARTITION_BITS], extent: None, key: Vec::new() }
-    }
-}
-
-impl KeyScan {
-    pub fn visit(&mut self, fields: &[Field], event: &EventRef<'_>) {
-        if let Some(t) = event.timestamp.filter(|t| Timestamp::in_range(t.nanos()).is_some()) {
-            let (first, last) = self.extent.unwrap_or((t, t));
-            self.extent = Some((first.min(t), last.max(t)));
-        }
-        if !write_key(fields, event, &mut self.key) {
-            return;
-        }
-        let hash = key_hash(&self.key);
-        let low = u32::try_from(hash & u64::from(u32::MAX)).unwrap_or_default();
-        if let Some(partition) = self.partitions.get_mut(usize::try_from(hash >> 32).unwrap_or_default()) {
-            partition.push(low);
-        }
-    }
-
-    /// The hashes that occur more than once over all `scans`, and the extent of time.
-    pub fn finish(mut scans: Vec<KeyScan>) -> (RepeatedKeys, Option<(Timestamp, Timestamp)>) {
-        let extents = scans.iter().filter_map(|scan| scan.extent);
-        let extent = extents.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1)));
-        let mut repeated = FxHashSet::default();
-        let mut all = Vec::new();
-        for partition in 0..1 << PARTITION_BITS {
-            all.clear();
-            for scan in &mut scans {
-                if let Some(hashes) = scan.partitions.get_mut(partition) {
-                    all.append(hashes);
-                    *hashes = Vec::new();
-                }
-            }
-            all.sort_unstable();
-            let pairs = all.iter().zip(all.iter().skip(1)).filter(|(a, b)| a == b);
-            repeated.extend(pairs.map(|(low, _)| (partition as u64) << 32 | u64::from(*low)));
-        }
-        (RepeatedKeys(repeated), extent)
-    }
-}
+pub const HASH_BITS: u32 = 42;
 
 /// Hashes of keys that occur more than once, or of different keys that share a hash.
 #[derive(Debug, Default)]
-pub struct RepeatedKeys(FxHashSet<u64>);
+pub struct RepeatedKeys(pub FxHashSet<u64>);
 
 impl RepeatedKeys {
     pub fn contains(&self, hash: u64) -> bool {

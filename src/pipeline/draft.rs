@@ -31,11 +31,18 @@ pub struct Draft {
     pub period_corrections: Vec<PeriodCorrection>,
     pub dead_letters: Vec<DeadLetter>,
     pub resolved: Vec<DeadLetterKey>,
+    #[serde(default)]
+    pub states: Vec<(String, String)>,
 }
 
 impl Draft {
     /// A run that computes nothing: it knows what the run before it knew.
     pub fn by_hand(mode: RunMode, previous: Option<&RunRecord>, counts: serde_json::Value) -> Draft {
+        let mut counts = counts;
+        if let (Some(counts), Some(rows)) = (counts.as_object_mut(), previous.and_then(|run| run.counts.get("dead_letter_rows")))
+        {
+            counts.insert("dead_letter_rows".to_owned(), rows.clone());
+        }
         let input = previous.map(|run| RunInput { files: Vec::new(), ..run.input.clone() });
         Draft {
             mode,
@@ -53,6 +60,7 @@ impl Draft {
             period_corrections: Vec::new(),
             dead_letters: Vec::new(),
             resolved: Vec::new(),
+            states: Vec::new(),
         }
     }
 
@@ -87,6 +95,7 @@ impl Draft {
             period_corrections: self.period_corrections,
             dead_letters: self.dead_letters,
             resolved: self.resolved,
+            states: self.states,
         }
     }
 }

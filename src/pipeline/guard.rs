@@ -7,7 +7,7 @@ use anyhow::Result;
 use super::reconcile::Reconciliation;
 use crate::config::{Guard, Limit};
 use crate::fault::{FaultKind, fault};
-use crate::model::aggregate::{Cause, Correction, StoredWindow, Text};
+use crate::model::aggregate::{Cause, Correction, CorrectionKind, StoredWindow, Text};
 use crate::model::decimal::{Decimal, DecimalError};
 
 /// Refuses changes beyond the limits. First computations do not count.
@@ -15,7 +15,8 @@ use crate::model::decimal::{Decimal, DecimalError};
 /// # Errors
 /// A guard fault (exit code 8) that names the limit and the customers, or an overflow.
 pub fn check(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliation) -> Result<()> {
-    let corrections: Vec<_> = changes.corrections.iter().filter(|c| !c.causes.contains_key(&Cause::FirstComputation)).collect();
+    let counts = |c: &&Correction| c.kind != CorrectionKind::Adjust && !c.causes.contains_key(&Cause::FirstComputation);
+    let corrections: Vec<_> = changes.corrections.iter().filter(counts).collect();
     if corrections.is_empty() {
         return Ok(());
     }
@@ -27,6 +28,20 @@ pub fn check(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliation) -
                 &format!(
                     "{} of {} stored rows would change, more than max_changed_rows {limit}",
                     corrections.len(),
+                    stored.len()
+                ),
+                &corrections,
+            ));
+        }
+    }
+    if let Some(limit) = guard.max_vanished_rows {
+        let base = Decimal::from_u64(stored.len() as u64);
+        if exceeds(Decimal::from_u64(changes.vanished), base, limit)? {
+            return Err(refused(
+                &format!(
+                    "{} of {} stored rows would be retracted, because their events are gone from the source though nobody voided \
+                     them, more than max_vanished_rows {limit}",
+                    changes.vanished,
                     stored.len()
                 ),
                 &corrections,

@@ -16,7 +16,11 @@ pub mod draft;
 pub mod enrich;
 mod guard;
 mod hopping;
+pub mod incremental;
 pub mod invariants;
+mod key_cache;
+mod keys;
+mod letters;
 mod levels;
 mod names;
 mod past;
@@ -39,6 +43,7 @@ use crate::clock::{Stopwatch, now};
 use crate::config::Job;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, StoredWindow, WindowKey};
 use crate::model::counts::{EventCounts, UsageCounts};
+use crate::model::price::Price;
 use crate::model::run::{InputFile, Origin, RunBasis, RunInput, RunMode, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
@@ -48,15 +53,18 @@ use crate::store::AggregateStore;
 use aggregate::{Aggregator, Context};
 use causes::{CurrentDigests, Evidence};
 use closed::ClosedPeriods;
-use deduplicate::{KeyScan, RepeatedKeys};
+use deduplicate::RepeatedKeys;
 use draft::Draft;
 use enrich::{Enricher, Scope};
+use incremental::snapshot::{STATE, Snapshot};
+use incremental::{Coverage, Mode, Passes};
+pub use key_cache::KeyCache;
+use keys::{KeyHashes, KeyReader, SplitKeys};
 use names::Names;
 use past::{Knowledge, Past, ledger_rows};
 pub use range::Request;
 pub use reconcile::Totals;
 use reconcile::{PeriodChanges, Reconciliation};
-use scan::Progress;
 use sessions::SessionChanges;
 use state::News;
 
@@ -79,9 +87,13 @@ pub struct Plan {
     pub basis: RunBasis,
     pub steps: Vec<Step>,
     pub warnings: Vec<String>,
+    pub coverage: Coverage,
+    states: Vec<(String, String)>,
     started_at: Timestamp,
     stored: Vec<StoredWindow>,
     previous: Vec<RunRecord>,
+    /// Rows of `dead_letters` once this is published.
+    dead_letter_rows: u64,
 }
 
 /// How long a step took, and how many rows it handled.
@@ -101,6 +113,8 @@ pub struct Inputs<'i> {
     pub store: Option<&'i dyn AggregateStore>,
     pub threads: usize,
     pub progress: &'i dyn Observer,
+    /// Keys that earlier runs read.
+    pub keys: &'i KeyCache,
 }
 
 /// Who watches a computation.
@@ -140,7 +154,7 @@ const EMPTY: Span = Span { start: Timestamp::from_nanos(0), end: Timestamp::from
 /// overflows, or a promise would be broken.
 pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let started_at = now();
-    let Inputs { job, reference, source, store, threads, progress } = *inputs;
+    let Inputs { job, reference, source, store, progress, .. } = *inputs;
     let mut timeline = Timeline { steps: Vec::new(), observer: progress };
     let past = Past::load(store, job)?;
     // A range that was asked for is known before anything is read.
@@ -154,8 +168,15 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let levels = reference.has_levels(request.scope.meter.as_deref());
     let splits = source.splits(&selection(request, asked, reference))?;
 
+    let basis = basis(job, reference, &request.scope);
+    let baseline = incremental::baseline(inputs, request, &past, &basis, &splits)?;
+
     // read (keys) -> deduplicate
-    let keys = read_keys(inputs, &splits, &mut timeline)?;
+    let keys = match &baseline {
+        Ok(baseline) => known_keys(inputs, &splits, &baseline.is_new, &mut timeline)?,
+        Err(_) => read_keys(inputs, &splits, &mut timeline)?,
+    };
+    inputs.keys.keep(&job.deduplicate.key, &splits, &keys.splits, keys.repeated.0.iter().copied());
     let whole = match asked {
         Some(range) => Some(range),
         None => range::resolve(request, job, reference, keys.extent, past.extent)?,
@@ -163,6 +184,12 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     // Rows without a time may be all there is: they are still accounted for.
     let mut range = whole.unwrap_or(EMPTY);
     let reach = range::reach(range, reference, &request.scope);
+
+    // What changed since the run before, if the rest can be skipped.
+    let snapshot = Snapshot::of(reference, range.end);
+    let passes = baseline.as_ref().ok().map(|baseline| Passes { inputs, baseline, splits: &splits, keys: &keys.splits });
+    let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), &mut timeline)).transpose()?;
+    let (marks, mut skipping) = marked.unzip();
 
     // read -> enrich -> aggregate
     let context = Context {
@@ -173,21 +200,18 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         reach,
         repeated: keys.repeated,
         open_dead_letters: past.open_dead_letters(reference),
+        marks,
     };
-    let total = keys.rows.iter().sum();
-    let count_rows: Progress<'_> = &|rows| progress.rows(rows);
     let coverage = past.coverage(reach);
-    let mut seen = timeline.step("aggregate", Some(total), || {
-        let visit = |aggregator: &mut Aggregator<'_, '_>, index: usize, batch: &crate::source::EventBatch| {
-            let knowledge = splits.get(index).map_or_else(Knowledge::default, |split| Knowledge::of(split, &coverage));
-            aggregator.visit(batch, |time, ingested_at| knowledge.holds(time, ingested_at));
-            Ok(())
-        };
-        let new_worker = || Aggregator::new(&context);
-        let (workers, rows) = scan::scan(source, &splits, Wanted::Whole, threads, count_rows, new_worker, visit)?;
-        check_stable(&splits, &keys.rows, &rows)?;
-        Ok((merge(&context, workers), total))
-    })?;
+    let mut seen = match (&passes, &mut skipping, &context.marks) {
+        (Some(passes), Some(skipping), Some(marks)) => timeline.step("aggregate", None, || {
+            let choice = marks.choice(reference);
+            let seen = resolve(passes.aggregate(&context, &coverage, &choice, skipping)?);
+            let read = seen.events.read;
+            Ok((seen, read))
+        }),
+        _ => aggregate_all(inputs, &context, (&splits, &keys.splits), &coverage, &mut timeline),
+    }?;
     invariants::conservation(&seen.events, &seen.usage)?;
 
     // price
@@ -205,8 +229,9 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         }
         let rows = windows.len() as u64;
         let mut priced = price::price(windows, &seen.dimensions, reference, &names, range, job.timezone)?;
-        let wants = |subscription: &Subscription, price: &crate::model::price::Price| {
+        let wants = |(at, subscription): (usize, &Subscription), (meter, price): (usize, &Price), period: Span| {
             request.scope.holds(&subscription.tenant_id, &subscription.customer_id, &price.meter_id)
+                && context.marks.as_ref().is_none_or(|marks| marks.hold(at, meter, period))
         };
         unused::add_periods(&mut priced.periods, reference, &names, range, wants)?;
         Ok((priced, rows))
@@ -214,8 +239,8 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     invariants::telescoping_cost(&priced)?;
 
     // reconcile
-    let basis = basis(job, reference, &request.scope);
-    let stored = past.stored(store, job, &request.scope, range, reach, &priced)?;
+    let marks = context.marks.as_ref();
+    let stored = past.stored(inputs, &request.scope, (range, reach), marks, &priced)?;
     let closed = if request.allow_closed { ClosedPeriods::default() } else { stored.closed };
     let mut changes = timeline.step("reconcile", None, || {
         let session_meters: FxHashSet<_> =
@@ -238,7 +263,10 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     if let Some(store) = store.filter(|_| !closed.is_empty()) {
         let wants = |key: &WindowKey, customer: &str| {
             let (period, start) = (&key.period, key.window_start);
-            closed.hold(period) && range.contains(start) && request.scope.holds(&period.tenant_id, customer, &period.meter_id)
+            closed.hold(period)
+                && range.contains(start)
+                && marks.is_none_or(|marks| marks.hold_key(period, reference))
+                && request.scope.holds(&period.tenant_id, customer, &period.meter_id)
         };
         changes.adjust_closed(closed::adjustments(store, &job.name, wants)?);
     }
@@ -246,10 +274,18 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     invariants::ledger_replay(&stored.windows, &changes, &priced, range, &closed)?;
     invariants::nothing_outside_the_range(&stored.windows, &changes, range)?;
     let periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods), &closed);
-    let resolved = past.resolved(job, reference, &request.scope, range, &seen.dead_letters);
+    let known_letters: FxHashSet<_> = past.dead_letters.iter().map(|stored| &stored.letter.key).collect();
+    let new_letters: FxHashSet<_> =
+        seen.dead_letters.iter().map(|letter| &letter.key).filter(|key| !known_letters.contains(key)).collect();
+    let dead_letter_rows = (known_letters.len() + new_letters.len()) as u64;
+    let resolved = past.resolved(job, reference, &request.scope, range, &seen.dead_letters, marks.map(|_| &seen.visited));
 
-    let files = splits.iter().zip(&keys.rows);
-    let files = files.map(|(split, rows)| InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows: *rows });
+    let files = splits.iter().zip(&keys.splits);
+    let files =
+        files.map(|(split, keys)| InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows: keys.rows });
+    let coverage = incremental::coverage(&baseline, skipping, &priced.windows, &stored.windows);
+    let is_part = coverage.mode == Mode::Part;
+    let windows = guarded(inputs, stored.windows, &changes, (range, reach), !baseline.is_ok())?;
     Ok(Plan {
         range: whole.map(|_| range),
         widened_from: request.range.filter(|asked| whole.is_some_and(|whole| *asked != whole)),
@@ -269,9 +305,12 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         basis,
         steps: timeline.steps,
         warnings: reference.warnings.clone(),
+        coverage,
+        states: if is_part { Vec::new() } else { vec![(STATE.to_owned(), snapshot.encode()?)] },
         started_at,
-        stored: stored.windows,
+        stored: windows,
         previous: past.runs,
+        dead_letter_rows,
     })
 }
 
@@ -296,7 +335,10 @@ impl Plan {
             previous_run_id: self.previous.last().map(|run| run.run_id.clone()),
             range: self.range,
             started_at: self.started_at,
-            counts: serde_json::json!({"events": self.events, "usage": self.usage, "rows": self.changes.rows}),
+            counts: serde_json::json!({
+                "events": self.events, "usage": self.usage, "rows": self.changes.rows, "dead_letter_rows": self.dead_letter_rows,
+                "coverage": self.coverage,
+            }),
             input: self.input.clone(),
             basis: self.basis.clone(),
             upserts: std::mem::take(&mut self.changes.upserts),
@@ -307,6 +349,7 @@ impl Plan {
             period_corrections: std::mem::take(&mut self.periods.corrections),
             dead_letters: std::mem::take(&mut self.dead_letters),
             resolved: std::mem::take(&mut self.resolved),
+            states: std::mem::take(&mut self.states),
         }
     }
 
@@ -335,11 +378,19 @@ pub struct Published {
     pub run: RunRecord,
 }
 
-/// What the first scan found.
+/// The keys of all events.
 struct Keys {
     repeated: RepeatedKeys,
     extent: Option<(Timestamp, Timestamp)>,
-    rows: Vec<u64>,
+    splits: Vec<SplitKeys>,
+}
+
+impl Keys {
+    fn new(repeated: FxHashSet<u64>, splits: Vec<SplitKeys>) -> Keys {
+        let extents = splits.iter().filter_map(|keys| keys.extent);
+        let extent = extents.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1)));
+        Keys { repeated: RepeatedKeys(repeated), extent, splits }
+    }
 }
 
 /// What of the source a request needs; `range` is the one that it resolves to.
@@ -353,26 +404,82 @@ pub fn selection(request: &Request, range: Option<Span>, reference: &Reference) 
 
 /// read (keys) -> deduplicate
 fn read_keys(inputs: &Inputs<'_>, splits: &[Split], timeline: &mut Timeline<'_>) -> Result<Keys> {
-    let Inputs { job, source, threads, progress, .. } = *inputs;
     let announced = splits.iter().map(|split| split.announced_rows).sum();
     timeline.step("read keys", announced, || {
-        let visit = |scan: &mut KeyScan, _: usize, batch: &crate::source::EventBatch| {
-            batch.rows().for_each(|event| scan.visit(&job.deduplicate.key, &event));
-            Ok(())
-        };
-        let wanted = Wanted::Keys(&job.deduplicate.key);
-        let (scans, rows) = scan::scan(source, splits, wanted, threads, &|rows| progress.rows(rows), KeyScan::default, visit)?;
-        let (repeated, extent) = KeyScan::finish(scans);
-        let total = rows.iter().sum();
-        Ok((Keys { repeated, extent, rows }, total))
+        let keys = scan_keys(inputs, splits)?;
+        let total = keys.iter().map(|keys| keys.rows).sum();
+        let repeated = KeyHashes::repeated(keys.iter().map(|keys| &keys.hashes));
+        Ok((Keys::new(repeated, keys), total))
     })
 }
 
-/// Merges the threads' work and decides about keys of several copies.
-fn merge<'c, 'r>(context: &'c Context<'r>, workers: Vec<Aggregator<'c, 'r>>) -> Aggregator<'c, 'r> {
+fn scan_keys(inputs: &Inputs<'_>, splits: &[Split]) -> Result<Vec<SplitKeys>> {
+    let Inputs { job, source, threads, progress, .. } = *inputs;
+    let key = &job.deduplicate.key;
+    let visit = |reader: &mut KeyReader, split: usize, batch: &crate::source::EventBatch| {
+        reader.visit(split, key, batch);
+        Ok(())
+    };
+    let count_rows = |rows| progress.rows(rows);
+    let (readers, _) = scan::scan(source, splits, Wanted::Keys(key), threads, &count_rows, KeyReader::default, visit)?;
+    Ok(KeyReader::finish(readers, splits.len()))
+}
+
+/// As [`read_keys`], but reads only the splits whose keys are not known yet.
+fn known_keys(inputs: &Inputs<'_>, splits: &[Split], is_new: &[bool], timeline: &mut Timeline<'_>) -> Result<Keys> {
+    let fields = &inputs.job.deduplicate.key;
+    timeline.step("read keys", None, || {
+        let mut known: Vec<_> = splits.iter().map(|split| inputs.keys.load(fields, split)).collect();
+        let unknown: Vec<_> =
+            splits.iter().zip(&known).filter(|(_, keys)| keys.is_none()).map(|(split, _)| split.clone()).collect();
+        let mut read = scan_keys(inputs, &unknown)?;
+        let rows = read.iter().map(|keys| keys.rows).sum();
+        read.reverse();
+        known.iter_mut().filter(|keys| keys.is_none()).for_each(|keys| *keys = read.pop());
+        let keys: Vec<SplitKeys> = known.into_iter().map(Option::unwrap_or_default).collect();
+        let old: Vec<_> = splits.iter().zip(is_new).filter(|(_, is_new)| !**is_new).map(|(split, _)| split).collect();
+        let repeated = match inputs.keys.load_repeated(fields, &old) {
+            Some(repeated) => incremental::repeated(&repeated, &keys, is_new),
+            None => KeyHashes::repeated(keys.iter().map(|keys| &keys.hashes)),
+        };
+        Ok((Keys::new(repeated, keys), rows))
+    })
+}
+
+/// Aggregates all events.
+fn aggregate_all<'c, 'r>(
+    inputs: &Inputs<'_>,
+    context: &'c Context<'r>,
+    (splits, keys): (&[Split], &[SplitKeys]),
+    coverage: &[past::Coverage<'_>],
+    timeline: &mut Timeline<'_>,
+) -> Result<Aggregator<'c, 'r>> {
+    let Inputs { source, threads, progress, .. } = *inputs;
+    let expected: Vec<_> = keys.iter().map(|keys| keys.rows).collect();
+    let total = expected.iter().sum();
+    timeline.step("aggregate", Some(total), || {
+        let visit = |aggregator: &mut Aggregator<'_, '_>, index: usize, batch: &crate::source::EventBatch| {
+            let knowledge = splits.get(index).map_or_else(Knowledge::default, |split| Knowledge::of(split, coverage));
+            aggregator.visit(batch, |time, ingested_at| knowledge.holds(time, ingested_at));
+            Ok(())
+        };
+        let (new_worker, count_rows) = (|| Aggregator::new(context), |rows| progress.rows(rows));
+        let (workers, rows) = scan::scan(source, splits, Wanted::Whole, threads, &count_rows, new_worker, visit)?;
+        check_stable(splits, &expected, &rows)?;
+        Ok((resolve(merge_workers(context, workers)), total))
+    })
+}
+
+/// Merges the threads' work.
+fn merge_workers<'c, 'r>(context: &'c Context<'r>, workers: Vec<Aggregator<'c, 'r>>) -> Aggregator<'c, 'r> {
     let mut workers = workers.into_iter();
     let mut seen = workers.next().unwrap_or_else(|| Aggregator::new(context));
     workers.for_each(|worker| seen.merge(worker));
+    seen
+}
+
+/// Decides about keys of several copies, once all of them are read.
+fn resolve<'c, 'r>(mut seen: Aggregator<'c, 'r>) -> Aggregator<'c, 'r> {
     let held = std::mem::take(&mut seen.held);
     seen.events.duplicates += held.duplicates;
     seen.events.out_of_range += held.out_of_range;
@@ -390,6 +497,23 @@ fn check_stable(splits: &[Split], first: &[u64], second: &[u64]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The stored rows that a guard compares with. A run that looked at some of them alone
+/// may change a greater share of them than of all.
+fn guarded(
+    inputs: &Inputs<'_>,
+    stored: Vec<StoredWindow>,
+    changes: &Reconciliation,
+    (range, reach): (Span, Span),
+    is_all: bool,
+) -> Result<Vec<StoredWindow>> {
+    let Some(store) = inputs.store.filter(|_| !is_all && guard::check(&inputs.job.guard, &stored, changes).is_err()) else {
+        return Ok(stored);
+    };
+    let mut all = store.windows(&inputs.job.name, reach)?;
+    all.retain(|stored| stored.row.period().overlaps(range));
+    Ok(all)
 }
 
 /// What a computation rests on, as it is now.

@@ -4,12 +4,14 @@
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::aggregate::OpenDeadLetters;
+use super::Inputs;
 use super::closed::ClosedPeriods;
 use super::enrich::Scope;
+use super::incremental::Marks;
+use super::letters::{OpenDeadLetters, VisitedLetters};
 use super::price::Priced;
 use crate::config::Job;
-use crate::model::aggregate::{CorrectionKind, DeadLetter, DeadLetterKey, PeriodRow, StoredWindow, WindowKey};
+use crate::model::aggregate::{CorrectionKind, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, WindowKey};
 use crate::model::run::RunRecord;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
@@ -126,7 +128,8 @@ impl Past {
         open
     }
 
-    /// Open dead letters that the run covers and did not find again.
+    /// Open dead letters that the run covers and did not find again; where it did not
+    /// look at all events, those that it `visited`.
     pub fn resolved(
         &self,
         job: &Job,
@@ -134,6 +137,7 @@ impl Past {
         scope: &Scope,
         range: Span,
         found: &[DeadLetter],
+        visited: Option<&VisitedLetters>,
     ) -> Vec<DeadLetterKey> {
         let again: FxHashSet<_> = found.iter().map(|letter| &letter.key).collect();
         let is_covered = |letter: &DeadLetter| {
@@ -146,7 +150,12 @@ impl Past {
             let is_covered = |t| range.contains(t) && tumbling().all(|window| range.covers(window.slot(t, job.timezone)));
             in_scope && letter.event_time.is_none_or(is_covered)
         };
+        let is_visited = |key: &DeadLetterKey| {
+            let meter = reference.meters.iter().position(|meter| meter.id == key.meter_id);
+            visited.is_none_or(|visited| visited.hold(&key.tenant_id, &key.event_id, meter))
+        };
         let open = self.dead_letters.iter().filter(|stored| stored.resolved_run_id.is_none()).map(|stored| &stored.letter);
+        let open = open.filter(|letter| is_visited(&letter.key));
         open.filter(|letter| is_covered(letter) && !again.contains(&letter.key)).map(|letter| letter.key.clone()).collect()
     }
 
@@ -155,31 +164,36 @@ impl Past {
         store.map_or(Ok(Vec::new()), |store| store.windows(&job.name, span))
     }
 
-    /// Rows of the billing periods that the range touches.
+    /// Rows of the billing periods that the range touches, or of those that `marks` hold.
     pub fn stored(
         &self,
-        store: Option<&dyn AggregateStore>,
-        job: &Job,
+        inputs: &Inputs<'_>,
         scope: &Scope,
-        range: Span,
-        reach: Span,
+        (range, reach): (Span, Span),
+        marks: Option<&Marks>,
         priced: &Priced,
     ) -> Result<Stored> {
+        let Inputs { job, reference, store, .. } = *inputs;
         let Some(store) = store else {
             return Ok(Stored { windows: Vec::new(), periods: Vec::new(), closed: ClosedPeriods::default() });
         };
-        let mut windows = store.windows(&job.name, reach)?;
-        let mut periods = store.periods(&job.name, range)?;
+        let subscriptions = marks.and_then(|marks| marks.marked_subscriptions(reference));
+        let of_periods = subscriptions.as_deref().filter(|_| marks.is_some_and(|marks| marks.know(range)));
+        let mut windows = store.windows_of(&job.name, reach, subscriptions.as_deref())?;
+        let mut periods = store.periods_of(&job.name, range, of_periods)?;
         let closed = ClosedPeriods::of(&periods);
+        let is_marked = |key: &PeriodKey, period: Span| marks.is_none_or(|marks| marks.hold_row(key, period));
         // A row that is computed now is compared whoever it belonged to.
         let window_keys: FxHashSet<_> = priced.windows.iter().map(|window| &window.row.key).collect();
         windows.retain(|StoredWindow { row, .. }| {
             let in_scope = scope.holds(&row.key.period.tenant_id, &row.customer_id, &row.key.period.meter_id);
+            let in_scope = in_scope && is_marked(&row.key.period, row.period());
             row.period().overlaps(range) && (in_scope || window_keys.contains(&row.key))
         });
         let period_keys: FxHashSet<_> = priced.periods.iter().map(|period| &period.key).collect();
         periods.retain(|row| {
             let in_scope = scope.holds(&row.key.tenant_id, &row.customer_id, &row.key.meter_id);
+            let in_scope = in_scope && is_marked(&row.key, Span { start: row.key.period_start, end: row.period_end });
             in_scope || period_keys.contains(&row.key)
         });
         Ok(Stored { windows, periods, closed })

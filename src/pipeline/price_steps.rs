@@ -69,7 +69,12 @@ fn charges(price: &Price, transactions: Option<&Transactions>) -> Result<EventCh
 ///
 /// # Errors
 /// Where an amount overflows.
-pub(super) fn of_window(states: &[(StateKey, WindowState)], parts: Parts<'_>, period: Span, start: Timestamp) -> Result<PriceSteps> {
+pub(super) fn of_window(
+    states: &[(StateKey, WindowState)],
+    parts: Parts<'_>,
+    period: Span,
+    start: Timestamp,
+) -> Result<PriceSteps> {
     let mut accumulation = Accumulation::new(parts, period);
     let mut steps = PriceSteps::default();
     let Some(price) = parts.price else { return Ok(steps) };

@@ -4,12 +4,13 @@
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::aggregate::{Aggregator, Context, OpenDeadLetters};
+use super::aggregate::{Aggregator, Context};
 use super::enrich::Enricher;
+use super::letters::OpenDeadLetters;
 use super::past::Past;
 use super::price::PricedWindow;
 use super::state::News;
-use super::{Inputs, Request, Timeline, merge, range, read_keys, scan};
+use super::{Inputs, Request, Timeline, merge_workers, range, read_keys, resolve, scan};
 use crate::model::aggregate::{PeriodKey, StoredWindow, WindowKey};
 use crate::model::meter::Meter;
 use crate::model::timestamp::Timestamp;
@@ -44,6 +45,7 @@ pub fn widen(inputs: &Inputs<'_>, request: &Request, past: &Past, range: Span, t
             reach,
             repeated: keys.repeated,
             open_dead_letters: OpenDeadLetters::default(),
+            marks: None,
         };
         let seen = timeline.step("find sessions", None, || {
             let visit = |aggregator: &mut Aggregator<'_, '_>, _: usize, batch: &crate::source::EventBatch| {
@@ -52,7 +54,7 @@ pub fn widen(inputs: &Inputs<'_>, request: &Request, past: &Past, range: Span, t
             };
             let (workers, rows) =
                 scan::scan(source, &splits, Wanted::Whole, threads, &|_| {}, || Aggregator::new(&context), visit)?;
-            Ok((merge(&context, workers), rows.iter().sum()))
+            Ok((resolve(merge_workers(&context, workers)), rows.iter().sum()))
         })?;
         let computed = seen.windows.iter().map(|(key, state)| Span { start: key.window_start, end: state.window_end });
         let stored = past.windows(store, job, reach)?;

@@ -11,15 +11,17 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::aggregate::{Aggregator, Context, OpenDeadLetters, Outcome};
-use super::deduplicate::{Copies, Copy, Held, KeyScan, RepeatedKeys, key_hash, write_key};
+use super::aggregate::{Aggregator, Context, Outcome};
+use super::deduplicate::{Copies, Copy, Held, RepeatedKeys, key_hash, write_key};
 use super::enrich::{Enricher, Scope};
+use super::keys::KeyHashes;
+use super::letters::OpenDeadLetters;
 use super::names::Names;
 use super::price::{Parts, Priced};
 use super::price_steps::{self, PriceSteps};
 use super::state::{Interner, NO_PRICE, StateKey, WindowState, index};
 use super::trace_events::{CountedEvent, Listing, SetAside, Why};
-use super::{Inputs, check_stable, levels, price, scan, unused};
+use super::{Inputs, check_stable, levels, price, scan, scan_keys, unused};
 use crate::config::Deduplicate;
 use crate::model::aggregate::{PeriodKey, PeriodRow, WindowRow};
 use crate::model::decimal::Decimal;
@@ -197,7 +199,9 @@ pub fn trace(inputs: &Inputs<'_>, question: Question) -> Result<Option<Trace>> {
         Ok(())
     };
     let (found, rows) = scan::scan(source, &splits, Wanted::Whole, threads, count, Candidates::default, visit)?;
-    let repeated = Candidates::repeated(found);
+    let wanted: FxHashSet<u64> = found.into_iter().flat_map(|one| one.hashes).collect();
+    let keys = scan_keys(inputs, &splits)?;
+    let repeated = RepeatedKeys(KeyHashes::repeated(keys.iter().map(|keys| &keys.hashes))).among(&wanted);
 
     progress.step("trace", Some(rows.iter().sum()));
     let context = Context {
@@ -208,6 +212,7 @@ pub fn trace(inputs: &Inputs<'_>, question: Question) -> Result<Option<Trace>> {
         reach: search.range,
         repeated,
         open_dead_letters: OpenDeadLetters::default(),
+        marks: None,
     };
     let visit = |tracer: &mut Tracer<'_, '_>, _: usize, batch: &EventBatch| {
         tracer.visit(batch);
@@ -227,7 +232,6 @@ pub fn trace(inputs: &Inputs<'_>, question: Question) -> Result<Option<Trace>> {
 /// What the first scan finds.
 #[derive(Default)]
 struct Candidates {
-    keys: KeyScan,
     hashes: FxHashSet<u64>,
     key: Vec<u8>,
 }
@@ -235,18 +239,10 @@ struct Candidates {
 impl Candidates {
     fn visit(&mut self, search: &Search<'_>, batch: &EventBatch) {
         for event in batch.rows() {
-            self.keys.visit(&search.rules.key, &event);
             if search.is_candidate(&event) && write_key(&search.rules.key, &event, &mut self.key) {
                 self.hashes.insert(key_hash(&self.key));
             }
         }
-    }
-
-    /// Keys of candidates of which there are several copies.
-    fn repeated(found: Vec<Candidates>) -> RepeatedKeys {
-        let (scans, hashes): (Vec<_>, Vec<_>) = found.into_iter().map(|one| (one.keys, one.hashes)).unzip();
-        let hashes = hashes.into_iter().flatten().collect();
-        KeyScan::finish(scans).0.among(&hashes)
     }
 }
 
@@ -411,7 +407,7 @@ impl<'c, 'r> Tracer<'c, 'r> {
             levels::carry_in(&mut windows, &dimensions, reference, range, timezone);
         }
         let mut priced = price::price(windows.clone(), &dimensions, reference, &names, range, timezone)?;
-        let is_ours = |subscription: &Subscription, price: &Price| {
+        let is_ours = |(_, subscription): (usize, &Subscription), (_, price): (usize, &Price), _: Span| {
             std::ptr::eq(subscription, self.search.subscription) && price.meter_id == self.search.meter.id
         };
         unused::add_periods(&mut priced.periods, reference, &names, range, is_ours)?;

@@ -121,13 +121,24 @@ impl SetAside {
 #[serde(tag = "why", rename_all = "snake_case")]
 pub enum Why {
     /// Another copy of the id is kept.
-    Superseded { detail: String },
-    Voided { detail: String },
-    DeadLetter { reason: &'static str, detail: String },
+    Superseded {
+        detail: String,
+    },
+    Voided {
+        detail: String,
+    },
+    DeadLetter {
+        reason: &'static str,
+        detail: String,
+    },
     /// A property is absent or null.
-    Skipped { detail: String },
+    Skipped {
+        detail: String,
+    },
     /// A filter of the meter does not let it pass.
-    Filtered { detail: String },
+    Filtered {
+        detail: String,
+    },
 }
 
 impl Why {
@@ -159,9 +170,7 @@ impl Why {
 
     pub fn filtered(meter: &Meter, failed: Option<usize>) -> Why {
         let filter = failed.and_then(|at| meter.filters.get(at));
-        Why::Filtered {
-            detail: filter.map_or_else(|| "no filter lets it pass".to_owned(), |filter| format!("not {filter}")),
-        }
+        Why::Filtered { detail: filter.map_or_else(|| "no filter lets it pass".to_owned(), |filter| format!("not {filter}")) }
     }
 
     /// Its name, as JSON has it, and what there is to say.

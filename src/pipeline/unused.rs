@@ -16,7 +16,8 @@ use crate::model::properties::write_json_text;
 use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
 
-/// Adds a row for every active subscription and price that is due without usage.
+/// Adds a row for every active subscription and price that is due without usage in a
+/// period. `wants` gets the indexes of the subscription and of the price's meter too.
 ///
 /// # Errors
 /// Where a cost overflows.
@@ -25,7 +26,7 @@ pub fn add_periods(
     reference: &Reference,
     names: &Names,
     range: Span,
-    wants: impl Fn(&Subscription, &Price) -> bool,
+    wants: impl Fn((usize, &Subscription), (usize, &Price), Span) -> bool,
 ) -> Result<()> {
     let of = |key: &PeriodKey| (key.tenant_id.clone(), key.subscription_id.clone(), key.price_id.clone(), key.period_start);
     let used: FxHashSet<_> = periods.iter().map(|row| of(&row.key)).collect();
@@ -37,10 +38,13 @@ pub fn add_periods(
         }
         for (subscription_index, subscription) in reference.subscriptions.iter().enumerate() {
             let fits = price.plan_id == subscription.plan_id && price.currency.code == subscription.currency;
-            if !fits || !wants(subscription, price) {
+            if !fits {
                 continue;
             }
-            for period in periods_in(subscription, range).into_iter().filter(|period| is_due(*period, subscription, price)) {
+            let is_wanted = |period: &Span| {
+                is_due(*period, subscription, price) && wants((subscription_index, subscription), (meter, price), *period)
+            };
+            for period in periods_in(subscription, range).into_iter().filter(is_wanted) {
                 let state = StateKey {
                     subscription: index(subscription_index),
                     meter: index(meter),

@@ -66,10 +66,10 @@ pub struct Subscription {
 
 /// What an external customer id stands for, over time.
 #[derive(Debug, Default)]
-struct ExternalCustomer {
-    validity: Vec<Span>,
+pub struct ExternalCustomer {
+    pub validity: Vec<Span>,
     /// While the customer is valid and the subscription active: its index.
-    bindings: Vec<(Span, usize)>,
+    pub bindings: Vec<(Span, usize)>,
 }
 
 /// Why no subscription could be found.
@@ -110,8 +110,8 @@ impl Reference {
         let digests = ReferenceDigests {
             customers: customers.digest(),
             subscriptions: list_digest("subscriptions", subscriptions.list.iter().map(|s| s.digest.clone())),
-            meters: list_digest("meters", meters.iter().map(|m| m.id.clone() + &m.digest)),
-            prices: list_digest("prices", prices.iter().map(|p| format!("{}{}{:?}", p.id, p.digest, p.valid))),
+            meters: list_digest("meters", meters.iter().map(|m| format!("{}{}{}", m.id, m.digest, m.unpriced))),
+            prices: list_digest("prices", prices.iter().map(Price::row_digest)),
         };
         let warnings = [bound.warnings, plan_warnings(&subscriptions.list, &prices)].concat();
         let known = customers.by_customer.into_keys().collect();
@@ -171,6 +171,13 @@ impl Reference {
         }
         rows.sort_unstable();
         rows
+    }
+
+    /// What every external customer id stands for: tenant, id, and then its meaning.
+    pub fn externals(&self) -> impl Iterator<Item = (&str, &str, &ExternalCustomer)> {
+        self.customers
+            .iter()
+            .flat_map(|(tenant, ids)| ids.iter().map(move |(external, customer)| (tenant.as_str(), external.as_str(), customer)))
     }
 
     /// Whether a meter (of this id, or any) keeps a level over time.

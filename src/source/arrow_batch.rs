@@ -31,6 +31,14 @@ pub fn missing_column<'n>(origin: &str, field: Field, columns: &ColumnMap, found
 /// # Errors
 /// Where a column has a type that its field cannot have.
 pub fn convert(origin: &str, first_row: u64, batch: &RecordBatch, columns: &ColumnMap) -> Result<EventBatch> {
+    convert_rows(origin, &|row| first_row + row as u64, batch, columns)
+}
+
+/// As [`convert`]; `number` gives the place of each row in its source.
+///
+/// # Errors
+/// As [`convert`].
+pub fn convert_rows(origin: &str, number: &dyn Fn(usize) -> u64, batch: &RecordBatch, columns: &ColumnMap) -> Result<EventBatch> {
     let rows = batch.num_rows();
     let column = |field: Field| batch.column_by_name(columns.name(field));
     let wrong_type = |field: Field, array: &ArrayRef, expected: &str| {
@@ -40,7 +48,7 @@ pub fn convert(origin: &str, first_row: u64, batch: &RecordBatch, columns: &Colu
         let Some(array) = column(field) else { return Ok(StringArray::new_null(rows)) };
         texts(array).with_context(|| wrong_type(field, array, "text"))
     };
-    let place = |row: usize| format!("{origin} row {}", first_row + row as u64 + 1);
+    let place = |row: usize| format!("{origin} row {}", number(row) + 1);
     let mut problems = Vec::new();
     let mut instants = |field: Field| -> Result<Int64Array> {
         let Some(array) = column(field) else { return Ok(Int64Array::new_null(rows)) };

@@ -77,6 +77,15 @@ pub enum Wanted<'f> {
     Whole,
 }
 
+/// Chooses rows by some of their fields, before they are read as a whole.
+pub trait RowChoice: Sync {
+    /// The fields that it looks at.
+    fn fields(&self) -> &[Field];
+
+    /// Whether a row is wanted; all other fields may be missing here.
+    fn wants(&self, event: &EventRef<'_>) -> bool;
+}
+
 /// A set of raw events that can be read several times with the same result.
 pub trait EventSource: Sync {
     /// Whether it can be read at all, and what there is, in a few words.
@@ -94,4 +103,19 @@ pub trait EventSource: Sync {
     /// Where the split cannot be delivered as a whole. Rows that are no events
     /// are not errors: they are delivered as [`Problem`]s.
     fn read(&self, split: &Split, wanted: Wanted<'_>, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<()>;
+
+    /// Reads the rows of a split that `choice` wants, and perhaps others. Returns how
+    /// many it left out.
+    ///
+    /// # Errors
+    /// As [`EventSource::read`].
+    fn read_chosen(
+        &self,
+        split: &Split,
+        _choice: &dyn RowChoice,
+        sink: &mut dyn FnMut(&EventBatch) -> Result<()>,
+    ) -> Result<u64> {
+        self.read(split, Wanted::Whole, sink)?;
+        Ok(0)
+    }
 }

@@ -1,11 +1,13 @@
 //! Where aggregates, corrections and runs are kept.
 
 pub mod clickhouse;
+mod letters;
 pub mod lock;
 pub mod rows;
 pub mod sqlite;
 
 use anyhow::Result;
+use rustc_hash::FxHashSet;
 
 use crate::model::aggregate::{
     Correction, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Values, WindowKey, WindowRow,
@@ -30,6 +32,8 @@ pub struct Publication {
     pub dead_letters: Vec<DeadLetter>,
     /// Dead letters of earlier runs that did not come up again.
     pub resolved: Vec<DeadLetterKey>,
+    /// Name and content of states that later runs build on; each replaces the one before.
+    pub states: Vec<(String, String)>,
 }
 
 /// A dead letter as the store has it.
@@ -40,6 +44,8 @@ pub struct StoredDeadLetter {
     pub first_run_id: String,
     pub last_run_id: String,
     pub resolved_run_id: Option<String>,
+    /// As it was when the row was written.
+    pub row_digest: i64,
 }
 
 /// A correction as the ledger has it.
@@ -57,6 +63,8 @@ pub struct LedgerEntry {
     pub after: Option<Values>,
     /// JSON of the row that was replaced, as written; empty where there was none.
     pub replaced: String,
+    /// As it was when the row was written.
+    pub row_digest: i64,
 }
 
 /// A change to `usage_periods` as the ledger has it; rows as written.
@@ -66,6 +74,7 @@ pub struct PeriodEntry {
     pub run_id: String,
     pub before: String,
     pub after: String,
+    pub row_digest: i64,
 }
 
 /// A value of an exported row.
@@ -136,6 +145,22 @@ impl Table {
     }
 }
 
+/// Tenant and subscription.
+pub type SubscriptionKey = (String, String);
+
+/// Subscriptions to look up.
+struct SubscriptionSet<'s>(FxHashSet<(&'s str, &'s str)>);
+
+impl<'s> SubscriptionSet<'s> {
+    fn new(keys: &'s [SubscriptionKey]) -> Self {
+        SubscriptionSet(keys.iter().map(|(tenant, id)| (tenant.as_str(), id.as_str())).collect())
+    }
+
+    fn holds(&self, key: &PeriodKey) -> bool {
+        self.0.contains(&(&*key.tenant_id, &*key.subscription_id))
+    }
+}
+
 /// A store of aggregates. Reads see one consistent state.
 pub trait AggregateStore {
     /// Finished runs of a job, oldest first.
@@ -149,6 +174,28 @@ pub trait AggregateStore {
 
     /// Period rows whose period touches `span`, sorted by key.
     fn periods(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>>;
+
+    /// As [`AggregateStore::windows`], of these subscriptions (tenant and id) or of all.
+    fn windows_of(&self, job: &str, span: Span, subscriptions: Option<&[SubscriptionKey]>) -> Result<Vec<StoredWindow>> {
+        let mut windows = self.windows(job, span)?;
+        if let Some(subscriptions) = subscriptions.map(SubscriptionSet::new) {
+            windows.retain(|stored| subscriptions.holds(&stored.row.key.period));
+        }
+        Ok(windows)
+    }
+
+    /// As [`AggregateStore::periods`], of these subscriptions (tenant and id) or of all.
+    fn periods_of(&self, job: &str, span: Span, subscriptions: Option<&[SubscriptionKey]>) -> Result<Vec<PeriodRow>> {
+        let mut periods = self.periods(job, span)?;
+        if let Some(subscriptions) = subscriptions.map(SubscriptionSet::new) {
+            periods.retain(|row| subscriptions.holds(&row.key));
+        }
+        Ok(periods)
+    }
+
+    /// A state of the job that runs keep for later ones: the id of the run that wrote
+    /// it, and its content.
+    fn state(&self, job: &str, name: &str) -> Result<Option<(String, String)>>;
 
     /// Dead letters, resolved ones too, oldest run first.
     fn dead_letters(&self, job: &str) -> Result<Vec<StoredDeadLetter>>;

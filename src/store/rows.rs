@@ -149,6 +149,7 @@ pub fn dead_letter(row: &dyn Cells) -> Result<StoredDeadLetter> {
         first_run_id: string(row, "first_run_id")?,
         last_run_id: string(row, "last_run_id")?,
         resolved_run_id: row.cell("resolved_run_id")?.map(Cow::into_owned),
+        row_digest: parsed(row, "row_digest")?,
     })
 }
 
@@ -170,6 +171,7 @@ pub fn ledger_entry(row: &dyn Cells) -> Result<LedgerEntry> {
         before: values("before")?,
         after: values("after")?,
         replaced: row.cell("replaced")?.unwrap_or_default().into_owned(),
+        row_digest: parsed(row, "row_digest")?,
     })
 }
 
@@ -180,5 +182,6 @@ pub fn period_entry(row: &dyn Cells) -> Result<PeriodEntry> {
         run_id: string(row, "run_id")?,
         before: string(row, "row_before")?,
         after: string(row, "row_after")?,
+        row_digest: parsed(row, "row_digest")?,
     })
 }

@@ -13,7 +13,10 @@ fn audited() -> (Workspace, [Value; 3]) {
     let first = workspace.run(&[]);
     let late = json!({"tenant_id": "demo", "id": "late", "event_name": "api.call", "external_customer_id": "acme",
         "timestamp": "2026-01-01T09:30:00Z", "ingested_at": "2026-01-02T00:00:00Z", "properties": {"status": 200, "bytes": 40}});
-    workspace.write("events/late.ndjson", format!("{late}\n{}\n", late.to_string().replace("\"late\"", "\"odd\"").replace("40", "\"x\"")));
+    workspace.write(
+        "events/late.ndjson",
+        format!("{late}\n{}\n", late.to_string().replace("\"late\"", "\"odd\"").replace("40", "\"x\"")),
+    );
     workspace.edit("prices.yaml", "unit_amount: \"0.000001\"", "unit_amount: \"0.000002\"");
     workspace.write("customers.csv", workspace.read("customers.csv") + "demo,cus_2,initech,,\n");
     let second = workspace.run(&["--yes"]);
@@ -111,7 +114,10 @@ fn totals_and_groups_are_those_of_the_ledger() {
     let second = runs[1]["run_id"].as_str().unwrap();
     let audit = document(&workspace, &["--run", second]);
     let (rows, planned) = (&audit["rows"], &runs[1]["rows"]);
-    assert_eq!([&rows["inserted"], &rows["updated"], &rows["retracted"]], [&planned["inserted"], &planned["updated"], &planned["retracted"]]);
+    assert_eq!(
+        [&rows["inserted"], &rows["updated"], &rows["retracted"]],
+        [&planned["inserted"], &planned["updated"], &planned["retracted"]]
+    );
     let ledger = workspace.query(&format!("SELECT * FROM corrections WHERE run_id = '{second}'"));
     assert_eq!(audit["changes"].as_array().unwrap().len(), ledger.len());
     for groups in ["by_cause", "by_customer", "by_meter"] {

@@ -272,6 +272,10 @@ fn a_plan_says_what_would_change() {
       dead letters customer_not_found 1
       time         <seconds> s (read keys <seconds>, aggregate <seconds>, price <seconds>, reconcile <seconds>)
 
+      customer  meter       rows  cost                         change  causes
+      cus_1     bytes_sent  ~2    0.00359 -> 0.00718 USD     +0.00359  price_changed 2
+      cus_2     bytes_sent  ~1    0.000064 -> 0.000128 USD  +0.000064  price_changed 1
+
          customer  window                                                             quantity  becomes   cost change  cause
       ~  cus_1     demo / sub_1 / bytes_sent / standard_bytes / 2026-01-01T09:00:00Z      2000     2000     0.002 USD  price_changed
       ~  cus_1     demo / sub_1 / bytes_sent / standard_bytes / 2026-01-01T10:00:00Z      1590     1590   0.00159 USD  price_changed
@@ -583,7 +587,9 @@ fn dead_letters_can_be_filtered() {
     assert_eq!(ids(&["--start", "2026-01-01T11:30:00Z", "--end", "2026-01-01T11:30:01Z", "--customer", "initech"]), ["e7"]);
     let run = workspace.query("SELECT run_id FROM runs")[0]["run_id"].clone();
     assert_eq!((ids(&["--run", &run]).len(), ids(&["--run", "another"]).len()), (4, 0));
-    workspace.trueup(&["dead-letters", "job.yaml", "--reason", "bad"]).fails_with(2, &["no such reason: use one of malformed_event, "]);
+    workspace
+        .trueup(&["dead-letters", "job.yaml", "--reason", "bad"])
+        .fails_with(2, &["no such reason: use one of malformed_event, "]);
     workspace.trueup(&["dead-letters", "job.yaml", "--start", "soon"]).fails_with(2, &["--start: `soon` is not"]);
     let empty = ["dead-letters", "job.yaml", "--start", "2026-01-02", "--end", "2026-01-01"];
     workspace.trueup(&empty).fails_with(2, &["--start must be before --end"]);
@@ -781,6 +787,7 @@ fn the_help_lists_commands_and_exit_codes() {
       dead-letters  List events that should have counted and could not
       export        Write a table as CSV, NDJSON or Parquet
       init          Write a small job that runs
+      generate      Make up events, reference tables and a job, for demonstrations and sizing
       serve         Run jobs by their schedules, with health and metrics over HTTP
       help          Print this message or the help of the given subcommand(s)
 
@@ -834,9 +841,9 @@ fn the_help_lists_commands_and_exit_codes() {
           --customer <CUSTOMER_ID>  Only this customer
           --meter <METER_ID>        Only this meter
           --snapshot <RUN_ID>       Read the same Kafka offsets as this run, over its range
+          --yes                     Publish even if the change is larger than the job's guard allows
           --output <OUTPUT>         How results are printed on stdout [default: text] [possible values:
                                     text, json]
-          --yes                     Publish even if the change is larger than the job's guard allows
           --threads <N>             Threads that read and aggregate [default: one a core]
           --environment <NAME>      Connections of environments/NAME.yaml beside the job [default:
                                     $TRUEUP_ENVIRONMENT]

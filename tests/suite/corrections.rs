@@ -324,7 +324,7 @@ fn killed_at_any_moment_the_next_run_makes_it_right() {
     send(&workspace, "late", &[("z1", "x1", "2026-01-03", 5), ("z2", "x2", "2026-02-03", 5), ("z3", "x2", "2026-03-28", 5)]);
     let clock = std::time::Instant::now();
     workspace.run(&[]);
-    let length = clock.elapsed().as_micros() as u64;
+    let length = u64::try_from(clock.elapsed().as_micros()).unwrap();
     let after = tables(&workspace);
     assert_ne!(before, after);
     let restore = || {
@@ -334,7 +334,7 @@ fn killed_at_any_moment_the_next_run_makes_it_right() {
         std::fs::write(workspace.path("trueup.db"), &kept).unwrap();
     };
     let (mut unchanged, mut published) = (0, 0);
-    for attempt in 0..120u64 {
+    for attempt in 0..200u64 {
         restore();
         let mut child = start(&workspace, &["run", "job.yaml"]);
         // Everywhere, and three times as often near the end, where it publishes.
@@ -345,9 +345,9 @@ fn killed_at_any_moment_the_next_run_makes_it_right() {
         let now = tables(&workspace);
         assert!(now == before || now == after, "attempt {attempt}: a store between two runs");
         if now == after {
-            published += 1
+            published += 1;
         } else {
-            unchanged += 1
+            unchanged += 1;
         }
         workspace.run(&[]);
         assert_eq!(tables(&workspace), after, "attempt {attempt}");
@@ -355,4 +355,72 @@ fn killed_at_any_moment_the_next_run_makes_it_right() {
         assert_eq!(verified.code, 0, "attempt {attempt}: {}", verified.stdout);
     }
     assert!(unchanged > 5 && published > 5, "{unchanged} before and {published} after the commit");
+}
+
+// --- the whole store, row by row -------------------------------------------------------------
+
+/// One altered row in any table is found and named.
+#[test]
+fn an_altered_row_is_found_and_named() {
+    let altered = |sql: &str, named: &[&str]| {
+        let workspace = world();
+        send(&workspace, "bad", &[("nobody", "x9", "2026-01-05", 1)]);
+        workspace.run(&[]);
+        send(&workspace, "late", &[("e", "x1", "2026-01-05", 1)]);
+        workspace.run(&[]);
+        assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+        workspace.tamper(sql);
+        let verified = workspace.trueup(&["verify", "job.yaml"]);
+        assert_eq!(verified.code, 3, "{sql}: {}", verified.stdout);
+        named.iter().for_each(|name| assert!(verified.stdout.contains(name), "{sql}: {}", verified.stdout));
+    };
+    let window = "t / s1 / calls / p / 2026-01-05T00:00:00Z";
+    altered("UPDATE usage_windows SET cost = '0.1' WHERE window_start LIKE '2026-01-05%' AND subscription_id = 's1'", &[window]);
+    altered("UPDATE usage_windows SET version = version + 1 WHERE window_start LIKE '2026-01-05%'", &[window, "version"]);
+    altered("UPDATE usage_windows SET customer_id = 'c2' WHERE window_start LIKE '2026-01-05%'", &[window]);
+    altered("DELETE FROM usage_windows WHERE window_start LIKE '2026-01-05%' AND subscription_id = 's1'", &[window]);
+    let period = "usage_periods t / s2 / calls / p / period 2026-01-01T00:00:00Z";
+    altered("UPDATE usage_periods SET amount = '6' WHERE subscription_id = 's2' AND period_start LIKE '2026-01%'", &[period]);
+    altered(
+        "UPDATE usage_periods SET closed_at = '2026-02-02T00:00:00Z' WHERE subscription_id = 's2' AND period_start LIKE '2026-01%'",
+        &[period],
+    );
+    altered("DELETE FROM usage_periods WHERE subscription_id = 's2' AND period_start LIKE '2026-01%'", &[period]);
+    altered(
+        "UPDATE corrections SET causes = '{\"event_voided\":1}' WHERE kind = 'update' AND event_count_after = 2",
+        &["-000000001: was altered"],
+    );
+    altered(
+        "UPDATE corrections SET customer_id = 'c7' WHERE kind = 'update' AND event_count_after = 2",
+        &["-000000001: was altered"],
+    );
+    altered("DELETE FROM corrections WHERE kind = 'update' AND event_count_after = 2", &["runs ", "does not match"]);
+    altered(
+        "UPDATE period_corrections SET row_after = replace(row_after, '\"5\"', '\"6\"')",
+        &["period_corrections ", "was altered"],
+    );
+    altered("UPDATE runs SET counts = '{}' WHERE version = (SELECT min(version) FROM runs)", &["runs ", "does not match"]);
+    altered("UPDATE runs SET started_at = '2020-01-01T00:00:00Z'", &["runs "]);
+    altered("UPDATE dead_letters SET detail = 'fine'", &["dead_letters t / nobody /  / customer_not_found: was altered"]);
+    altered("DELETE FROM dead_letters", &["dead_letters the table: has 0 rows, the last run left 1"]);
+}
+
+#[test]
+fn a_source_that_shrank_is_refused_by_the_guard() {
+    let workspace = world();
+    workspace.edit("job.yaml", "window: day", "window: day\nguard: {max_changed_rows: \"100%\"}");
+    send(&workspace, "more", &[("e", "x1", "2026-01-06", 1)]);
+    workspace.run(&[]);
+    std::fs::remove_file(workspace.path("events/more.ndjson")).unwrap();
+    let before = workspace.dump();
+    workspace
+        .trueup(&["run", "job.yaml"])
+        .fails_with(8, &["their events are gone from the source", "max_vanished_rows 0", "c1 (2 rows)"]);
+    assert_eq!(workspace.dump(), before);
+    workspace.edit("job.yaml", "max_changed_rows: \"100%\"", "max_vanished_rows: \"30%\"");
+    assert_eq!(workspace.run(&[])["rows"]["retracted"], 1);
+    // What somebody voided is no surprise.
+    workspace.edit("job.yaml", "max_vanished_rows: \"30%\"", "max_changed_rows: \"100%\"");
+    workspace.write("events/voids.ndjson", "{\"tenant_id\":\"t\",\"id\":\"b\",\"deleted\":true}\n");
+    assert_eq!(workspace.run(&[])["rows"]["retracted"], 1);
 }

@@ -305,7 +305,9 @@ fn a_row_that_differs_says_so() {
     assert_eq!(kinds, ["insert", "retract"]);
     // Never any.
     let of = ["--subscription", "sub_2", "--meter", "bytes_sent", "--window", "2026-01-01T05:00"];
-    assert!(shown(&workspace, &of).contains("no row: nothing counts in the window at 2026-01-01T05:00:00Z, and nothing is stored"));
+    assert!(
+        shown(&workspace, &of).contains("no row: nothing counts in the window at 2026-01-01T05:00:00Z, and nothing is stored")
+    );
 }
 
 #[test]
@@ -362,9 +364,18 @@ fn what_cannot_be_explained_is_a_usage_error() {
     };
     let window = ["--window", "2026-01-01"];
     let of = |subscription, meter| ["--subscription", subscription, "--meter", meter];
-    fails(&[&of("sub_9", "api_calls"), window.as_slice()].concat(), "--subscription sub_9: neither the subscriptions table nor the store has it");
-    fails(&[&of("sub_1", "calls"), window.as_slice()].concat(), "--meter calls: there is no such meter (there are api_calls, bytes_sent, seats)");
+    fails(
+        &[&of("sub_9", "api_calls"), window.as_slice()].concat(),
+        "--subscription sub_9: neither the subscriptions table nor the store has it",
+    );
+    fails(
+        &[&of("sub_1", "calls"), window.as_slice()].concat(),
+        "--meter calls: there is no such meter (there are api_calls, bytes_sent, seats)",
+    );
     fails(&of("sub_1", "api_calls"), "<--window <TIME>|--period <TIME>>");
     fails(&[of("sub_1", "api_calls").as_slice(), &["--window", "noon"]].concat(), "--window: `noon` is not");
-    fails(&[&of("sub_1", "api_calls"), window.as_slice(), &["--dimensions", "large"]].concat(), "--dimensions large: no JSON object");
+    fails(
+        &[&of("sub_1", "api_calls"), window.as_slice(), &["--dimensions", "large"]].concat(),
+        "--dimensions large: no JSON object",
+    );
 }

@@ -20,7 +20,7 @@ use trueup::model::run::Origin;
 use trueup::model::timestamp::Timestamp;
 use trueup::model::window::Span;
 use trueup::pipeline::enrich::Scope;
-use trueup::pipeline::{Inputs, Observer, Plan, Published, Request, plan};
+use trueup::pipeline::{Inputs, KeyCache, Observer, Plan, Published, Request, plan};
 use trueup::reference::Reference;
 use trueup::source::files::FileSource;
 use trueup::store::AggregateStore as _;
@@ -81,20 +81,24 @@ const DAYS: i64 = 61;
 
 /// The settings that a history may change.
 #[derive(Debug, Clone)]
-struct Settings {
+pub struct Settings {
     timezone: &'static str,
     keep: &'static str,
     /// Two digits in the prices.
-    factor: u8,
+    pub factor: u8,
     /// Whose customer the external id x1 of tenant ta is.
-    owner: &'static str,
+    pub owner: &'static str,
+    /// Which model the meter of large ones counts.
+    pub model: &'static str,
+    /// When the daily subscription ends.
+    pub ended: &'static str,
 }
 
 impl Settings {
-    fn write(&self, workspace: &Workspace) {
-        workspace.write("meters.yaml", METERS);
+    pub fn write(&self, workspace: &Workspace) {
+        workspace.write("meters.yaml", METERS.replace("value: large", &format!("value: {}", self.model)));
         workspace.write("prices.yaml", PRICES.replace("FACTOR", &self.factor.to_string()));
-        workspace.write("subscriptions.csv", SUBSCRIPTIONS);
+        workspace.write("subscriptions.csv", SUBSCRIPTIONS.replace("2026-04-20", self.ended));
         let rows =
             ["ta,c0,x0,,", &format!("ta,{},x1,,", self.owner), "ta,c2,x2,,", "tb,c0,x0,,", "tb,c1,x1,,2026-04-10T00:00:00Z"];
         workspace.write(
@@ -113,15 +117,22 @@ impl Settings {
     }
 }
 
-fn settings() -> impl Strategy<Value = Settings> {
+pub fn settings() -> impl Strategy<Value = Settings> {
     let zones = prop_oneof![Just("UTC"), Just("Europe/Berlin"), Just("Asia/Kolkata")];
     let keeps = prop_oneof![3 => Just("latest"), 1 => Just("first")];
-    (zones, keeps).prop_map(|(timezone, keep)| Settings { timezone, keep, factor: 25, owner: "c1" })
+    (zones, keeps).prop_map(|(timezone, keep)| Settings {
+        timezone,
+        keep,
+        factor: 25,
+        owner: "c1",
+        model: "large",
+        ended: "2026-04-20",
+    })
 }
 
 /// One row of the source.
 #[derive(Debug, Clone)]
-struct Event {
+pub struct Event {
     tenant: &'static str,
     id: u8,
     name: &'static str,
@@ -185,7 +196,7 @@ fn event() -> impl Strategy<Value = Event> {
 }
 
 /// Events with some of them twice.
-fn events(most: usize) -> impl Strategy<Value = Vec<Event>> {
+pub fn events(most: usize) -> impl Strategy<Value = Vec<Event>> {
     (vec(event(), 1..most), vec(any::<Index>(), 0..6)).prop_map(|(mut events, again)| {
         let copies: Vec<_> = again.iter().map(|index| index.get(&events).clone()).collect();
         events.extend(copies);
@@ -194,7 +205,7 @@ fn events(most: usize) -> impl Strategy<Value = Vec<Event>> {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Format {
+pub enum Format {
     Ndjson,
     NdjsonGz,
     Csv,
@@ -203,13 +214,13 @@ enum Format {
     ParquetGz,
 }
 
-fn format() -> impl Strategy<Value = Format> {
+pub fn format() -> impl Strategy<Value = Format> {
     use Format::{Csv, CsvZst, Ndjson, NdjsonGz, Parquet, ParquetGz};
     prop::sample::select(vec![Ndjson, NdjsonGz, Csv, CsvZst, Parquet, ParquetGz])
 }
 
 impl Format {
-    fn write(self, workspace: &Workspace, name: &str, events: &[Event]) {
+    pub fn write(self, workspace: &Workspace, name: &str, events: &[Event]) {
         match self {
             Format::Ndjson => workspace.write(&format!("events/{name}.ndjson"), ndjson(events)),
             Format::NdjsonGz => workspace.write(&format!("events/{name}.ndjson.gz"), gzip(ndjson(events).as_bytes())),
@@ -281,7 +292,7 @@ impl Observer for Nobody {
 }
 
 /// Plans a job, and hands plan, job and store on.
-fn planned<T>(
+pub fn planned<T>(
     workspace: &Workspace,
     job: &str,
     request: &Request,
@@ -293,7 +304,17 @@ fn planned<T>(
     let Source::Files { patterns, columns } = &job.source else { panic!("made-up jobs read files") };
     let source = FileSource::new(patterns.clone(), columns.clone());
     let mut store = open(&job);
-    let inputs = Inputs { job: &job, reference: &reference, source: &source, store: Some(&store), threads, progress: &Nobody };
+    let keys =
+        KeyCache { folder: Some(workspace.path(&format!("{}.keys", job.path.file_stem().unwrap().display()))), writes: true };
+    let inputs = Inputs {
+        job: &job,
+        reference: &reference,
+        source: &source,
+        store: Some(&store),
+        threads,
+        progress: &Nobody,
+        keys: &keys,
+    };
     let plan = plan(&inputs, request).unwrap();
     then(plan, &job, &mut store)
 }
@@ -303,8 +324,9 @@ fn open(job: &Job) -> SqliteStore {
     SqliteStore::open(path).unwrap()
 }
 
-fn run(workspace: &Workspace, job: &str, request: &Request, threads: usize) -> Published {
-    let published = planned(workspace, job, request, threads, |plan, job, store| plan.publish(job, store, &Origin::default()).unwrap());
+pub fn run(workspace: &Workspace, job: &str, request: &Request, threads: usize) -> Published {
+    let published =
+        planned(workspace, job, request, threads, |plan, job, store| plan.publish(job, store, &Origin::default()).unwrap());
     // Conservation, as the run's record tells it too.
     let (events, usage) = (published.plan.events, published.plan.usage);
     let accounted =
@@ -316,15 +338,20 @@ fn run(workspace: &Workspace, job: &str, request: &Request, threads: usize) -> P
     published
 }
 
+/// Everything, also what cannot have changed.
+pub fn full() -> Request {
+    Request { full: true, ..Request::default() }
+}
+
 /// What a store says, without how that came about.
 #[derive(Debug, Clone, PartialEq)]
-struct State {
+pub struct State {
     windows: BTreeMap<WindowKey, WindowRow>,
     periods: BTreeMap<PeriodKey, PeriodRow>,
     dead_letters: BTreeSet<DeadLetterKey>,
 }
 
-fn state(workspace: &Workspace, job: &str) -> State {
+pub fn state(workspace: &Workspace, job: &str) -> State {
     let job = Job::load(&workspace.path(&format!("{job}.yaml"))).unwrap();
     let store = open(&job);
     let always = Span { start: Timestamp::MIN, end: Timestamp::MAX };
@@ -339,7 +366,7 @@ fn state(workspace: &Workspace, job: &str) -> State {
 }
 
 /// Promise 4, on what is stored.
-fn check_telescoping(state: &State) {
+pub fn check_telescoping(state: &State) {
     let mut sums: BTreeMap<&PeriodKey, DecimalSum> = BTreeMap::new();
     for (key, row) in &state.windows {
         sums.entry(&key.period).or_default().add(row.cost);
@@ -350,14 +377,14 @@ fn check_telescoping(state: &State) {
 }
 
 /// Promise 5, as `verify` checks it.
-fn check_stored_ledger(workspace: &Workspace) {
+pub fn check_stored_ledger(workspace: &Workspace) {
     let job = Job::load(&workspace.path("trueup.yaml")).unwrap();
     assert_eq!(check_ledger(&open(&job), &job.name).unwrap(), []);
 }
 
 /// Promises 3: the same again changes nothing.
-fn check_idempotence(workspace: &Workspace) {
-    planned(workspace, "trueup", &Request::default(), 1, |plan, _, _| {
+pub fn check_idempotence(workspace: &Workspace) {
+    planned(workspace, "trueup", &full(), 1, |plan, _, _| {
         assert_eq!(plan.changes.rows.changed(), 0, "{:?}", plan.changes.corrections);
         assert_eq!((plan.periods.upserts.len(), plan.periods.deletions.len()), (0, 0), "{:?}", plan.periods);
         assert_eq!((plan.changes.stale_outside, plan.resolved.len()), (0, 0));
@@ -387,7 +414,7 @@ fn check_outside(before: &State, after: &State, range: Span, scope: &Scope) {
 
 // --- the promises ----------------------------------------------------------------------------
 
-fn cases(cases: u32) -> ProptestConfig {
+pub fn cases(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 300, ..ProptestConfig::default() }
 }
 
@@ -413,7 +440,7 @@ fn change() -> impl Strategy<Value = Change> {
 }
 
 /// A range from one share of the events' time to another, if any, and a scope.
-fn request() -> impl Strategy<Value = (Option<(u8, u8)>, Scope)> {
+pub fn request() -> impl Strategy<Value = (Option<(u8, u8)>, Scope)> {
     let range = prop::option::weighted(0.7, (0u8..100, 1u8..40));
     let of = |names: &'static [&'static str]| prop::option::weighted(0.15, prop::sample::select(names).prop_map(str::to_owned));
     let scope = (of(&["ta", "tb"]), of(&["c0", "c1"]), of(&["calls", "tokens", "peak", "users"]));
@@ -422,7 +449,7 @@ fn request() -> impl Strategy<Value = (Option<(u8, u8)>, Scope)> {
 
 /// A share of the way from the first to the last event, so that no run covers more
 /// than a full one.
-fn within(events: &[Event], (from, length): (u8, u8)) -> Option<Span> {
+pub fn within(events: &[Event], (from, length): (u8, u8)) -> Option<Span> {
     let minutes = events.iter().map(|event| event.minute);
     let (first, last) = (minutes.clone().min()?, minutes.max()?);
     let at = |share: i64| Event::time(first + (last - first) * share.min(100) / 100).parse().unwrap();

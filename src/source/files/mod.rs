@@ -1,5 +1,6 @@
 //! Event files: Parquet, NDJSON and CSV, plain, gzip or zstd.
 
+mod chosen;
 pub(crate) mod csv;
 mod ndjson;
 mod parquet;
@@ -11,7 +12,7 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail};
 
-use super::{ColumnMap, EventBatch, EventSource, Part, Selection, Split, Wanted};
+use super::{ColumnMap, EventBatch, EventSource, Part, RowChoice, Selection, Split, Wanted};
 
 /// Event files by glob patterns.
 #[derive(Debug)]
@@ -164,6 +165,16 @@ impl EventSource for FileSource {
             Format::Ndjson => ndjson::read(path, open(path, compression)?, &self.columns, sink),
             Format::Csv => csv::read(path, open(path, compression)?, &self.columns, sink),
         }
+    }
+
+    fn read_chosen(&self, split: &Split, choice: &dyn RowChoice, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<u64> {
+        let path = Path::new(&split.name);
+        if let (Part::RowGroup(group), (Format::Parquet, Compression::Plain)) = (&split.part, format_of(path)?) {
+            return chosen::read(path, *group, &self.columns, choice, sink);
+        }
+        // Text is taken apart line by line in any case.
+        self.read(split, Wanted::Whole, sink)?;
+        Ok(0)
     }
 }
 

@@ -164,6 +164,14 @@ impl AggregateStore for ClickHouseStore {
         Ok(periods)
     }
 
+    fn state(&self, job: &str, name: &str) -> Result<Option<(String, String)>> {
+        let (job, name) = (literal(job), literal(name));
+        let sql = format!("SELECT run_id, content FROM job_state FINAL WHERE job = {job} AND name = {name}");
+        let cell = |row: &dyn read::Cells, column| -> Result<String> { Ok(row.cell(column)?.unwrap_or_default().into_owned()) };
+        let rows = self.query(&sql, |row| Ok((cell(row, "run_id")?, cell(row, "content")?))).context("reading job_state")?;
+        Ok(rows.into_iter().next())
+    }
+
     fn dead_letters(&self, job: &str) -> Result<Vec<StoredDeadLetter>> {
         let sql = format!(
             "SELECT * FROM dead_letters FINAL WHERE job = {} ORDER BY first_run_id, tenant_id, event_time, event_id, meter_id, reason",
@@ -185,8 +193,7 @@ impl AggregateStore for ClickHouseStore {
             }
             Corrections::OfRun(run_id) => format!("run_id = {}", literal(run_id)),
         };
-        let sql =
-            format!("SELECT * FROM corrections_current WHERE job = {} AND {wanted} ORDER BY correction_id", literal(job));
+        let sql = format!("SELECT * FROM corrections_current WHERE job = {} AND {wanted} ORDER BY correction_id", literal(job));
         self.query(&sql, read::ledger_entry).context("reading corrections")?.into_iter().try_for_each(each)
     }
 

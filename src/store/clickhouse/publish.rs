@@ -1,7 +1,7 @@
 //! Publishing without transactions, and what to do after a crash.
 //!
 //! ```text
-//! corrections -> write_ahead -> run "publishing" -> windows, periods, dead letters -> run "succeeded"
+//! corrections -> write_ahead -> run "publishing" -> windows, periods, dead letters, states -> run "succeeded"
 //! ```
 //!
 //! The ledger is written first. Once the run is marked as publishing, ledger and
@@ -21,7 +21,7 @@ use crate::store::{Publication, StoredDeadLetter};
 const CHUNK: usize = 50_000;
 
 /// The tables that a publication fills from its write-ahead rows, in this order.
-const TARGETS: [&str; 3] = ["usage_windows", "usage_periods", "dead_letters"];
+const TARGETS: [&str; 4] = ["usage_windows", "usage_periods", "dead_letters", "job_state"];
 
 pub(super) fn publish(database: &Database, publication: &Publication, known: &[StoredDeadLetter]) -> Result<()> {
     let run = &publication.run;
@@ -40,8 +40,13 @@ pub(super) fn publish(database: &Database, publication: &Publication, known: &[S
     let retracted = publication.retractions.iter().map(|key| rows::retracted_window(run, key));
     let periods = publication.period_upserts.iter().map(|row| rows::period(run, row));
     let removed = publication.period_deletions.iter().map(|key| rows::removed_period(run, key));
-    let targets: [Vec<String>; 3] =
-        [windows.chain(retracted).collect(), periods.chain(removed).collect(), rows::dead_letters(publication, known)];
+    let states = publication.states.iter().map(|(name, content)| rows::state(run, name, content));
+    let targets: [Vec<String>; 4] = [
+        windows.chain(retracted).collect(),
+        periods.chain(removed).collect(),
+        rows::dead_letters(publication, known),
+        states.collect(),
+    ];
     for (target, lines) in TARGETS.iter().zip(&targets) {
         let ahead = (0u64..).zip(lines).map(|(sequence, row)| {
             serde_json::json!({"job": run.job, "run_id": run.run_id, "target": target, "sequence": sequence, "row": row})

@@ -1,14 +1,14 @@
 //! Rows as the server takes them, one JSON object a line.
 
-use rustc_hash::FxHashMap;
 use serde_json::{Value, json};
 
-use crate::model::aggregate::{Correction, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, Values, WindowKey, WindowRow};
-use crate::model::run::{RunRecord, causes_json, period_json, replaced_json};
-use crate::store::{Publication, StoredDeadLetter};
+use crate::model::aggregate::{Correction, PeriodCorrection, PeriodKey, PeriodRow, Values, WindowKey, WindowRow};
+use crate::model::run::{RunRecord, causes_json, period_json, replaced_json, row_digest, with_ledger_line};
+use crate::store::{Publication, StoredDeadLetter, letters};
 
 /// Columns that hold whole numbers, in any table.
-pub const INTEGERS: [&str; 5] = ["event_count", "event_count_before", "event_count_after", "version", "occurrences"];
+pub const INTEGERS: [&str; 6] =
+    ["event_count", "event_count_before", "event_count_after", "version", "occurrences", "row_digest"];
 
 /// Columns that hold instants, in any table.
 pub const INSTANTS: [&str; 12] = [
@@ -118,20 +118,27 @@ pub fn correction(run: &RunRecord, sequence: usize, correction: &Correction) -> 
         "event_count_before": event_count(before),
         "event_count_after": event_count(after),
         "replaced": replaced_json(correction),
+        "row_digest": with_ledger_line(correction, |line| line.row_digest()),
         "recorded_at": run.finished_at,
     });
     with_key(fields, &run.job, &key.period).to_string()
 }
 
 pub fn period_correction(run: &RunRecord, sequence: usize, correction: &PeriodCorrection) -> String {
+    let (before, after) = (period_json(correction.before.as_ref()), period_json(correction.after.as_ref()));
     let fields = json!({
         "correction_id": format!("{}-{sequence:09}", run.run_id),
         "run_id": run.run_id,
-        "row_before": period_json(correction.before.as_ref()),
-        "row_after": period_json(correction.after.as_ref()),
+        "row_before": before,
+        "row_after": after,
+        "row_digest": row_digest(&[&before, &after]),
         "recorded_at": run.finished_at,
     });
     with_key(fields, &run.job, &correction.key).to_string()
+}
+
+pub fn state(run: &RunRecord, name: &str, content: &str) -> String {
+    json!({"job": run.job, "name": name, "run_id": run.run_id, "content": content, "version": run.version}).to_string()
 }
 
 /// `stage` 1 while publishing, 2 when done.
@@ -157,30 +164,9 @@ pub fn run(run: &RunRecord, stage: u8) -> String {
     .to_string()
 }
 
-/// Dead letters as they will be: those that came up, and those that are resolved.
+/// Dead letters as they will be after the run.
 pub fn dead_letters(publication: &Publication, known: &[StoredDeadLetter]) -> Vec<String> {
-    let run = &publication.run;
-    let known: FxHashMap<&DeadLetterKey, &StoredDeadLetter> = known.iter().map(|stored| (&stored.letter.key, stored)).collect();
-    let mut letters: FxHashMap<&DeadLetterKey, StoredDeadLetter> = FxHashMap::default();
-    for letter in &publication.dead_letters {
-        let first_run_id = known.get(&letter.key).map_or(&run.run_id, |stored| &stored.first_run_id);
-        let entry = letters.entry(&letter.key).or_insert_with(|| StoredDeadLetter {
-            letter: letter.clone(),
-            occurrences: 0,
-            first_run_id: first_run_id.clone(),
-            last_run_id: run.run_id.clone(),
-            resolved_run_id: None,
-        });
-        entry.occurrences += 1;
-    }
-    for key in &publication.resolved {
-        if let Some(stored) = known.get(key) {
-            letters.insert(key, StoredDeadLetter { resolved_run_id: Some(run.run_id.clone()), ..(*stored).clone() });
-        }
-    }
-    let mut rows: Vec<_> = letters.values().map(|stored| dead_letter(run, stored)).collect();
-    rows.sort();
-    rows
+    letters::merge(publication, known).iter().map(|stored| dead_letter(&publication.run, stored)).collect()
 }
 
 fn dead_letter(run: &RunRecord, stored: &StoredDeadLetter) -> String {
@@ -198,6 +184,7 @@ fn dead_letter(run: &RunRecord, stored: &StoredDeadLetter) -> String {
         "first_run_id": stored.first_run_id,
         "last_run_id": stored.last_run_id,
         "resolved_run_id": stored.resolved_run_id,
+        "row_digest": stored.row_digest,
         "version": run.version,
     })
     .to_string()

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use super::{AggregateStore, Corrections, LedgerEntry, PeriodEntry, Publication, RowSink, StoredDeadLetter, Table};
+use super::{
+    AggregateStore, Corrections, LedgerEntry, PeriodEntry, Publication, RowSink, StoredDeadLetter, SubscriptionKey, Table,
+};
 use crate::model::aggregate::{PeriodRow, StoredWindow};
 use crate::model::run::RunRecord;
 use crate::model::window::Span;
@@ -104,6 +106,20 @@ impl AggregateStore for SqliteStore {
 
     fn periods(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
         read::periods(&self.connection, job, span).context("reading usage_periods")
+    }
+
+    fn windows_of(&self, job: &str, span: Span, subscriptions: Option<&[SubscriptionKey]>) -> Result<Vec<StoredWindow>> {
+        let Some(subscriptions) = subscriptions else { return self.windows(job, span) };
+        read::windows_of(&self.connection, job, span, subscriptions).context("reading usage_windows")
+    }
+
+    fn periods_of(&self, job: &str, span: Span, subscriptions: Option<&[SubscriptionKey]>) -> Result<Vec<PeriodRow>> {
+        let Some(subscriptions) = subscriptions else { return self.periods(job, span) };
+        read::periods_of(&self.connection, job, span, subscriptions).context("reading usage_periods")
+    }
+
+    fn state(&self, job: &str, name: &str) -> Result<Option<(String, String)>> {
+        read::state(&self.connection, job, name).context("reading job_state")
     }
 
     fn dead_letters(&self, job: &str) -> Result<Vec<StoredDeadLetter>> {

@@ -4,14 +4,14 @@ use std::borrow::Cow;
 
 use anyhow::{Context, Result};
 use rusqlite::types::ValueRef;
-use rusqlite::{Connection, Params, Row};
+use rusqlite::{Connection, OptionalExtension as _, Params, Row};
 
 use crate::model::aggregate::{PeriodRow, StoredWindow};
 use crate::model::run::RunRecord;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::store::rows::{self, Cells};
-use crate::store::{Cell, Corrections, LedgerEntry, PeriodEntry, RowSink, StoredDeadLetter, Table};
+use crate::store::{Cell, Corrections, LedgerEntry, PeriodEntry, RowSink, StoredDeadLetter, SubscriptionKey, Table};
 
 impl Cells for Row<'_> {
     fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>> {
@@ -60,6 +60,49 @@ pub(super) fn periods(connection: &Connection, job: &str, span: Span) -> Result<
     let mut periods = query(connection, sql, [job, &span.end.to_string(), &span.start.to_string()], rows::period)?;
     periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
     Ok(periods)
+}
+
+/// As [`windows`], of these subscriptions.
+pub(super) fn windows_of(connection: &Connection, job: &str, span: Span, keys: &[SubscriptionKey]) -> Result<Vec<StoredWindow>> {
+    let sql = "SELECT * FROM usage_windows WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 \
+               AND rtrim(window_start, 'Z') < rtrim(?4, 'Z') AND rtrim(window_end, 'Z') > rtrim(?5, 'Z')";
+    let mut windows = query_of(connection, sql, (job, span), keys, rows::window)?;
+    windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
+    Ok(windows)
+}
+
+/// As [`periods`], of these subscriptions.
+pub(super) fn periods_of(connection: &Connection, job: &str, span: Span, keys: &[SubscriptionKey]) -> Result<Vec<PeriodRow>> {
+    let sql = "SELECT * FROM usage_periods WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 \
+               AND period_start < ?4 AND period_end > ?5";
+    let mut periods = query_of(connection, sql, (job, span), keys, rows::period)?;
+    periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+    Ok(periods)
+}
+
+/// Rows of one subscription after the other: the keys of both tables begin with them.
+fn query_of<T>(
+    connection: &Connection,
+    sql: &str,
+    (job, span): (&str, Span),
+    keys: &[SubscriptionKey],
+    of: impl Fn(&dyn Cells) -> Result<T>,
+) -> Result<Vec<T>> {
+    let mut statement = connection.prepare(sql)?;
+    let (start, end) = (span.start.to_string(), span.end.to_string());
+    let mut result = Vec::new();
+    for (tenant, subscription) in keys {
+        let mut found = statement.query([job, tenant, subscription, &end, &start])?;
+        while let Some(row) = found.next()? {
+            result.push(of(row)?);
+        }
+    }
+    Ok(result)
+}
+
+pub(super) fn state(connection: &Connection, job: &str, name: &str) -> Result<Option<(String, String)>> {
+    let sql = "SELECT run_id, content FROM job_state WHERE job = ?1 AND name = ?2";
+    Ok(connection.query_row(sql, [job, name], |row| Ok((row.get(0)?, row.get(1)?))).optional()?)
 }
 
 pub(super) fn dead_letters(connection: &Connection, job: &str) -> Result<Vec<StoredDeadLetter>> {

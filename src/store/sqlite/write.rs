@@ -4,8 +4,8 @@ use anyhow::{Result, bail};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
 
 use crate::model::aggregate::{Correction, PeriodKey, Values, WindowKey};
-use crate::model::run::{causes_json, period_json, replaced_json};
-use crate::store::Publication;
+use crate::model::run::{causes_json, period_json, replaced_json, row_digest, with_ledger_line};
+use crate::store::{Publication, letters};
 
 pub(super) fn publish(connection: &mut Connection, publication: &Publication) -> Result<()> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -15,6 +15,7 @@ pub(super) fn publish(connection: &mut Connection, publication: &Publication) ->
     write_corrections(&transaction, publication)?;
     write_period_corrections(&transaction, publication)?;
     write_dead_letters(&transaction, publication)?;
+    write_states(&transaction, publication)?;
     write_run(&transaction, publication)?;
     transaction.commit()?;
     Ok(())
@@ -135,8 +136,8 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
     let mut insert = transaction.prepare(
         "INSERT INTO corrections (correction_id, run_id, job, tenant_id, customer_id, subscription_id, meter_id, price_id, \
          dimensions, period_start, window_start, currency, kind, causes, quantity_before, quantity_after, cost_before, \
-         cost_after, event_count_before, event_count_after, replaced, recorded_at) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22)",
+         cost_after, event_count_before, event_count_after, replaced, row_digest, recorded_at) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23)",
     )?;
     let recorded_at = run.finished_at.to_string();
     for (sequence, correction) in (1u64..).zip(&publication.corrections) {
@@ -168,6 +169,7 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
             event_count(before)?,
             event_count(after)?,
             replaced_json(correction),
+            with_ledger_line(correction, |line| line.row_digest()),
             recorded_at
         ])?;
     }
@@ -178,11 +180,13 @@ fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publica
     let run = &publication.run;
     let mut insert = transaction.prepare(
         "INSERT INTO period_corrections (correction_id, run_id, job, tenant_id, subscription_id, meter_id, price_id, dimensions, \
-         period_start, row_before, row_after, recorded_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+         period_start, row_before, row_after, row_digest, recorded_at) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
     )?;
     let recorded_at = run.finished_at.to_string();
     for (sequence, correction) in (1u64..).zip(&publication.period_corrections) {
         let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = &correction.key;
+        let (before, after) = (period_json(correction.before.as_ref()), period_json(correction.after.as_ref()));
         insert.execute(params![
             format!("{}-{sequence:09}", run.run_id),
             run.run_id,
@@ -193,8 +197,9 @@ fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publica
             price_id,
             dimensions,
             period_start.to_string(),
-            period_json(correction.before.as_ref()),
-            period_json(correction.after.as_ref()),
+            before,
+            after,
+            row_digest(&[&before, &after]),
             recorded_at
         ])?;
     }
@@ -202,33 +207,42 @@ fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publica
 }
 
 fn write_dead_letters(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
-    let run = &publication.run;
-    let mut upsert = transaction.prepare(
-        "INSERT INTO dead_letters (job, tenant_id, event_id, meter_id, reason, detail, event, event_time, occurrences, \
-         first_run_id, last_run_id) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 1, ?9, ?9) \
-         ON CONFLICT DO UPDATE SET detail = excluded.detail, event = excluded.event, event_time = excluded.event_time, \
-         occurrences = CASE WHEN last_run_id = excluded.last_run_id THEN occurrences + 1 ELSE 1 END, \
-         last_run_id = excluded.last_run_id, resolved_run_id = NULL",
+    let job = &publication.run.job;
+    if publication.dead_letters.is_empty() && publication.resolved.is_empty() {
+        return Ok(());
+    }
+    let mut insert = transaction.prepare(
+        "INSERT OR REPLACE INTO dead_letters (job, tenant_id, event_id, meter_id, reason, detail, event, event_time, occurrences, \
+         first_run_id, last_run_id, resolved_run_id, row_digest) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
     )?;
-    for letter in &publication.dead_letters {
-        upsert.execute(params![
-            run.job,
-            letter.key.tenant_id,
-            letter.key.event_id,
-            letter.key.meter_id,
-            letter.key.reason.name(),
-            letter.detail,
-            letter.event,
-            letter.event_time.map(|t| t.to_string()),
-            run.run_id
+    let known = super::read::dead_letters(transaction, job)?;
+    for stored in letters::merge(publication, &known) {
+        let key = &stored.letter.key;
+        insert.execute(params![
+            job,
+            key.tenant_id,
+            key.event_id,
+            key.meter_id,
+            key.reason.name(),
+            stored.letter.detail,
+            stored.letter.event,
+            stored.letter.event_time.map(|t| t.to_string()),
+            i64::try_from(stored.occurrences)?,
+            stored.first_run_id,
+            stored.last_run_id,
+            stored.resolved_run_id,
+            stored.row_digest
         ])?;
     }
-    let mut resolve = transaction.prepare(
-        "UPDATE dead_letters SET resolved_run_id = ?1 \
-         WHERE job = ?2 AND tenant_id = ?3 AND event_id = ?4 AND meter_id = ?5 AND reason = ?6",
-    )?;
-    for key in &publication.resolved {
-        resolve.execute(params![run.run_id, run.job, key.tenant_id, key.event_id, key.meter_id, key.reason.name()])?;
+    Ok(())
+}
+
+fn write_states(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
+    let run = &publication.run;
+    let mut replace =
+        transaction.prepare("INSERT OR REPLACE INTO job_state (job, name, run_id, content) VALUES (?1, ?2, ?3, ?4)")?;
+    for (name, content) in &publication.states {
+        replace.execute(params![run.job, name, run.run_id, content])?;
     }
     Ok(())
 }

@@ -1,0 +1,240 @@
+//! What must be computed again: subscriptions, meters and billing periods that a new
+//! event or a changed reference row touches.
+
+use std::collections::BTreeSet;
+
+use rustc_hash::{FxHashMap, FxHashSet};
+
+use super::choice::CustomerChoice;
+use super::snapshot::Differences;
+use super::spans::Spans;
+use crate::model::aggregate::PeriodKey;
+use crate::model::meter::Aggregation;
+use crate::model::properties::Property;
+use crate::model::timestamp::Timestamp;
+use crate::model::window::Span;
+use crate::pipeline::enrich::Enricher;
+use crate::reference::{Reference, Subscription};
+use crate::source::EventRef;
+
+/// Subscription and meter, as indexes into the reference tables.
+type Pair = (usize, usize);
+
+/// What must be computed again.
+#[derive(Debug, Default)]
+pub struct Marks {
+    /// Billing periods begin in these spans.
+    periods: FxHashMap<Pair, Spans>,
+    /// The range of the baseline: later and earlier periods were never computed.
+    known: Option<Span>,
+    /// By tenant and id.
+    subscriptions: FxHashMap<String, FxHashMap<String, usize>>,
+    meters: FxHashMap<String, usize>,
+    /// Subscriptions that there are no more.
+    gone: BTreeSet<(String, String)>,
+    /// A meter that there is no more has rows of any subscription.
+    is_meter_gone: bool,
+    /// External ids that stand for something else now: tenant and id.
+    externals: FxHashSet<(String, String)>,
+    /// Names of events that changed meters count.
+    names: BTreeSet<String>,
+}
+
+impl Marks {
+    /// `known` is the range that the baseline computed.
+    pub fn new(reference: &Reference, known: Option<Span>) -> Marks {
+        let mut marks = Marks { known, ..Marks::default() };
+        for (index, subscription) in reference.subscriptions.iter().enumerate() {
+            marks.subscriptions.entry(subscription.tenant_id.clone()).or_default().insert(subscription.id.clone(), index);
+        }
+        marks.meters = reference.meters.iter().enumerate().map(|(index, meter)| (meter.id.clone(), index)).collect();
+        marks
+    }
+
+    /// Whether a billing period of a subscription and a meter is computed again.
+    pub fn hold(&self, subscription: usize, meter: usize, period: Span) -> bool {
+        self.is_fresh(period) || self.periods.get(&(subscription, meter)).is_some_and(|spans| spans.contains(period.start))
+    }
+
+    /// As [`Marks::hold`], for a stored row. A row that nothing can compute any more is
+    /// to be taken back.
+    pub fn hold_row(&self, key: &PeriodKey, period: Span) -> bool {
+        let subscription = self.subscriptions.get(&*key.tenant_id).and_then(|ids| ids.get(&*key.subscription_id));
+        let (Some(subscription), Some(meter)) = (subscription, self.meters.get(&*key.meter_id)) else { return true };
+        self.hold(*subscription, *meter, period)
+    }
+
+    /// As [`Marks::hold_row`], where only the key is known.
+    pub fn hold_key(&self, key: &PeriodKey, reference: &Reference) -> bool {
+        let subscription = self.subscriptions.get(&*key.tenant_id).and_then(|ids| ids.get(&*key.subscription_id));
+        let subscription = subscription.and_then(|index| reference.subscriptions.get(*index));
+        subscription.is_none_or(|subscription| self.hold_row(key, subscription.cycle.period(key.period_start)))
+    }
+
+    /// Whether the baseline did not reach a period.
+    fn is_fresh(&self, period: Span) -> bool {
+        self.known.is_none_or(|known| !period.overlaps(known))
+    }
+
+    /// Whether every period that touches `range` was computed by the baseline.
+    pub fn know(&self, range: Span) -> bool {
+        self.known.is_some_and(|known| known.covers(range))
+    }
+
+    /// Tenant and id of all subscriptions that may have marked windows; `None` where
+    /// any may.
+    pub fn marked_subscriptions(&self, reference: &Reference) -> Option<Vec<(String, String)>> {
+        if self.is_meter_gone {
+            return None;
+        }
+        let indexes: BTreeSet<_> = self.periods.keys().map(|(subscription, _)| *subscription).collect();
+        let name = |at: &usize| reference.subscriptions.get(*at).map(|row| (row.tenant_id.clone(), row.id.clone()));
+        Some(indexes.iter().filter_map(name).chain(self.gone.iter().cloned()).collect())
+    }
+
+    fn mark(&mut self, subscription: usize, meter: usize, span: Span) {
+        self.periods.entry((subscription, meter)).or_default().add(span);
+    }
+
+    fn mark_subscription(&mut self, tenant: &str, id: &str) {
+        match self.subscriptions.get(tenant).and_then(|ids| ids.get(id)).copied() {
+            Some(index) => (0..self.meters.len()).for_each(|meter| self.mark(index, meter, Spans::ALWAYS)),
+            None => {
+                self.gone.insert((tenant.to_owned(), id.to_owned()));
+            }
+        }
+    }
+
+    /// Marks what depends on changed rows, in the periods that `reach` holds.
+    pub fn add_differences(&mut self, differences: &Differences, reference: &Reference, reach: Span) {
+        for (tenant, external_id, subscriptions) in &differences.externals {
+            self.externals.insert((tenant.clone(), external_id.clone()));
+            subscriptions.iter().for_each(|id| self.mark_subscription(tenant, id));
+        }
+        for (tenant, external_id, customer) in reference.externals() {
+            if self.externals.contains(&(tenant.to_owned(), external_id.to_owned())) {
+                let bound = customer.bindings.iter().filter_map(|(_, index)| reference.subscriptions.get(*index));
+                bound.for_each(|subscription| self.mark_subscription(tenant, &subscription.id));
+            }
+        }
+        differences.subscriptions.iter().for_each(|(tenant, id)| self.mark_subscription(tenant, id));
+        for (id, names) in &differences.meters {
+            self.names.extend(names.iter().cloned());
+            match self.meters.get(id) {
+                Some(meter) => {
+                    let meter = *meter;
+                    (0..reference.subscriptions.len()).for_each(|index| self.mark(index, meter, Spans::ALWAYS));
+                }
+                None => self.is_meter_gone = true,
+            }
+        }
+        for price in &differences.prices {
+            let Some(meter) = self.meters.get(&price.meter_id).copied() else { continue };
+            for (index, subscription) in reference.subscriptions.iter().enumerate() {
+                if subscription.plan_id == price.plan_id {
+                    let span = if is_level(reference, meter) {
+                        Some(Spans::ALWAYS)
+                    } else {
+                        periods(subscription, price.valid(), reach)
+                    };
+                    span.into_iter().for_each(|span| self.mark(index, meter, span));
+                }
+            }
+        }
+    }
+
+    /// Levels reach to the end of the last period of a range: marks the subscriptions
+    /// for which that is another one than it was.
+    pub fn add_levels(&mut self, reference: &Reference, before: Timestamp, now: Timestamp) {
+        let last = |end: Timestamp| Timestamp::from_nanos(end.nanos().saturating_sub(1));
+        for meter in (0..reference.meters.len()).filter(|meter| is_level(reference, *meter)) {
+            for (index, subscription) in reference.subscriptions.iter().enumerate() {
+                let cycle = &subscription.cycle;
+                if before != now && cycle.period(last(before)).end != cycle.period(last(now)).end {
+                    self.mark(index, meter, Spans::ALWAYS);
+                }
+            }
+        }
+    }
+
+    /// Adds what the events of one thread mark.
+    pub fn add_events(&mut self, scan: MarkScan<'_, '_>) {
+        for ((subscription, meter), spans) in scan.periods {
+            self.periods.entry((subscription, meter)).or_default().merge(&spans);
+        }
+    }
+
+    /// The rows of known splits that belong to marked periods.
+    pub fn choice(&self, reference: &Reference) -> CustomerChoice {
+        let mut spans: Vec<Spans> = vec![Spans::default(); reference.subscriptions.len()];
+        for ((subscription, _), marked) in &self.periods {
+            if let Some(spans) = spans.get_mut(*subscription) {
+                spans.merge(marked);
+            }
+        }
+        let mut choice = CustomerChoice::default();
+        for (tenant, external_id, customer) in reference.externals() {
+            for (binding, subscription) in &customer.bindings {
+                for span in spans.get(*subscription).into_iter().flat_map(Spans::iter) {
+                    let both = Span { start: span.start.max(binding.start), end: span.end.min(binding.end) };
+                    if both.start < both.end {
+                        choice.add(tenant, external_id, both);
+                    }
+                }
+            }
+        }
+        self.externals.iter().for_each(|(tenant, external_id)| choice.add(tenant, external_id, Spans::ALWAYS));
+        self.names.iter().for_each(|name| choice.add_name(name));
+        choice
+    }
+}
+
+fn is_level(reference: &Reference, meter: usize) -> bool {
+    reference.meters.get(meter).is_some_and(|meter| meter.aggregation == Aggregation::WeightedSum)
+}
+
+/// The billing periods of a subscription that `span` touches, as far as they are in `reach`.
+fn periods(subscription: &Subscription, span: Span, reach: Span) -> Option<Span> {
+    let (start, end) = (span.start.max(reach.start), span.end.min(reach.end));
+    let last = Timestamp::from_nanos(end.nanos().saturating_sub(1));
+    (start < end).then(|| subscription.cycle.period(start).union(subscription.cycle.period(last)))
+}
+
+/// Finds what events mark; each thread has one.
+pub struct MarkScan<'c, 'r> {
+    enricher: &'c Enricher<'r>,
+    periods: FxHashMap<Pair, Spans>,
+    /// The period of each subscription that was found last.
+    last: FxHashMap<usize, Span>,
+}
+
+impl<'c, 'r> MarkScan<'c, 'r> {
+    pub fn new(enricher: &'c Enricher<'r>) -> Self {
+        MarkScan { enricher, periods: FxHashMap::default(), last: FxHashMap::default() }
+    }
+
+    /// Marks the periods that an event counts in, or would if its properties were right.
+    pub fn visit<'e>(&mut self, event: &EventRef<'e>, slots: &mut Vec<Property<'e>>) {
+        let (Some(tenant), Some(name), Some(external_id), Some(t)) =
+            (event.tenant_id, event.event_name, event.external_customer_id, event.timestamp)
+        else {
+            return;
+        };
+        let Some(plan) = self.enricher.plan(name) else { return };
+        if Timestamp::in_range(t.nanos()).is_none() || plan.properties.read(event.properties, slots).is_err() {
+            return;
+        }
+        let Ok(subscription) = self.enricher.subscription(tenant, external_id, t) else { return };
+        let Some(row) = self.enricher.reference.subscriptions.get(subscription) else { return };
+        let period = match self.last.get(&subscription) {
+            Some(period) if period.contains(t) => *period,
+            _ => row.cycle.period(t),
+        };
+        self.last.insert(subscription, period);
+        for meter in plan.meters.iter().filter(|meter| meter.accepts(slots)) {
+            let is_level = meter.meter.aggregation == Aggregation::WeightedSum;
+            let span = if is_level { Spans::ALWAYS } else { period };
+            self.periods.entry((subscription, meter.index)).or_default().add(span);
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Incremental runs: a full run that skips what cannot have changed since the last one.
+//!
+//! ```text
+//! new files -> marks -> rows of marked periods -> all copies of their keys -> aggregate
+//! ```
+//!
+//! The *baseline* is the last run without a range, of the whole job. New events mark the
+//! billing periods that they touch, and so do the old copies of their keys; changed
+//! reference rows mark what depends on them. Marked periods are computed again from raw
+//! events, never from what is stored. Whatever cannot be proved makes a run full.
+
+mod choice;
+mod marks;
+mod passes;
+pub mod snapshot;
+mod spans;
+
+use anyhow::Result;
+use rustc_hash::{FxHashMap, FxHashSet};
+use serde::Serialize;
+
+use super::keys::{KeyHashes, SplitKeys};
+use super::past::Past;
+use super::price::PricedWindow;
+use super::{Inputs, Request};
+use crate::config::Source;
+use crate::model::aggregate::StoredWindow;
+use crate::model::run::{RunBasis, RunMode, RunRecord};
+use crate::reference::ReferenceDigests;
+use crate::source::{Field, Split};
+pub use marks::Marks;
+pub use passes::Passes;
+use snapshot::{STATE, Snapshot};
+
+/// How much of a job a run looked at, and why.
+#[derive(Debug, Clone, Serialize)]
+pub struct Coverage {
+    pub mode: Mode,
+    /// Why nothing could be skipped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+    /// The run that this one builds on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipping: Option<Skipping>,
+}
+
+/// What an incremental run found new, marked and read.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Skipping {
+    pub new_files: u64,
+    pub new_events: u64,
+    /// Changed rows of the reference tables, in words.
+    pub changed: Vec<String>,
+    pub marked_customers: u64,
+    pub marked_periods: u64,
+    /// Files that were opened for their events, and the rows in what was looked at.
+    pub files: u64,
+    pub rows: u64,
+    pub all_files: u64,
+    pub all_rows: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Everything was computed.
+    Full,
+    /// What had not changed since the baseline was skipped.
+    Incremental,
+    /// A range, or a part of the job.
+    Part,
+}
+
+impl Coverage {
+    fn full(why: impl Into<Option<String>>) -> Coverage {
+        Coverage { mode: Mode::Full, why: why.into(), baseline: None, skipping: None }
+    }
+
+    /// A later run can build on one that covered the whole job.
+    fn of_run_is_whole(run: &RunRecord) -> bool {
+        let mode = run.counts.get("coverage").and_then(|coverage| coverage.get("mode")).and_then(serde_json::Value::as_str);
+        run.mode.computes() && matches!(mode, Some("full" | "incremental"))
+    }
+}
+
+/// What an incremental run builds on.
+#[derive(Debug)]
+pub struct Baseline<'p> {
+    pub run: &'p RunRecord,
+    pub snapshot: Snapshot,
+    /// For each split, whether the baseline did not read it.
+    pub is_new: Vec<bool>,
+}
+
+/// What a run can build on; otherwise why it computes everything.
+///
+/// # Errors
+/// Where the store cannot be read.
+pub fn baseline<'p>(
+    inputs: &Inputs<'_>,
+    request: &Request,
+    past: &'p Past,
+    basis: &RunBasis,
+    splits: &[Split],
+) -> Result<Result<Baseline<'p>, Coverage>> {
+    if request.range.is_some() || !request.scope.is_whole() {
+        return Ok(Err(Coverage { mode: Mode::Part, why: None, baseline: None, skipping: None }));
+    }
+    if request.full {
+        return Ok(Err(Coverage::full(None)));
+    }
+    Ok(find(inputs, request, past, basis, splits)?.map_err(Coverage::full))
+}
+
+fn find<'p>(
+    inputs: &Inputs<'_>,
+    request: &Request,
+    past: &'p Past,
+    basis: &RunBasis,
+    splits: &[Split],
+) -> Result<Result<Baseline<'p>, String>> {
+    let Inputs { job, store, .. } = *inputs;
+    let Some(at) = past.runs.iter().rposition(Coverage::of_run_is_whole) else {
+        return Ok(Err("there is no run to build on yet".to_owned()));
+    };
+    let (Some(run), Some(store)) = (past.runs.get(at), store) else { return Ok(Err("there is no store yet".to_owned())) };
+    if !matches!(job.source, Source::Files { .. }) {
+        return Ok(Err("only event files tell what is new".to_owned()));
+    }
+    if request.allow_closed {
+        return Ok(Err("closed periods are written over".to_owned()));
+    }
+    let later = past.runs.iter().skip(at);
+    let reasons = later.filter_map(|later| obstacle(later, run, basis)).chain(moved_input(past, at, splits)).next();
+    if let Some(reason) = reasons {
+        return Ok(Err(reason));
+    }
+    // Two events may share a dead letter only where they can share an id.
+    let is_plain = |key: &[Field]| key.len() == 2 && key.contains(&Field::TenantId) && key.contains(&Field::Id);
+    if !is_plain(&job.deduplicate.key) && past.dead_letters.iter().any(|letter| letter.resolved_run_id.is_none()) {
+        return Ok(Err("there are dead letters, and deduplicate.key is not tenant_id and id".to_owned()));
+    }
+    let snapshot = match store.state(&job.name, STATE)? {
+        Some((run_id, content)) if run_id == run.run_id => Snapshot::decode(&content).ok(),
+        _ => None,
+    };
+    let Some(snapshot) = snapshot else {
+        return Ok(Err(format!("what the reference tables were in run {} is not known", run.run_id)));
+    };
+    let known: FxHashSet<_> = run.input.files.iter().map(|file| file.name.as_str()).collect();
+    let is_new = splits.iter().map(|split| !known.contains(split.label().as_str())).collect();
+    Ok(Ok(Baseline { run, snapshot, is_new }))
+}
+
+/// Why nothing can be concluded from the baseline (itself `later`), or from a run after it.
+fn obstacle(later: &RunRecord, baseline: &RunRecord, basis: &RunBasis) -> Option<String> {
+    let id = &later.run_id;
+    match later.mode {
+        RunMode::Run | RunMode::Apply => {}
+        RunMode::Close if later.counts.get("reopened").is_none() => return None,
+        RunMode::Close => return Some(format!("run {id} opened billing periods again")),
+        RunMode::Revert => return Some(format!("run {id} took another one back")),
+    }
+    if later.basis.trueup_version != basis.trueup_version {
+        return Some(format!("run {id} was made by trueup {}", later.basis.trueup_version));
+    }
+    if later.basis.job_digest != basis.job_digest {
+        return Some(format!("job settings changed since run {id}"));
+    }
+    // Rows of a part of the job may have been computed with tables that were neither
+    // those of the baseline nor those of now.
+    let tables: [(&str, fn(&ReferenceDigests) -> &String); 4] = [
+        ("customers", |tables| &tables.customers),
+        ("subscriptions", |tables| &tables.subscriptions),
+        ("meters", |tables| &tables.meters),
+        ("prices", |tables| &tables.prices),
+    ];
+    let is_other = |of: &fn(&ReferenceDigests) -> &String| {
+        let (then, first, now) = (of(&later.basis.reference), of(&baseline.basis.reference), of(&basis.reference));
+        then != first && then != now
+    };
+    let (name, _) = tables.iter().find(|(_, of)| is_other(of))?;
+    Some(format!("the {name} table changed since run {id}, which computed a part"))
+}
+
+/// The first file that the baseline or a later run read, and that is not as it was.
+fn moved_input(past: &Past, baseline: usize, splits: &[Split]) -> Option<String> {
+    let labels: Vec<_> = splits.iter().map(Split::label).collect();
+    let now: FxHashMap<&str, &Split> = labels.iter().map(String::as_str).zip(splits).collect();
+    let computing = past.runs.iter().skip(baseline).filter(|run| run.mode.computes());
+    computing.flat_map(|run| run.input.files.iter().map(move |file| (run, file))).find_map(|(run, file)| {
+        let what = match now.get(file.name.as_str()) {
+            None => "is gone",
+            Some(split) if split.fingerprint != file.fingerprint => "changed",
+            Some(_) => return None,
+        };
+        Some(format!("file {} {what} since run {}", file.name, run.run_id))
+    })
+}
+
+impl Baseline<'_> {
+    /// The splits that the baseline read, or those that are new.
+    pub fn part<'s>(
+        &'s self,
+        splits: &'s [Split],
+        keys: &'s [SplitKeys],
+        new: bool,
+    ) -> impl Iterator<Item = (&'s Split, &'s SplitKeys)> {
+        let all = splits.iter().zip(keys).zip(&self.is_new);
+        all.filter(move |(_, is_new)| **is_new == new).map(|(pair, _)| pair)
+    }
+}
+
+/// The hashes that repeat, where those that did are known.
+pub fn repeated(before: &KeyHashes, keys: &[SplitKeys], is_new: &[bool]) -> FxHashSet<u64> {
+    let part = |new: bool| keys.iter().zip(is_new).filter(move |(_, is_new)| **is_new == new).map(|(keys, _)| &keys.hashes);
+    let new = KeyHashes::of(part(true).flat_map(KeyHashes::iter).collect());
+    let mut repeated: FxHashSet<u64> = before.iter().collect();
+    repeated.extend(KeyHashes::repeated(std::iter::once(&new)));
+    part(false).for_each(|old| {
+        old.shared(&new, |hash| {
+            repeated.insert(hash);
+        })
+    });
+    repeated
+}
+
+/// What the record and the report say.
+pub fn coverage(
+    baseline: &Result<Baseline<'_>, Coverage>,
+    skipping: Option<Skipping>,
+    computed: &[PricedWindow],
+    stored: &[StoredWindow],
+) -> Coverage {
+    let baseline = match baseline {
+        Ok(baseline) => baseline,
+        Err(coverage) => return coverage.clone(),
+    };
+    let rows = || computed.iter().map(|window| &window.row).chain(stored.iter().map(|stored| &stored.row));
+    let customers: FxHashSet<_> = rows().map(|row| (&row.key.period.tenant_id, &row.customer_id)).collect();
+    let periods: FxHashSet<_> =
+        rows().map(|row| (&row.key.period.tenant_id, &row.key.period.subscription_id, row.key.period.period_start)).collect();
+    let (marked_customers, marked_periods) = (customers.len() as u64, periods.len() as u64);
+    Coverage {
+        mode: Mode::Incremental,
+        why: None,
+        baseline: Some(baseline.run.run_id.clone()),
+        skipping: skipping.map(|skipping| Skipping { marked_customers, marked_periods, ..skipping }),
+    }
+}

@@ -1,0 +1,69 @@
+//! Sets of spans of time.
+
+use crate::model::timestamp::Timestamp;
+use crate::model::window::Span;
+
+/// Instants as spans: sorted, apart from each other.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Spans(Vec<Span>);
+
+impl Spans {
+    /// All of time.
+    pub const ALWAYS: Span = Span { start: Timestamp::MIN, end: Timestamp::MAX };
+
+    pub fn add(&mut self, span: Span) {
+        if span.start >= span.end || self.0.iter().any(|known| known.covers(span)) {
+            return;
+        }
+        let touches = |known: &Span| known.start <= span.end && span.start <= known.end;
+        let whole = self.0.iter().filter(|known| touches(known)).fold(span, |whole, known| whole.union(*known));
+        self.0.retain(|known| !touches(known));
+        let at = self.0.partition_point(|known| known.start < whole.start);
+        self.0.insert(at, whole);
+    }
+
+    pub fn merge(&mut self, other: &Spans) {
+        other.0.iter().for_each(|span| self.add(*span));
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = Span> + '_ {
+        self.0.iter().copied()
+    }
+
+    pub fn contains(&self, t: Timestamp) -> bool {
+        let at = self.0.partition_point(|span| span.start <= t);
+        at.checked_sub(1).and_then(|at| self.0.get(at)).is_some_and(|span| span.contains(t))
+    }
+
+    /// Whether an instant from `first` to `last`, both included, may be here.
+    pub fn touches(&self, (first, last): (Timestamp, Timestamp)) -> bool {
+        self.0.iter().any(|span| span.start <= last && first < span.end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn span(start: i64, end: i64) -> Span {
+        Span { start: Timestamp::from_nanos(start), end: Timestamp::from_nanos(end) }
+    }
+
+    #[test]
+    fn spans_join_where_they_touch() {
+        let mut spans = Spans::default();
+        for (start, end) in [(10, 20), (30, 40), (50, 60), (20, 30), (55, 58), (7, 7)] {
+            spans.add(span(start, end));
+        }
+        assert_eq!(spans, Spans(vec![span(10, 40), span(50, 60)]));
+        let holds = |nanos| spans.contains(Timestamp::from_nanos(nanos));
+        assert_eq!([9, 10, 39, 40, 50, 59, 60].map(holds), [false, true, true, false, true, true, false]);
+        let touches = |first, last| spans.touches((Timestamp::from_nanos(first), Timestamp::from_nanos(last)));
+        assert_eq!(
+            [touches(0, 9), touches(0, 10), touches(40, 49), touches(40, 50), touches(60, 99)],
+            [false, true, false, true, false]
+        );
+        spans.add(Spans::ALWAYS);
+        assert_eq!(spans, Spans(vec![Spans::ALWAYS]));
+    }
+}
