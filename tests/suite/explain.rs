@@ -12,7 +12,7 @@ use trueup::model::meter::ChargeOn;
 use trueup::model::price_lines::total;
 use trueup::model::timestamp::Timestamp;
 use trueup::model::window::{Span, WindowKind};
-use trueup::pipeline::{Inputs, Observer};
+use trueup::pipeline::{Inputs, KeyCache, Observer};
 use trueup::reference::Reference;
 use trueup::source::files::FileSource;
 
@@ -52,7 +52,12 @@ impl Explained {
         let source = FileSource::new(patterns.clone(), columns.clone());
         let store = ends::read_store(&self.job).unwrap();
         let (job, reference, store) = (&self.job, &self.reference, store.as_deref());
-        explain(&Inputs { job, reference, source: &source, store, threads, progress: &Nobody }, reference, asked).unwrap()
+        explain(
+            &Inputs { job, reference, source: &source, store, threads, progress: &Nobody, keys: &KeyCache::default() },
+            reference,
+            asked,
+        )
+        .unwrap()
     }
 
     /// The row of a window is what its explanation computes.
@@ -231,7 +236,51 @@ fn a_window_is_taken_apart() {
         price        standard_bytes: per_unit on plan standard, valid always
     ");
     let of = ["--subscription", "sub_1", "--meter", "api_calls", "--window", "2026-01-01T10:00"];
-    assert_snapshot!(shown(&history(), &of), @"");
+    assert_snapshot!(shown(&history(), &of), @r"
+    trueup explain my_usage: demo / sub_1 / api_calls
+
+      window       2026-01-01T10:00:00Z to 2026-01-01T11:00:00Z
+      period       2026-01-01T00:00:00Z to 2026-02-01T00:00:00Z
+      price        standard_calls
+      quantity     4
+      cost         0.04 USD
+      stored       the same
+
+      price graduated
+        the period to the window's end: 6, 6 events
+          up to 2      2 x 0     0
+          beyond 2  4 x 0.01  0.04
+          together            0.04
+        the period to the window's start: 2, 2 events
+          up to 2      2 x 0     0
+        the window  0.04 - 0  0.04
+
+      events 4 counted
+        time                  ingested              id
+        2026-01-01T10:06:00Z  2026-01-02T00:00:00Z  e4
+        2026-01-01T10:30:00Z  2026-01-02T00:00:00Z  late
+        2026-01-01T10:51:00Z  2026-01-01T10:51:01Z  none
+        2026-01-01T10:52:00Z  2026-01-01T10:52:01Z  bad
+
+      history 2 corrections
+        run                                   when                  kind    quantity  becomes  cost  becomes  causes
+        <run>  <time>  insert         -        1     -     0.01  first_computation 1
+        <run>  <time>  update         1        4  0.01     0.04  event_amended 1, late_event 3
+
+      set aside 5 events that do not count
+        time                  ingested              id     why
+        2026-01-01T10:05:00Z  2026-01-01T10:05:01Z  e3     filtered    not status lt 500
+        2026-01-01T10:06:00Z  2026-01-01T10:06:01Z  e4     superseded  the copy ingested 2026-01-02T00:00:00Z counts
+        2026-01-01T10:06:00Z  2026-01-01T10:06:09Z  e4     superseded  the copy ingested 2026-01-02T00:00:00Z counts
+        2026-01-01T10:40:00Z  2026-01-01T10:40:01Z  moved  superseded  the copy ingested 2026-01-01T10:41:00Z counts, at 2026-01-01T11:40:00Z
+        2026-01-01T10:50:00Z  2026-01-01T10:50:01Z  void   voided      by a deletion ingested 2026-01-01T10:55:00Z
+
+      reference
+        customer     acme is cus_1, valid always
+        subscription sub_1 on plan standard in USD, billed by month (UTC), active from 2026-01-01T00:00:00Z
+        meter        api_calls: count over api.call where status lt 500; window hour; charged on the period
+        price        standard_calls: graduated on plan standard, valid always
+    ");
 }
 
 #[test]
@@ -296,9 +345,9 @@ fn a_row_that_differs_says_so() {
     assert_snapshot!(lines(shown(&workspace, &of), "stored"), @"stored       differs: quantity 2000, cost 0.002 USD; trueup plan job.yaml shows what a run would change");
     // Gone from the source, and then from the store.
     std::fs::remove_file(workspace.path("events/2026-01-01.ndjson")).unwrap();
-    assert_snapshot!(lines(shown(&workspace, &of), "stored"), @"");
+    assert_snapshot!(lines(shown(&workspace, &of), "stored"), @"stored       quantity 2000, cost 0.002 USD, but nothing counts here now: a run would retract it");
     workspace.run(&["--yes"]);
-    assert_snapshot!(lines(shown(&workspace, &of), "stored"), @"");
+    assert_snapshot!(lines(shown(&workspace, &of), "stored"), @"stored       no more: it was retracted, and nothing counts here");
     let rows = workspace.trueup(&[&["explain", "job.yaml", "--output", "json"], of.as_slice()].concat()).json();
     let kinds = rows["explanations"][0]["rows"][0]["history"].clone();
     let kinds: Vec<_> = kinds.as_array().unwrap().iter().map(|change| change["kind"].clone()).collect();
