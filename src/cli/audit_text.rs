@@ -142,11 +142,11 @@ impl Writer<'_> {
         }
         sorted.sort_by(|a, b| (b.0.abs(), b.1, a.2, a.3).cmp(&(a.0.abs(), a.1, b.2, b.3)));
         let row = |(change, corrections, name, currency): &(Decimal, u64, &String, &String)| {
-            vec![format!("    {name}"), number(*corrections), signed(*change), (*currency).clone()]
+            vec![format!("    {name}"), number(*corrections), format!("{} {currency}", signed(*change))]
         };
         let rows: Vec<_> = sorted.iter().take(self.limit).map(row).collect();
-        writeln!(out, "\n  {}", self.style.bold(title))?;
-        out.push_str(&table(&["", "corrections", "cost change", ""], &rows, &[1, 2], self.style));
+        out.push('\n');
+        out.push_str(&table(&[&format!("  {title}"), "corrections", "cost change"], &rows, &[1, 2], self.style));
         self.folded(out, sorted.len().saturating_sub(rows.len()) as u64)
     }
 

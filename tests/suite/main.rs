@@ -2,11 +2,13 @@
 //! Everything that users see, tested through the binary, and the promises on
 //! made-up histories. One test binary, so that linking stays fast.
 
+mod audit;
 mod bad_input;
 mod causes;
 mod commands;
 mod corrections;
 mod deployment;
+mod explain;
 mod generate;
 mod golden;
 mod histories;

@@ -55,7 +55,8 @@ pub(super) fn windows(connection: &Connection, job: &str, span: Span) -> Result<
 }
 
 pub(super) fn periods(connection: &Connection, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
-    let sql = "SELECT * FROM usage_periods WHERE job = ?1 AND period_start < ?2 AND period_end > ?3";
+    let sql = "SELECT * FROM usage_periods WHERE job = ?1 \
+               AND rtrim(period_start, 'Z') < rtrim(?2, 'Z') AND rtrim(period_end, 'Z') > rtrim(?3, 'Z')";
     let mut periods = query(connection, sql, [job, &span.end.to_string(), &span.start.to_string()], rows::period)?;
     periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
     Ok(periods)
