@@ -4,7 +4,8 @@
 //! dimensions. The states of its windows know by how much the level changed; here the
 //! level that is left at each beginning is added to the first window there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map};
+use std::iter::Peekable;
 
 use rustc_hash::FxHashMap;
 
@@ -31,16 +32,16 @@ struct Change {
     news: News,
 }
 
-/// Adds the carried levels to `windows`, for all billing periods that begin before the
-/// end of `range`. Returns the end of the last window that it touched.
+/// Adds the carried levels to `windows`, for all billing periods that begin before the end
+/// of `range`. An `open` range grows until it holds all windows that they are added to.
 pub fn carry_in(
     windows: &mut FxHashMap<StateKey, WindowState>,
     dimensions: &Interner,
     reference: &Reference,
-    range: Span,
+    range: &mut Span,
+    open: bool,
     timezone: chrono_tz::Tz,
-) -> Option<Timestamp> {
-    let mut last_end = None;
+) {
     let is_level = |meter: &Meter| meter.aggregation == Aggregation::WeightedSum;
     let mut levels: FxHashMap<LevelKey, BTreeMap<Timestamp, Change>> = FxHashMap::default();
     for (key, state) in windows.iter() {
@@ -56,18 +57,15 @@ pub fn carry_in(
             changes.entry(first).or_default().news.merge(state.news);
         }
     }
-    for (key, changes) in levels {
-        let (Some(subscription), Some(meter)) =
-            (reference.subscriptions.get(key.subscription as usize), reference.meters.get(key.meter as usize))
-        else {
-            continue;
-        };
-        let last = Timestamp::from_nanos(range.end.nanos().saturating_sub(1));
-        let end = subscription.cycle.period(last).end.min(subscription.active.end);
-        let walk = Walk { key, reference, subscription, meter, dimensions: &dimensions.text(key.dimensions), range, timezone };
-        last_end = last_end.max(walk.carry(changes, end, windows));
+    let start = |(key, changes)| Walk::new(key, changes, reference, &dimensions.text(key.dimensions), timezone);
+    let mut walks: Vec<_> = levels.into_iter().filter_map(start).collect();
+    loop {
+        let ends = walks.iter_mut().filter_map(|walk| walk.carry(*range, windows));
+        match ends.max().filter(|end| open && *end > range.end) {
+            Some(end) => range.end = end,
+            None => return,
+        }
     }
-    last_end
 }
 
 /// Goes from segment to segment of one level.
@@ -76,40 +74,59 @@ struct Walk<'w> {
     reference: &'w Reference,
     subscription: &'w Subscription,
     meter: &'w Meter,
-    dimensions: &'w str,
-    range: Span,
+    /// Values of dimensions as canonical JSON.
+    dimensions: Vec<(String, String)>,
     timezone: chrono_tz::Tz,
+    /// The beginning of the next segment.
+    at: Timestamp,
+    carried: Change,
+    changes: Peekable<btree_map::IntoIter<Timestamp, Change>>,
 }
 
-impl Walk<'_> {
-    /// Returns the end of the last window that it touched.
-    fn carry(
-        &self,
+impl<'w> Walk<'w> {
+    fn new(
+        key: LevelKey,
         changes: BTreeMap<Timestamp, Change>,
-        end: Timestamp,
-        windows: &mut FxHashMap<StateKey, WindowState>,
-    ) -> Option<Timestamp> {
-        // Before the first segment ends, there is nothing to carry.
-        let mut at = *changes.keys().next()?;
-        let mut changes = changes.into_iter().peekable();
+        reference: &'w Reference,
+        dimensions: &str,
+        timezone: chrono_tz::Tz,
+    ) -> Option<Self> {
+        let values: BTreeMap<String, &serde_json::value::RawValue> = serde_json::from_str(dimensions).unwrap_or_default();
+        Some(Walk {
+            key,
+            reference,
+            subscription: reference.subscriptions.get(key.subscription as usize)?,
+            meter: reference.meters.get(key.meter as usize)?,
+            dimensions: values.into_iter().map(|(name, value)| (name, value.get().to_owned())).collect(),
+            timezone,
+            // Before the first segment ends, there is nothing to carry.
+            at: *changes.keys().next()?,
+            carried: Change::default(),
+            changes: changes.into_iter().peekable(),
+        })
+    }
+
+    /// Goes on to the end of the last billing period that begins before the end of
+    /// `range`. Returns the end of the last window that the level was added to.
+    fn carry(&mut self, range: Span, windows: &mut FxHashMap<StateKey, WindowState>) -> Option<Timestamp> {
+        let last = Timestamp::from_nanos(range.end.nanos().saturating_sub(1));
+        let end = self.subscription.cycle.period(last).end.min(self.subscription.active.end);
         let mut last_end = None;
-        let values: BTreeMap<&str, &serde_json::value::RawValue> = serde_json::from_str(self.dimensions).unwrap_or_default();
-        let values: Vec<_> = values.into_iter().map(|(name, value)| (name, value.get().to_owned())).collect();
+        let values: Vec<_> = self.dimensions.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
         let meter = self.key.meter as usize;
-        let mut carried = Change::default();
-        while at < end {
-            let period = self.subscription.cycle.period(at);
-            let until = self.reference.level_end(self.subscription, meter, at, period, &values);
-            while let Some((_, change)) = changes.next_if(|(end, _)| *end <= at) {
-                carried.level.merge(change.level);
-                carried.news.merge(change.news);
+        while self.at < end {
+            let period = self.subscription.cycle.period(self.at);
+            let until = self.reference.level_end(self.subscription, meter, self.at, period, &values);
+            while let Some((_, change)) = self.changes.next_if(|(end, _)| *end <= self.at) {
+                self.carried.level.merge(change.level);
+                self.carried.news.merge(change.news);
             }
             // Earlier periods are of no concern.
-            let price = self.reference.price_at(self.subscription, meter, at, &values).filter(|_| period.overlaps(self.range));
-            if let Some(price) = price.filter(|_| !carried.level.is_zero()) {
-                last_end = Some(self.add(carried, at, (period, until), price.map_or(NO_PRICE, index), windows));
+            let price = self.reference.price_at(self.subscription, meter, self.at, &values).filter(|_| period.overlaps(range));
+            if let Some(price) = price.filter(|_| !self.carried.level.is_zero()) {
+                last_end = Some(self.add((period, until), price.map_or(NO_PRICE, index), windows));
             }
-            at = until;
+            self.at = until;
         }
         last_end
     }
@@ -117,12 +134,11 @@ impl Walk<'_> {
     /// Adds a level to the window where its segment begins; returns the end of that.
     fn add(
         &self,
-        carried: Change,
-        at: Timestamp,
         (period, until): (Span, Timestamp),
         price: u32,
         windows: &mut FxHashMap<StateKey, WindowState>,
     ) -> Timestamp {
+        let (at, carried) = (self.at, self.carried);
         let window = self.meter.window.slot(at, self.timezone);
         let LevelKey { subscription, meter, dimensions } = self.key;
         let key = StateKey { subscription, meter, price, dimensions, period_start: period.start, window_start: window.start };

@@ -221,11 +221,9 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let mut windows = std::mem::take(&mut seen.windows);
     let mut priced = timeline.step("price", None, || {
         if levels {
-            let last = levels::carry_in(&mut windows, &seen.dimensions, reference, range, job.timezone);
-            // Nobody asked for an end: what a level costs later in its period belongs to it.
-            if let Some(last) = last.filter(|last| request.range.is_none() && *last > range.end) {
-                range.end = last;
-            }
+            // Where nobody asked for an end, what a level costs later in its period belongs to the range.
+            let open = request.range.is_none();
+            levels::carry_in(&mut windows, &seen.dimensions, reference, &mut range, open, job.timezone);
         }
         let rows = windows.len() as u64;
         let mut priced = price::price(windows, &seen.dimensions, reference, &names, range, job.timezone)?;
@@ -239,6 +237,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     invariants::telescoping_cost(&priced)?;
 
     // reconcile
+    let reach = range::reach(range, reference, &request.scope);
     let marks = context.marks.as_ref();
     let stored = past.stored(inputs, &request.scope, (range, reach), marks, &priced)?;
     let closed = if request.allow_closed { ClosedPeriods::default() } else { stored.closed };
