@@ -142,9 +142,7 @@ impl Accumulator {
             Aggregation::CountUnique if meter.operation_property.is_some() => Accumulator::AddedUnique(Added::default()),
             Aggregation::CountUnique => Accumulator::CountUnique(FxHashSet::default()),
             Aggregation::CountUniqueApprox => Accumulator::CountUniqueApprox(Box::new(Sketch::new())),
-            Aggregation::WeightedSum => {
-                Accumulator::WeightedSum { changes: Vec::new(), weighted: DecimalSum::default() }
-            }
+            Aggregation::WeightedSum => Accumulator::WeightedSum { changes: Vec::new(), weighted: DecimalSum::default() },
         }
     }
 

@@ -132,12 +132,7 @@ impl<'w> Walk<'w> {
     }
 
     /// Adds a level to the window where its segment begins; returns the end of that.
-    fn add(
-        &self,
-        (period, until): (Span, Timestamp),
-        price: u32,
-        windows: &mut FxHashMap<StateKey, WindowState>,
-    ) -> Timestamp {
+    fn add(&self, (period, until): (Span, Timestamp), price: u32, windows: &mut FxHashMap<StateKey, WindowState>) -> Timestamp {
         let (at, carried) = (self.at, self.carried);
         let window = self.meter.window.slot(at, self.timezone);
         let LevelKey { subscription, meter, dimensions } = self.key;

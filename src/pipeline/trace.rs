@@ -404,7 +404,7 @@ impl<'c, 'r> Tracer<'c, 'r> {
         let dimensions = std::mem::take(&mut self.total.dimensions);
         let before = if self.search.is_level() { windows.clone() } else { FxHashMap::default() };
         if self.search.is_level() {
-            levels::carry_in(&mut windows, &dimensions, reference, range, timezone);
+            levels::carry_in(&mut windows, &dimensions, reference, &mut range.clone(), false, timezone);
         }
         let mut priced = price::price(windows.clone(), &dimensions, reference, &names, range, timezone)?;
         let is_ours = |(_, subscription): (usize, &Subscription), (_, price): (usize, &Price), _: Span| {
@@ -509,7 +509,8 @@ impl Answer<'_> {
                 && (other.period_start, other.price) != (key.period_start, key.price)
         };
         let earlier = self.states.iter().filter(|(other, _)| is_earlier(other));
-        earlier.for_each(|(_, state)| level.merge(state.accumulator.level_change()));
+        let changes = earlier.flat_map(|(_, state)| state.accumulator.level_changes());
+        changes.for_each(|change| level.merge(change.level));
         Ok(Some(CarriedIn { level: level.total()?, quantity }))
     }
 }
