@@ -430,7 +430,10 @@ mod tests {
             let text = serde_json::json!({"a": value, "b": {"a": 1.5, "c": [value]}}).to_string();
             let place = text.char_indices().nth(at.index(text.chars().count()));
             match place.filter(|_| damage) {
-                Some((at, old)) => [&text[..at], &replacement, &text[at + old.len_utf8()..]].concat(),
+                Some((at, old)) => {
+                    let (before, rest) = text.split_at(at);
+                    [before, &replacement, rest.strip_prefix(old).unwrap()].concat()
+                }
                 None => text,
             }
         })

@@ -284,7 +284,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         files.map(|(split, keys)| InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows: keys.rows });
     let coverage = incremental::coverage(&baseline, skipping, &priced.windows, &stored.windows);
     let is_part = coverage.mode == Mode::Part;
-    let windows = guarded(inputs, stored.windows, &changes, (range, reach), !baseline.is_ok())?;
+    let windows = guarded(inputs, stored.windows, &changes, (range, reach), baseline.is_err())?;
     Ok(Plan {
         range: whole.map(|_| range),
         widened_from: request.range.filter(|asked| whole.is_some_and(|whole| *asked != whole)),

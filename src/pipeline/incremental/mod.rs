@@ -171,13 +171,14 @@ fn obstacle(later: &RunRecord, baseline: &RunRecord, basis: &RunBasis) -> Option
     }
     // Rows of a part of the job may have been computed with tables that were neither
     // those of the baseline nor those of now.
-    let tables: [(&str, fn(&ReferenceDigests) -> &String); 4] = [
+    type Table = fn(&ReferenceDigests) -> &String;
+    let tables: [(&str, Table); 4] = [
         ("customers", |tables| &tables.customers),
         ("subscriptions", |tables| &tables.subscriptions),
         ("meters", |tables| &tables.meters),
         ("prices", |tables| &tables.prices),
     ];
-    let is_other = |of: &fn(&ReferenceDigests) -> &String| {
+    let is_other = |of: &Table| {
         let (then, first, now) = (of(&later.basis.reference), of(&baseline.basis.reference), of(&basis.reference));
         then != first && then != now
     };
@@ -222,7 +223,7 @@ pub fn repeated(before: &KeyHashes, keys: &[SplitKeys], is_new: &[bool]) -> FxHa
     part(false).for_each(|old| {
         old.shared(&new, |hash| {
             repeated.insert(hash);
-        })
+        });
     });
     repeated
 }
