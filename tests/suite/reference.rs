@@ -76,10 +76,10 @@ impl Example {
         let by_start = |rows: &[Row], start: &str| -> BTreeMap<_, _> {
             rows.iter().map(|row| (row[start].clone(), row["quantity"].clone())).collect()
         };
-        same("windows", &self.windows, by_start(&windows, "window_start"))?;
-        same("periods", &self.periods, by_start(&periods, "period_start"))?;
-        same("period", &self.period, periods.iter().map(|row| row["quantity"].clone()).collect())?;
-        same("cost", &self.cost, periods.iter().map(|row| row["cost"].clone()).collect())?;
+        same("windows", &self.windows, &by_start(&windows, "window_start"))?;
+        same("periods", &self.periods, &by_start(&periods, "period_start"))?;
+        same("period", &self.period, &periods.iter().map(|row| row["quantity"].clone()).collect())?;
+        same("cost", &self.cost, &periods.iter().map(|row| row["cost"].clone()).collect())?;
         let priced = |column: &str| {
             let of = |(at, quantity): (usize, &&String)| {
                 let sql = format!("SELECT {column} FROM usage_periods WHERE subscription_id = 's{at}'");
@@ -88,8 +88,8 @@ impl Example {
             };
             quantities.iter().enumerate().map(of).collect::<BTreeMap<_, _>>()
         };
-        same("costs", &self.costs, priced("cost"))?;
-        same("amounts", &self.amounts, priced("amount"))
+        same("costs", &self.costs, &priced("cost"))?;
+        same("amounts", &self.amounts, &priced("amount"))
     }
 
     fn write(&self, workspace: &Workspace, quantities: &[&String]) {
@@ -149,9 +149,9 @@ impl Example {
     }
 }
 
-fn same<T: PartialEq + std::fmt::Debug>(what: &str, expected: &Option<T>, actual: T) -> Result<(), String> {
+fn same<T: PartialEq + std::fmt::Debug>(what: &str, expected: &Option<T>, actual: &T) -> Result<(), String> {
     match expected {
-        Some(expected) if *expected != actual => Err(format!("{what}: expected {expected:?}, got {actual:?}")),
+        Some(expected) if expected != actual => Err(format!("{what}: expected {expected:?}, got {actual:?}")),
         _ => Ok(()),
     }
 }
