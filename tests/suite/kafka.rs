@@ -97,7 +97,7 @@ fn check_case(broker: &str, case: &Path, store: Option<&Scratch>, problems: &mut
         topic.produce(&messages_of(&step.join("events")));
         let name = step.display().to_string();
         let Some(store) = store else {
-            check_step(&workspace, &step, &name, problems);
+            check_step(&workspace, &step, &name, true, problems);
             continue;
         };
         let both = format!(
