@@ -132,6 +132,10 @@ fn find<'p>(
     if request.allow_closed {
         return Ok(Err("closed periods are written over".to_owned()));
     }
+    if inputs.reference.has_levels(None) {
+        // A level that is carried on can lengthen the range for everybody.
+        return Ok(Err("a meter keeps a level over time".to_owned()));
+    }
     let later = past.runs.iter().skip(at);
     let reasons = later.filter_map(|later| obstacle(later, run, basis)).chain(moved_input(past, at, splits)).next();
     if let Some(reason) = reasons {
