@@ -36,9 +36,9 @@ pub struct PlanArguments {
     #[arg(long)]
     detailed_exitcode: bool,
 
-    /// Compute everything, also what cannot have changed since the last run.
-    #[arg(long, conflicts_with_all = ["start", "end", "day", "month", "last"])]
-    full: bool,
+    /// Without a range: compute only what is new since the last run, and what depends on it.
+    #[arg(long, conflicts_with_all = ["start", "end", "day", "month", "last", "tenant", "customer", "meter"])]
+    incremental: bool,
 
     /// Save the exact changes, for `trueup apply`.
     #[arg(long, value_name = "FILE")]
@@ -74,8 +74,11 @@ impl Title {
 pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
-    let request =
-        Request { allow_closed: arguments.allow_closed, full: arguments.full, ..arguments.range.request(job.timezone)? };
+    let request = Request {
+        allow_closed: arguments.allow_closed,
+        incremental: arguments.incremental,
+        ..arguments.range.request(job.timezone)?
+    };
     let progress = Progress::new(session.quiet);
     let (mut plan, _) = ends::preview(&job, &request, session.threads, &progress)?;
     drop(progress);

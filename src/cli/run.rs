@@ -26,9 +26,9 @@ pub struct RunArguments {
     #[arg(long, value_name = "RUN_ID", conflicts_with_all = ["start", "end", "day", "month", "last"])]
     snapshot: Option<String>,
 
-    /// Compute everything, also what cannot have changed since the last run.
-    #[arg(long, conflicts_with_all = ["start", "end", "day", "month", "last", "snapshot"])]
-    full: bool,
+    /// Without a range: compute only what is new since the last run, and what depends on it.
+    #[arg(long, conflicts_with_all = ["start", "end", "day", "month", "last", "tenant", "customer", "meter"])]
+    incremental: bool,
 
     /// Publish even if the change is larger than the job's guard allows.
     #[arg(long)]
@@ -46,8 +46,11 @@ pub struct RunArguments {
 pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
-    let request =
-        Request { allow_closed: arguments.allow_closed, full: arguments.full, ..arguments.range.request(job.timezone)? };
+    let request = Request {
+        allow_closed: arguments.allow_closed,
+        incremental: arguments.incremental,
+        ..arguments.range.request(job.timezone)?
+    };
     let progress = Progress::new(session.quiet);
     let options = RunOptions {
         threads: session.threads,

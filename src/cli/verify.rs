@@ -15,7 +15,7 @@ use crate::audit::{Finding, check_ledger, describe};
 use crate::config::Job;
 use crate::ends;
 use crate::model::counts::RowCounts;
-use crate::pipeline::{Plan, Request};
+use crate::pipeline::Plan;
 
 #[derive(Debug, Args)]
 pub struct VerifyArguments {
@@ -38,7 +38,7 @@ struct Document<'v> {
 
 pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;
-    let request = Request { full: true, ..arguments.range.request(job.timezone)? };
+    let request = arguments.range.request(job.timezone)?;
     let progress = Progress::new(session.quiet);
     let (plan, store) = ends::preview(&job, &request, session.threads, &progress)?;
     drop(progress);

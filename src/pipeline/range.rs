@@ -19,9 +19,9 @@ pub struct Request {
     /// Whether closed periods are written over.
     #[serde(default)]
     pub allow_closed: bool,
-    /// Whether everything is computed, also what cannot have changed.
+    /// Whether what cannot have changed since the last run is skipped.
     #[serde(default)]
-    pub full: bool,
+    pub incremental: bool,
 }
 
 /// The range of whole windows for a request. Without one, it covers every event

@@ -184,6 +184,9 @@ fn a_run_as_json() {
       "dead_letters_resolved": 0,
       "stale_outside": 0,
       "warnings": [],
+      "coverage": {
+        "mode": "full"
+      },
       "steps": [
         {
           "name": "read keys",
@@ -602,7 +605,7 @@ fn a_resolved_dead_letter_names_the_run_that_resolved_it() {
     let workspace = with_dead_letters();
     let customers = workspace.read("customers.csv") + "demo,cus_2,initech,,\n";
     workspace.write("customers.csv", customers);
-    let run = workspace.run(&[]);
+    let run = workspace.run(&["--incremental"]);
     assert_eq!(run["dead_letters_resolved"], 1);
     assert_eq!(run["dead_letters"], json!({}), "no other was looked at");
     let open = shown(&workspace, 0, &["dead-letters", "job.yaml", "--reason", "customer_not_found"]);
@@ -842,7 +845,11 @@ fn the_help_lists_commands_and_exit_codes() {
           --customer <CUSTOMER_ID>  Only this customer
           --meter <METER_ID>        Only this meter
           --snapshot <RUN_ID>       Read the same Kafka offsets as this run, over its range
+          --incremental             Without a range: compute only what is new since the last run, and
+                                    what depends on it
           --yes                     Publish even if the change is larger than the job's guard allows
+          --allow-closed            Write over closed periods too
+          --timings                 Show every step with its rows and seconds
           --output <OUTPUT>         How results are printed on stdout [default: text] [possible values:
                                     text, json]
           --threads <N>             Threads that read and aggregate [default: one a core]

@@ -57,7 +57,7 @@ pub fn check_step(workspace: &Workspace, step: &Path, name: &str, full: bool, pr
     command.extend(arguments.split_whitespace());
     // A range is as full as it can be.
     let has_range = ["--start", "--day", "--month", "--last"].iter().any(|option| arguments.contains(option));
-    command.extend((full && !has_range).then_some("--full"));
+    command.extend((!full && !has_range).then_some("--incremental"));
     let outcome = workspace.trueup(&command);
     if outcome.code != 0 {
         let _ = writeln!(problems, "{name}: exit {}: {}", outcome.code, outcome.stderr);

@@ -110,7 +110,7 @@ proptest! {
         for (number, (change, kind)) in steps.into_iter().enumerate() {
             apply(change, number, &workspace, &mut settings, &mut events);
             let request = match kind {
-                Run::Incremental => Request::default(),
+                Run::Incremental => Request { incremental: true, ..Request::default() },
                 Run::Full => full(),
                 Run::Part(range, scope) => {
                     Request { range: range.and_then(|range| within(&events, range)), scope, ..Request::default() }
@@ -184,7 +184,7 @@ fn shop() -> Workspace {
         }
         workspace.write(&format!("events/{month}.ndjson"), lines);
     }
-    let first = workspace.run(&[]);
+    let first = workspace.run(&["--incremental"]);
     assert_eq!((&first["coverage"]["mode"], &first["events"]["metered"]), (&json!("full"), &json!(16)));
     workspace
 }
@@ -192,11 +192,11 @@ fn shop() -> Workspace {
 /// An incremental run; then a full one finds nothing to do, and neither does `verify`.
 #[track_caller]
 fn increment(workspace: &Workspace) -> Value {
-    let run = workspace.run(&[]);
+    let run = workspace.run(&["--incremental"]);
     assert_eq!(run["coverage"]["mode"], "incremental", "{}", run["coverage"]);
     let verified = workspace.trueup(&["verify", "job.yaml"]);
     assert_eq!(verified.code, 0, "{verified:?}");
-    let full = workspace.trueup(&["plan", "job.yaml", "--full", "--detailed-exitcode"]);
+    let full = workspace.trueup(&["plan", "job.yaml", "--detailed-exitcode"]);
     assert_eq!(full.code, 0, "{full:?}");
     run
 }
@@ -204,7 +204,7 @@ fn increment(workspace: &Workspace) -> Value {
 /// A run that skips nothing says why.
 #[track_caller]
 fn skips_nothing(workspace: &Workspace, why: &str) {
-    let run = workspace.run(&[]);
+    let run = workspace.run(&["--incremental"]);
     assert_eq!(run["coverage"]["mode"], "full", "{}", run["coverage"]);
     let found = run["coverage"]["why"].as_str().unwrap_or_default();
     assert!(found.contains(why), "`{why}` is missing in: {found}");
@@ -321,7 +321,7 @@ fn what_cannot_be_proved_is_computed() {
     workspace.run(&["--month", "2026-01"]);
     workspace.edit("prices.yaml", "unit_amount: \"5\"", "unit_amount: \"4\"");
     skips_nothing(&workspace, "the prices table changed since run");
-    let changed = workspace.run(&["--full"]);
+    let changed = workspace.run(&[]);
     assert_eq!((&changed["coverage"]["mode"], &changed["coverage"]["why"]), (&json!("full"), &Value::Null));
     let last = workspace.run(&["--month", "2026-01"]);
     assert_eq!(last["coverage"]["mode"], "part");
@@ -415,7 +415,7 @@ fn the_report_says_what_was_skipped() {
     let workspace = shop();
     workspace.write("events/late.ndjson", event("late", "call", "xa", "2026-02-11T10:00:00Z", "6"));
     workspace.edit("prices.yaml", "unit_amount: \"3\"", "unit_amount: \"4\"");
-    let plan = workspace.trueup(&["plan", "job.yaml"]).stdout;
+    let plan = workspace.trueup(&["plan", "job.yaml", "--incremental"]).stdout;
     for line in [
         "new          1 event in 1 file, price p_logins changed",
         "marked       2 customers, 4 billing periods",
@@ -424,6 +424,6 @@ fn the_report_says_what_was_skipped() {
         assert!(plan.contains(line), "`{line}` is missing in:\n{plan}");
     }
     workspace.edit("job.yaml", "window: day", "window: hour");
-    let plan = workspace.trueup(&["plan", "job.yaml"]).stdout;
+    let plan = workspace.trueup(&["plan", "job.yaml", "--incremental"]).stdout;
     assert!(plan.contains("full         job settings changed since run"), "{plan}");
 }

@@ -340,7 +340,7 @@ pub fn run(workspace: &Workspace, job: &str, request: &Request, threads: usize) 
 
 /// Everything, also what cannot have changed.
 pub fn full() -> Request {
-    Request { full: true, ..Request::default() }
+    Request::default()
 }
 
 /// What a store says, without how that came about.

@@ -108,7 +108,7 @@ pub fn baseline<'p>(
     if request.range.is_some() || !request.scope.is_whole() {
         return Ok(Err(Coverage { mode: Mode::Part, why: None, baseline: None, skipping: None }));
     }
-    if request.full {
+    if !request.incremental {
         return Ok(Err(Coverage::full(None)));
     }
     Ok(find(inputs, request, past, basis, splits)?.map_err(Coverage::full))
