@@ -4,6 +4,8 @@
 -- ReplacingMergeTree(version, is_deleted), ordered by exactly the row's key: a
 -- change is a row with a greater version, a retraction a tombstone. Tables are read
 -- with FINAL, or through the views, which have it.
+--
+-- Sessions begin and end at instants of events, which have nanoseconds.
 
 CREATE TABLE IF NOT EXISTS usage_windows (
     job                 String,
@@ -112,8 +114,8 @@ CREATE TABLE IF NOT EXISTS runs (
     job           String,
     mode          String,
     status        String,
-    range_start   Nullable(DateTime64(3, 'UTC')),
-    range_end     Nullable(DateTime64(3, 'UTC')),
+    range_start   Nullable(DateTime64(9, 'UTC')),
+    range_end     Nullable(DateTime64(9, 'UTC')),
     started_at    DateTime64(3, 'UTC'),
     finished_at   DateTime64(3, 'UTC'),
     started_by    String,

@@ -74,7 +74,7 @@ pub(super) fn windows_of(connection: &Connection, job: &str, span: Span, keys: &
 /// As [`periods`], of these subscriptions.
 pub(super) fn periods_of(connection: &Connection, job: &str, span: Span, keys: &[SubscriptionKey]) -> Result<Vec<PeriodRow>> {
     let sql = "SELECT * FROM usage_periods WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 \
-               AND period_start < ?4 AND period_end > ?5";
+               AND rtrim(period_start, 'Z') < rtrim(?4, 'Z') AND rtrim(period_end, 'Z') > rtrim(?5, 'Z')";
     let mut periods = query_of(connection, sql, (job, span), keys, rows::period)?;
     periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
     Ok(periods)
