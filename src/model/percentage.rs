@@ -45,52 +45,9 @@ impl Percentage {
         self.rate_of(charged)?.checked_add(self.fixed_of(events)?)
     }
 
-    /// The cost of an accumulation by its events.
-    ///
-    /// # Errors
-    /// [`DecimalError::Overflow`].
-    pub fn cost_of(&self, transactions: &Transactions) -> Result<Decimal, DecimalError> {
-        let charged = self.charged(transactions, &mut |_, _| ())?;
-        if self.is_clamped() {
-            return charged.fees.total();
-        }
-        self.rate_of(charged.value.total()?)?.checked_add(self.fixed_of(charged.events)?)
-    }
-
     /// Whether the fee of each event is held between bounds.
     pub fn is_clamped(&self) -> bool {
         self.minimum_amount_per_event.is_some() || self.maximum_amount_per_event.is_some()
-    }
-
-    /// What of the events is charged. `each` hears of those that are known one by one, in
-    /// the order of time.
-    pub(super) fn charged(
-        &self,
-        transactions: &Transactions,
-        each: &mut dyn FnMut(&Transaction, EventCharge),
-    ) -> Result<Charges, DecimalError> {
-        let mut charges = transactions.rest;
-        let mut running = DecimalSum::default();
-        let mut first: Vec<_> = transactions.first.iter().collect();
-        first.sort_unstable();
-        for (at, transaction) in (0u64..).zip(first) {
-            let before = self.beyond_free(running.total()?)?;
-            running.add(transaction.value);
-            let after = running.total()?;
-            let has_allowance = self.free_events.is_none_or(|events| at < events);
-            let is_free = has_allowance && self.free_amount.is_none_or(|free| after <= free);
-            let charged = match (has_allowance, self.free_amount) {
-                (false, _) => transaction.value,
-                (true, None) => Decimal::ZERO,
-                (true, Some(_)) => self.beyond_free(after)?.checked_sub(before)?,
-            };
-            let fee = if is_free { self.rate_of(charged)? } else { self.fee(charged)? };
-            each(transaction, EventCharge { charged, fee });
-            charges.value.add(charged);
-            charges.fees.add(fee);
-            charges.events += u64::from(!is_free);
-        }
-        Ok(charges)
     }
 
     /// What an event is charged that no allowance frees.
@@ -101,8 +58,12 @@ impl Percentage {
         Ok(EventCharge { charged: value, fee: self.fee(value)? })
     }
 
-    pub(super) fn fixed_of(&self, events: u64) -> Result<Decimal, DecimalError> {
-        self.fixed_amount_per_event.checked_mul(Decimal::from_u64(events))
+    /// Whether an event of this value can be charged at all, free or not.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`] where its fee overflows.
+    pub fn check(&self, value: Decimal) -> Result<(), DecimalError> {
+        self.fee(value).map(|_| ())
     }
 
     /// What of a running total the free amount does not hold.
@@ -111,6 +72,10 @@ impl Percentage {
             Some(free) if !total.is_negative() => Ok(total.checked_sub(free)?.max(Decimal::ZERO)),
             _ => Ok(total),
         }
+    }
+
+    pub(super) fn fixed_of(&self, events: u64) -> Result<Decimal, DecimalError> {
+        self.fixed_amount_per_event.checked_mul(Decimal::from_u64(events))
     }
 
     pub(super) fn rate_of(&self, amount: Decimal) -> Result<Decimal, DecimalError> {
@@ -125,6 +90,66 @@ impl Percentage {
     }
 }
 
+/// The fees of an accumulation to date. Its windows are added in the order of time, so
+/// that no event is looked at twice.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Fees {
+    pub(super) charges: Charges,
+    /// Number and value of all events, free or not.
+    pub(super) events: u64,
+    pub(super) value: DecimalSum,
+}
+
+impl Fees {
+    /// Adds the events of a window that come after all that were added before. `each`
+    /// hears of those that are known one by one, in the order of time.
+    ///
+    /// # Errors
+    /// [`DecimalError::Overflow`].
+    pub fn add(
+        &mut self,
+        window: &Transactions,
+        price: &Percentage,
+        each: &mut dyn FnMut(&Transaction, EventCharge),
+    ) -> Result<(), DecimalError> {
+        let mut first: Vec<_> = window.first.iter().collect();
+        first.sort_unstable();
+        for transaction in first {
+            let has_allowance = price.free_events.is_none_or(|events| self.events < events);
+            let before = if has_allowance { price.beyond_free(self.value.total()?)? } else { Decimal::ZERO };
+            self.value.add(transaction.value);
+            self.events += 1;
+            let (is_free, charged) = match (has_allowance, price.free_amount) {
+                (false, _) => (false, transaction.value),
+                (true, None) => (true, Decimal::ZERO),
+                (true, Some(free)) => {
+                    let after = self.value.total()?;
+                    (after <= free, price.beyond_free(after)?.checked_sub(before)?)
+                }
+            };
+            let fee = if is_free { price.rate_of(charged)? } else { price.fee(charged)? };
+            each(transaction, EventCharge { charged, fee });
+            self.charges.value.add(charged);
+            self.charges.fees.add(fee);
+            self.charges.events += u64::from(!is_free);
+        }
+        // So many of them came before that the rest has no allowance.
+        self.charges.merge(&window.rest);
+        self.value.merge(window.rest.value);
+        self.events += window.rest.events;
+        Ok(())
+    }
+
+    /// # Errors
+    /// [`DecimalError::Overflow`].
+    pub fn cost(&self, price: &Percentage) -> Result<Decimal, DecimalError> {
+        if price.is_clamped() {
+            return self.charges.fees.total();
+        }
+        price.rate_of(self.charges.value.total()?)?.checked_add(price.fixed_of(self.charges.events)?)
+    }
+}
+
 /// One event, in the order in which allowances are used up.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Transaction {
@@ -134,7 +159,7 @@ pub struct Transaction {
     pub value: Decimal,
 }
 
-/// The events of an accumulation, as far as a price must know them one by one: the
+/// The events of a window, as far as a price must know them one by one: the
 /// first ones as they are, the rest as sums. Whatever the order of adding and merging.
 #[derive(Debug, Clone, Default)]
 pub struct Transactions {
@@ -161,23 +186,25 @@ pub(super) struct Charges {
 
 impl Charges {
     fn add(&mut self, charged: Decimal, price: &Percentage) -> Result<(), DecimalError> {
+        let fee = price.fee(charged)?;
         self.value.add(charged);
         self.events += 1;
-        self.fees.add(price.fee(charged)?);
+        self.fees.add(fee);
         Ok(())
+    }
+
+    fn merge(&mut self, other: &Charges) {
+        self.value.merge(other.value);
+        self.events += other.events;
+        self.fees.merge(other.fees);
     }
 }
 
 impl Transactions {
-    /// Number and value of all events.
-    pub(super) fn whole(&self) -> (u64, DecimalSum) {
-        let mut value = self.rest.value;
-        self.first.iter().for_each(|transaction| value.add(transaction.value));
-        (self.rest.events + self.first.len() as u64, value)
-    }
-
+    /// Adds an event that passed [`Percentage::check`].
+    ///
     /// # Errors
-    /// [`DecimalError::Overflow`] where the event's own fee overflows.
+    /// [`DecimalError::Overflow`] where the fee of an event overflows, this one or an earlier one.
     pub fn add(&mut self, transaction: Transaction, price: &Percentage) -> Result<(), DecimalError> {
         let listed = price.listed();
         if listed == 0 {
@@ -195,9 +222,7 @@ impl Transactions {
     /// # Errors
     /// As [`Transactions::add`].
     pub fn merge(&mut self, other: &Transactions, price: &Percentage) -> Result<(), DecimalError> {
-        self.rest.value.merge(other.rest.value);
-        self.rest.events += other.rest.events;
-        self.rest.fees.merge(other.rest.fees);
+        self.rest.merge(&other.rest);
         other.first.iter().try_for_each(|transaction| self.add(transaction.clone(), price))
     }
 }
@@ -227,7 +252,14 @@ mod tests {
         for (at, value) in (0..).zip(values) {
             transactions.add(transaction(at, *value), price).unwrap();
         }
-        price.cost_of(&transactions).unwrap().to_string()
+        cost_of(price, &[transactions])
+    }
+
+    /// Of windows in the order of time.
+    fn cost_of(price: &Percentage, windows: &[Transactions]) -> String {
+        let mut fees = Fees::default();
+        windows.iter().for_each(|window| fees.add(window, price, &mut |_, _| ()).unwrap());
+        fees.cost(price).unwrap().to_string()
     }
 
     fn transaction(at: i64, value: i64) -> Transaction {
@@ -278,15 +310,17 @@ mod tests {
                 minimum_amount_per_event: minimum.map(|amount| d(&amount.to_string())),
                 ..lago()
             };
-            let mut whole = Transactions::default();
-            values.iter().for_each(|(at, value)| whole.add(transaction(*at, *value), &price).unwrap());
+            let window = |values: &[(i64, i64)]| {
+                let mut window = Transactions::default();
+                values.iter().for_each(|(at, value)| window.add(transaction(*at, *value), &price).unwrap());
+                window
+            };
             let mut merged = Transactions::default();
-            for part in shuffled.chunks(4) {
-                let mut some = Transactions::default();
-                part.iter().for_each(|(at, value)| some.add(transaction(*at, *value), &price).unwrap());
-                merged.merge(&some, &price).unwrap();
-            }
-            prop_assert_eq!(price.cost_of(&whole), price.cost_of(&merged));
+            shuffled.chunks(4).for_each(|part| merged.merge(&window(part), &price).unwrap());
+            let whole = cost_of(&price, &[window(&values)]);
+            prop_assert_eq!(&whole, &cost_of(&price, &[merged]));
+            let windows: Vec<_> = values.chunks(3).map(window).collect();
+            prop_assert_eq!(whole, cost_of(&price, &windows));
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use super::decimal::{Decimal, DecimalError, Rounding};
 use super::digest::Digest;
-use super::percentage::{Percentage, Transactions};
+use super::percentage::{Fees, Percentage};
 use super::window::Span;
 
 /// A price of one meter on one plan, validated.
@@ -93,11 +93,11 @@ pub struct Usage<'u> {
     /// Events that were counted.
     pub events: u64,
     /// One by one, where [`Price::transactions`] asks for it.
-    pub transactions: Option<&'u Transactions>,
+    pub fees: Option<&'u Fees>,
 }
 
 impl Usage<'_> {
-    pub const NONE: Usage<'static> = Usage { quantity: Decimal::ZERO, events: 0, transactions: None };
+    pub const NONE: Usage<'static> = Usage { quantity: Decimal::ZERO, events: 0, fees: None };
 }
 
 /// The part of a billing period in which subscription and price are active, in
@@ -248,8 +248,8 @@ impl Price {
                 quantity.divide_to_integer(*size, rounding)?.checked_mul(*amount)
             }
             PriceModel::Dynamic { multiplier } => quantity.checked_mul(*multiplier),
-            PriceModel::Percentage(percentage) => match usage.transactions.filter(|_| percentage.needs_transactions()) {
-                Some(transactions) => percentage.cost_of(transactions),
+            PriceModel::Percentage(percentage) => match usage.fees.filter(|_| percentage.needs_transactions()) {
+                Some(fees) => fees.cost(percentage),
                 None => percentage.cost(quantity, usage.events),
             },
             _ if !flat_due => Ok(Decimal::ZERO),

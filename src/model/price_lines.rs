@@ -2,7 +2,7 @@
 //! the lines sum to [`Price::cost`] exactly; both use the same arithmetic.
 
 use super::decimal::{Decimal, DecimalError, Rounding};
-use super::percentage::{EventCharge, Percentage, Transaction, Transactions};
+use super::percentage::{Fees, Percentage};
 use super::price::{Price, PriceModel, Share, TierPart, Transform, Usage, graduated, volume};
 
 /// One line of a price.
@@ -78,9 +78,9 @@ impl Price {
     /// [`DecimalError::Overflow`].
     pub fn lines(&self, usage: Usage<'_>, share: Share) -> Result<Vec<Line>, DecimalError> {
         let mut lines = Vec::new();
-        match (&self.model, usage.transactions) {
-            (PriceModel::Percentage(percentage), Some(transactions)) if percentage.needs_transactions() => {
-                transaction_lines(percentage, transactions, &mut lines)?;
+        match (&self.model, usage.fees) {
+            (PriceModel::Percentage(percentage), Some(fees)) if percentage.needs_transactions() => {
+                fee_lines(percentage, fees, &mut lines)?;
             }
             _ => {
                 let quantity = self.quantity_lines(usage.quantity, &mut lines)?;
@@ -189,18 +189,6 @@ impl Price {
         let says = format!("rounded to {} places of {}", self.currency.minor_digits, self.currency.code);
         Ok((!difference.is_zero()).then(|| Line::fixed(Step::Rounding, says, difference)))
     }
-
-    /// What each event is charged, for those of its events that the price knows one by one.
-    ///
-    /// # Errors
-    /// [`DecimalError::Overflow`].
-    pub fn event_charges(
-        &self,
-        transactions: &Transactions,
-        each: &mut dyn FnMut(&Transaction, EventCharge),
-    ) -> Result<(), DecimalError> {
-        self.transactions().map_or(Ok(()), |percentage| percentage.charged(transactions, each).map(|_| ()))
-    }
 }
 
 fn describe_transform(transform: &Transform) -> String {
@@ -269,9 +257,8 @@ fn fixed_line(percentage: &Percentage, events: u64, lines: &mut Vec<Line>) -> Re
 }
 
 /// A percentage of events that are known one by one.
-fn transaction_lines(percentage: &Percentage, transactions: &Transactions, lines: &mut Vec<Line>) -> Result<(), DecimalError> {
-    let charged = percentage.charged(transactions, &mut |_, _| ())?;
-    let (events, value) = transactions.whole();
+fn fee_lines(percentage: &Percentage, fees: &Fees, lines: &mut Vec<Line>) -> Result<(), DecimalError> {
+    let Fees { charges: charged, events, value } = fees;
     let quantity = charged.value.total()?;
     let free: Vec<_> = [
         percentage.free_events.map(|events| format!("{events} events")),
@@ -303,6 +290,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::model::percentage::{Transaction, Transactions};
     use crate::model::price::{Commitment, Currency, PriceOptions, Tier};
     use crate::model::timestamp::Timestamp;
     use crate::model::window::Span;
@@ -465,8 +453,12 @@ mod tests {
                 }
             }
             let share = Share { part, whole: 7 };
-            let by_event = price.transactions().map(|_| &transactions);
-            let usage = Usage { quantity, events: values.len() as u64, transactions: by_event };
+            let mut fees = Fees::default();
+            if let Some(percentage) = price.transactions() {
+                fees.add(&transactions, percentage, &mut |_, _| ()).unwrap();
+            }
+            let by_event = price.transactions().map(|_| &fees);
+            let usage = Usage { quantity, events: values.len() as u64, fees: by_event };
             let cost = price.cost(usage, share).unwrap();
             prop_assert_eq!(total(&price.lines(usage, share).unwrap()).unwrap(), cost);
             let mut lines = price.adjustment_lines(cost, share).unwrap();

@@ -15,6 +15,7 @@ use super::state::{Interner, NO_PRICE, News, Sessions, StateKey, WindowCache, Wi
 use crate::config::Deduplicate;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
 use crate::model::counts::{EventCounts, UsageCounts};
+use crate::model::decimal::DecimalError;
 use crate::model::digest::frame;
 use crate::model::meter::Aggregation;
 use crate::model::percentage::Percentage;
@@ -405,12 +406,12 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             remaining: if is_level { self.remaining(subscription, plan, slots, t, period) } else { 0 },
         };
         let percentage = price.and_then(Price::transactions);
+        // Before a window is made for it.
+        if let (Some(percentage), Value::Number(value)) = (percentage, &value) {
+            percentage.check(*value).map_err(fee_error)?;
+        }
         let contribution = contribution(event, t, &value, &mut self.scratch.bytes);
-        let count = |state: &mut WindowState| {
-            state
-                .count(&value, moment, percentage, contribution, news)
-                .map_err(|error| Rejection { reason: Reason::ValueOutOfRange, detail: format!("the fee of the event: {error}") })
-        };
+        let count = |state: &mut WindowState| state.count(&value, moment, percentage, contribution, news).map_err(fee_error);
         if let WindowKind::Session { gap_nanos } = plan.meter.window {
             let mut state = WindowState::new(plan.meter, price, window, period);
             count(&mut state)?;
@@ -506,6 +507,10 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             self.windows.extend(windows.map(|(window_start, state)| (StateKey { window_start, ..key }, state)));
         }
     }
+}
+
+fn fee_error(error: DecimalError) -> Rejection {
+    Rejection { reason: Reason::ValueOutOfRange, detail: format!("the fee of the event: {error}") }
 }
 
 /// The price of a state, where it must know events one by one.

@@ -12,7 +12,7 @@ use super::state::{Interner, News, StateKey, WindowState};
 use crate::model::aggregate::{PeriodRow, WindowKey, WindowRow};
 use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
 use crate::model::meter::{ChargeOn, Meter};
-use crate::model::percentage::Transactions;
+use crate::model::percentage::Fees;
 use crate::model::price::{Adjustments, Price, Share, Usage};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
@@ -90,7 +90,7 @@ pub(super) struct Accumulation<'r> {
     pub measure: Measure,
     pub share: Share,
     to_date: Accumulator,
-    transactions: Option<Transactions>,
+    fees: Option<Fees>,
     events: u64,
     window_sum: DecimalSum,
     pub cost: Decimal,
@@ -105,7 +105,7 @@ impl<'r> Accumulation<'r> {
             measure,
             share: parts.price.map_or(Share::WHOLE, |price| price.share(period, parts.subscription.active)),
             to_date: Accumulator::new(parts.meter),
-            transactions: parts.price.and_then(Price::transactions).map(|_| Transactions::default()),
+            fees: parts.price.and_then(Price::transactions).map(|_| Fees::default()),
             events: 0,
             window_sum: DecimalSum::default(),
             cost: Decimal::ZERO,
@@ -119,14 +119,17 @@ impl<'r> Accumulation<'r> {
         self.window_sum.add(quantity);
         self.events += window.event_count;
         let Some(price) = self.parts.price else { return Ok((quantity, Decimal::ZERO)) };
-        if let (Some(ours), Some(theirs), Some(percentage)) = (&mut self.transactions, &window.transactions, price.transactions())
-        {
-            ours.merge(theirs, percentage)?;
+        let is_alone = self.parts.meter.charge_on == ChargeOn::Window;
+        if let (Some(fees), Some(transactions), Some(percentage)) = (&mut self.fees, &window.transactions, price.transactions()) {
+            if is_alone {
+                *fees = Fees::default();
+            }
+            fees.add(transactions, percentage, &mut |_, _| ())?;
         }
         let before = self.cost;
         self.cost = match self.parts.meter.charge_on {
             ChargeOn::Window => {
-                let cost = price.cost(usage_of(window, quantity), self.share)?;
+                let cost = price.cost(self.usage_of(window, quantity), self.share)?;
                 before.checked_add(cost)?.checked_add(price.adjustments(cost, self.share)?.total()?)?
             }
             ChargeOn::Period | ChargeOn::WindowSum => price.cost(self.usage()?, self.share)?,
@@ -136,7 +139,12 @@ impl<'r> Accumulation<'r> {
 
     /// What is priced where a meter charges on the period: the period to date.
     pub fn usage(&self) -> Result<Usage<'_>, DecimalError> {
-        Ok(Usage { quantity: self.quantity()?, events: self.events, transactions: self.transactions.as_ref() })
+        Ok(Usage { quantity: self.quantity()?, events: self.events, fees: self.fees.as_ref() })
+    }
+
+    /// What is priced where each window is priced on its own: the window added last.
+    pub fn usage_of(&self, window: &WindowState, quantity: Decimal) -> Usage<'_> {
+        Usage { quantity, events: window.event_count, fees: self.fees.as_ref() }
     }
 
     /// The quantity of the period to date.
@@ -154,11 +162,6 @@ impl<'r> Accumulation<'r> {
             None => Ok(Adjustments::default()),
         }
     }
-}
-
-/// What is priced where each window is priced on its own.
-pub(super) fn usage_of(window: &WindowState, quantity: Decimal) -> Usage<'_> {
-    Usage { quantity, events: window.event_count, transactions: window.transactions.as_deref() }
 }
 
 /// The states of one accumulation in one billing period, by time.

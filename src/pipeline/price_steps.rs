@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 
-use super::price::{Accumulation, Parts, usage_of};
+use super::price::{Accumulation, Parts};
 use super::state::{StateKey, WindowState};
 use crate::model::aggregate::PeriodRow;
 use crate::model::decimal::Decimal;
 use crate::model::meter::ChargeOn;
-use crate::model::percentage::{EventCharge, Transactions};
+use crate::model::percentage::{EventCharge, Fees};
 use crate::model::price::{Price, Usage};
 use crate::model::price_lines::{Line, Step};
 use crate::model::timestamp::Timestamp;
@@ -54,10 +54,13 @@ impl PriceStep {
     }
 }
 
-fn charges(price: &Price, transactions: Option<&Transactions>) -> Result<EventCharges> {
+/// What the events of windows, in the order of time, are charged.
+fn charges(price: &Price, windows: &[(StateKey, WindowState)]) -> Result<EventCharges> {
     let mut charges = EventCharges::new();
-    if let Some(transactions) = transactions {
-        price.event_charges(transactions, &mut |transaction, charge| {
+    let Some(percentage) = price.transactions() else { return Ok(charges) };
+    let mut fees = Fees::default();
+    for transactions in windows.iter().filter_map(|(_, state)| state.transactions.as_deref()) {
+        fees.add(transactions, percentage, &mut |transaction, charge| {
             charges.insert((transaction.timestamp, transaction.ingested_at, transaction.id.clone()), charge);
         })?;
     }
@@ -87,10 +90,10 @@ pub(super) fn of_window(
             break;
         }
         if parts.meter.charge_on == ChargeOn::Window {
-            let usage = usage_of(state, state.accumulator.quantity(accumulation.measure)?);
-            let step = PriceStep::of(&accumulation, price, usage)?;
+            let (quantity, _) = accumulation.add(state)?;
+            let step = PriceStep::of(&accumulation, price, accumulation.usage_of(state, quantity))?;
             steps.adjustments = price.adjustment_lines(step.cost, accumulation.share)?;
-            steps.charges = charges(price, usage.transactions)?;
+            steps.charges = charges(price, states.get(at..=at).unwrap_or_default())?;
             steps.after = Some(step);
             break;
         }
@@ -99,7 +102,7 @@ pub(super) fn of_window(
         }
         accumulation.add(state)?;
         steps.after = Some(PriceStep::of(&accumulation, price, accumulation.usage()?)?);
-        steps.charges = charges(price, accumulation.usage()?.transactions)?;
+        steps.charges = charges(price, states.get(..=at).unwrap_or_default())?;
     }
     Ok(steps)
 }
@@ -124,7 +127,7 @@ pub(super) fn of_period(states: &[(StateKey, WindowState)], parts: Parts<'_>, ro
     } else {
         let step = PriceStep::of(&accumulation, price, accumulation.usage()?)?;
         steps.adjustments = price.adjustment_lines(step.cost, accumulation.share)?;
-        steps.charges = charges(price, accumulation.usage()?.transactions)?;
+        steps.charges = charges(price, states)?;
         steps.after = Some(step);
     }
     let due = row.cost.checked_add(row.commitment_adjustment)?.checked_add(row.minimum_adjustment)?;

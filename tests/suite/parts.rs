@@ -247,7 +247,9 @@ fn publishing_job(scratch: &Scratch, url: &str) -> Workspace {
 fn comparable(workspace: &Workspace, table: &str) -> Vec<BTreeMap<String, String>> {
     let mut rows = exported(workspace, table);
     for row in &mut rows {
-        for column in ["run_id", "row_digest", "version", "updated_at", "recorded_at", "correction_id", "first_run_id", "last_run_id"] {
+        for column in
+            ["run_id", "row_digest", "version", "updated_at", "recorded_at", "correction_id", "first_run_id", "last_run_id"]
+        {
             row.remove(column);
         }
     }
