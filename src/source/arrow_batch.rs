@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, StringArray, StringBuilder};
-use arrow::compute::cast;
-use arrow::datatypes::{DataType, Field as ArrowField, Int64Type, TimeUnit};
+use arrow::compute::{cast, max, min};
+use arrow::datatypes::{DataType, Field as ArrowField, Int32Type, Int64Type, TimeUnit};
 use arrow::json::writer::{EncoderOptions, make_encoder};
 use chrono::{DateTime, SecondsFormat};
 
-use super::batch::flag;
+use super::batch::{Texts, flag};
 use super::columns::{ColumnMap, Field};
 use super::{EventBatch, EventRef, Problem};
 use crate::model::timestamp::Timestamp;
@@ -44,8 +44,8 @@ pub fn convert_rows(origin: &str, number: &dyn Fn(usize) -> u64, batch: &RecordB
     let wrong_type = |field: Field, array: &ArrayRef, expected: &str| {
         format!("{origin}: column `{}` is {}, expected {expected}", columns.name(field), array.data_type())
     };
-    let text = |field: Field| -> Result<StringArray> {
-        let Some(array) = column(field) else { return Ok(StringArray::new_null(rows)) };
+    let text = |field: Field| -> Result<Texts> {
+        let Some(array) = column(field) else { return Ok(Texts::nulls(rows)) };
         texts(array).with_context(|| wrong_type(field, array, "text"))
     };
     let place = |row: usize| format!("{origin} row {}", number(row) + 1);
@@ -57,7 +57,7 @@ pub fn convert_rows(origin: &str, number: &dyn Fn(usize) -> u64, batch: &RecordB
     };
     let (timestamp, ingested_at) = (instants(Field::Timestamp)?, instants(Field::IngestedAt)?);
     let properties = match column(Field::Properties) {
-        None => StringArray::new_null(rows),
+        None => Texts::nulls(rows),
         Some(array) => json_texts(array).with_context(|| wrong_type(Field::Properties, array, "JSON text, a struct or a map"))?,
     };
     let deleted = match column(Field::Deleted) {
@@ -76,7 +76,8 @@ pub fn convert_rows(origin: &str, number: &dyn Fn(usize) -> u64, batch: &RecordB
         problems: Vec::new(),
     };
     // A scan for keys has not every column.
-    if Field::ALL.into_iter().all(|field| !field.is_required() || column(field).is_some()) {
+    let is_whole = Field::ALL.into_iter().all(|field| !field.is_required() || column(field).is_some());
+    if is_whole && batch.may_have_gaps() {
         let missing = |(row, event): (usize, EventRef<'_>)| Some((row, event.missing_field()?));
         problems
             .extend(batch.rows().enumerate().filter_map(missing).map(|(row, field)| Problem::missing(row, field, &place(row))));
@@ -92,7 +93,7 @@ fn flags(array: &ArrayRef, place: &dyn Fn(usize) -> String, problems: &mut Vec<P
     if array.data_type().is_integer() || matches!(array.data_type(), DataType::Boolean | DataType::Null) {
         return Ok(cast(array, &DataType::Boolean)?.as_boolean().clone());
     }
-    let texts = texts(array)?;
+    let texts = plain_texts(array)?;
     let parse = |(row, text): (usize, Option<&str>)| {
         let flag = flag(text);
         if let Err(error) = &flag {
@@ -103,13 +104,27 @@ fn flags(array: &ArrayRef, place: &dyn Fn(usize) -> String, problems: &mut Vec<P
     Ok(texts.iter().enumerate().map(parse).collect())
 }
 
-/// A column as text; whole numbers (as ids are) are written out.
-fn texts(array: &ArrayRef) -> Result<StringArray> {
+/// A column as text, in its own layout where that is a common one; whole numbers (as
+/// ids are) are written out.
+fn texts(array: &ArrayRef) -> Result<Texts> {
+    if let Some(dictionary) = array.as_dictionary_opt::<Int32Type>()
+        && let Some(values) = dictionary.values().as_string_opt::<i32>()
+    {
+        return Ok(Texts::Dictionary { keys: dictionary.keys().clone(), values: values.clone() });
+    }
+    match array.data_type() {
+        DataType::Utf8View => Ok(Texts::Views(array.as_string_view().clone())),
+        DataType::Null => Ok(Texts::nulls(array.len())),
+        _ => Ok(Texts::Plain(plain_texts(array)?)),
+    }
+}
+
+fn plain_texts(array: &ArrayRef) -> Result<StringArray> {
     let plain = match array.data_type() {
         DataType::Utf8 => return Ok(array.as_string::<i32>().clone()),
         DataType::Null => return Ok(StringArray::new_null(array.len())),
-        DataType::Dictionary(_, value) => value.as_ref().clone(),
-        other => other.clone(),
+        DataType::Dictionary(_, value) => value.as_ref(),
+        other => other,
     };
     let textual = matches!(plain, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View) || plain.is_integer();
     if !textual {
@@ -123,6 +138,15 @@ struct RawInstants {
     values: Int64Array,
     /// Nanoseconds in one.
     factor: i64,
+}
+
+impl RawInstants {
+    /// In nanoseconds, where all of them are instants of events: nearly always.
+    fn all_in_range(&self) -> Option<Int64Array> {
+        let in_range = |value: i64| value.checked_mul(self.factor).and_then(Timestamp::in_range).is_some();
+        let (first, last) = (min(&self.values)?, max(&self.values)?);
+        (in_range(first) && in_range(last)).then(|| self.values.unary(|value| value.wrapping_mul(self.factor)))
+    }
 }
 
 /// The numbers of a column of timestamps or dates; `None` for other types.
@@ -158,6 +182,9 @@ fn nanoseconds(
         }
     };
     if let Some(instants) = raw_instants(array)? {
+        if let Some(nanoseconds) = instants.all_in_range() {
+            return Ok(nanoseconds);
+        }
         let convert = |(row, value): (usize, Option<i64>)| {
             let instant = value?.checked_mul(instants.factor).and_then(Timestamp::in_range);
             checked(row, instant.ok_or_else(|| "is outside of the years 1700 to 2199".to_owned()))
@@ -168,7 +195,7 @@ fn nanoseconds(
         DataType::Null => Ok(Int64Array::new_null(array.len())),
         other if other.is_integer() => bail!("a number could be seconds or milliseconds"),
         _ => {
-            let texts = texts(array)?;
+            let texts = plain_texts(array)?;
             let parse = |(row, text): (usize, Option<&str>)| {
                 checked(row, text?.parse().map_err(|error: crate::model::timestamp::TimestampError| error.to_string()))
             };
@@ -178,10 +205,12 @@ fn nanoseconds(
 }
 
 /// A column as JSON text: text as it is, structs and maps encoded.
-fn json_texts(array: &ArrayRef) -> Result<StringArray> {
-    if !array.data_type().is_nested() {
-        return texts(array);
-    }
+fn json_texts(array: &ArrayRef) -> Result<Texts> {
+    if array.data_type().is_nested() { Ok(encoded(array)?.into()) } else { texts(array) }
+}
+
+/// A nested column as JSON text.
+fn encoded(array: &ArrayRef) -> Result<StringArray> {
     let field = Arc::new(ArrowField::new("properties", array.data_type().clone(), true));
     let options = EncoderOptions::default();
     let mut encoder = make_encoder(&field, array.as_ref(), &options)?;
@@ -204,7 +233,7 @@ fn json_texts(array: &ArrayRef) -> Result<StringArray> {
 pub fn reference_texts(array: &ArrayRef) -> Result<StringArray> {
     let Some(values) = raw_instants(array)? else {
         return match array.data_type() {
-            other if other.is_nested() => json_texts(array),
+            other if other.is_nested() => encoded(array),
             _ => Ok(cast(array, &DataType::Utf8)?.as_string::<i32>().clone()),
         };
     };

@@ -1,6 +1,8 @@
 //! Events in columns, a batch at a time.
 
-use arrow::array::{Array, BooleanArray, BooleanBuilder, Int64Array, Int64Builder, StringArray, StringBuilder};
+use arrow::array::{
+    Array, BooleanArray, BooleanBuilder, Int32Array, Int64Array, Int64Builder, StringArray, StringBuilder, StringViewArray,
+};
 
 use crate::model::timestamp::Timestamp;
 
@@ -10,16 +12,76 @@ pub const BATCH_ROWS: usize = 8192;
 /// A batch of events. Every column has one entry a row; instants are nanoseconds.
 #[derive(Debug)]
 pub struct EventBatch {
-    pub tenant_id: StringArray,
-    pub id: StringArray,
-    pub event_name: StringArray,
-    pub external_customer_id: StringArray,
+    pub tenant_id: Texts,
+    pub id: Texts,
+    pub event_name: Texts,
+    pub external_customer_id: Texts,
     pub timestamp: Int64Array,
     pub ingested_at: Int64Array,
-    pub properties: StringArray,
+    pub properties: Texts,
     pub deleted: BooleanArray,
     /// Rows with something wrong, in order.
     pub problems: Vec<Problem>,
+}
+
+/// A column of text in the layout that its source delivers: none is copied into another.
+#[derive(Debug)]
+pub enum Texts {
+    Plain(StringArray),
+    /// Slices of the source's own buffers.
+    Views(StringViewArray),
+    /// A few values that repeat, and each row's place among them.
+    Dictionary {
+        keys: Int32Array,
+        values: StringArray,
+    },
+}
+
+impl Texts {
+    /// A column of nulls.
+    pub fn nulls(rows: usize) -> Self {
+        Texts::Plain(StringArray::new_null(rows))
+    }
+
+    pub fn len(&self) -> usize {
+        match self {
+            Texts::Plain(texts) => texts.len(),
+            Texts::Views(texts) => texts.len(),
+            Texts::Dictionary { keys, .. } => keys.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn get(&self, row: usize) -> Option<&str> {
+        match self {
+            Texts::Plain(texts) => (!texts.is_null(row)).then(|| texts.value(row)),
+            Texts::Views(texts) => (!texts.is_null(row)).then(|| texts.value(row)),
+            Texts::Dictionary { keys, values } => {
+                let key = usize::try_from(keys.value(row)).ok().filter(|_| !keys.is_null(row))?;
+                (!values.is_null(key)).then(|| values.value(key))
+            }
+        }
+    }
+
+    /// Whether some row has no text, or none to speak of.
+    pub fn has_gaps(&self) -> bool {
+        match self {
+            Texts::Plain(texts) => texts.null_count() > 0 || texts.iter().any(|text| text == Some("")),
+            Texts::Views(texts) => texts.null_count() > 0 || texts.lengths().any(|length| length == 0),
+            Texts::Dictionary { keys, values } => {
+                keys.null_count() > 0 || values.null_count() > 0 || values.iter().any(|text| text == Some(""))
+            }
+        }
+    }
+}
+
+impl From<StringArray> for Texts {
+    fn from(texts: StringArray) -> Self {
+        Texts::Plain(texts)
+    }
 }
 
 /// Why a row is no event.
@@ -62,25 +124,27 @@ impl EventBatch {
         self.id.is_empty()
     }
 
+    /// Whether some row may lack a field that every event needs.
+    pub fn may_have_gaps(&self) -> bool {
+        let texts = [&self.tenant_id, &self.id, &self.event_name, &self.external_customer_id];
+        texts.into_iter().any(Texts::has_gaps) || self.timestamp.null_count() > 0
+    }
+
     /// The rows in order, each with its problem if it has one.
     pub fn rows(&self) -> impl Iterator<Item = EventRef<'_>> {
         let mut problems = self.problems.iter().peekable();
         (0..self.len()).map(move |row| EventRef {
-            tenant_id: value(&self.tenant_id, row),
-            id: value(&self.id, row),
-            event_name: value(&self.event_name, row),
-            external_customer_id: value(&self.external_customer_id, row),
+            tenant_id: self.tenant_id.get(row),
+            id: self.id.get(row),
+            event_name: self.event_name.get(row),
+            external_customer_id: self.external_customer_id.get(row),
             timestamp: instant(&self.timestamp, row),
             ingested_at: instant(&self.ingested_at, row),
-            properties: value(&self.properties, row),
+            properties: self.properties.get(row),
             deleted: !self.deleted.is_null(row) && self.deleted.value(row),
             problem: problems.next_if(|problem| problem.row == row),
         })
     }
-}
-
-fn value(column: &StringArray, row: usize) -> Option<&str> {
-    (!column.is_null(row)).then(|| column.value(row))
 }
 
 fn instant(column: &Int64Array, row: usize) -> Option<Timestamp> {
@@ -226,13 +290,13 @@ impl BatchBuilder {
     pub fn finish(&mut self) -> EventBatch {
         self.rows = 0;
         EventBatch {
-            tenant_id: self.tenant_id.finish(),
-            id: self.id.finish(),
-            event_name: self.event_name.finish(),
-            external_customer_id: self.external_customer_id.finish(),
+            tenant_id: self.tenant_id.finish().into(),
+            id: self.id.finish().into(),
+            event_name: self.event_name.finish().into(),
+            external_customer_id: self.external_customer_id.finish().into(),
             timestamp: self.timestamp.finish(),
             ingested_at: self.ingested_at.finish(),
-            properties: self.properties.finish(),
+            properties: self.properties.finish().into(),
             deleted: self.deleted.finish(),
             problems: std::mem::take(&mut self.problems),
         }

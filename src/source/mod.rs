@@ -12,7 +12,7 @@ use anyhow::Result;
 
 use crate::model::window::Span;
 
-pub use batch::{BatchBuilder, EventBatch, EventRef, Problem};
+pub use batch::{BatchBuilder, EventBatch, EventRef, Problem, Texts};
 pub use columns::{ColumnMap, Field};
 
 /// A part of a source that one thread reads from start to end.

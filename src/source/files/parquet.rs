@@ -6,8 +6,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use arrow::datatypes::{DataType, Field as ArrowField, Schema};
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
+};
+use parquet::basic::Encoding;
+use parquet::file::metadata::ColumnChunkMetaData;
 use parquet::file::reader::ChunkReader;
 
 use super::{Compression, open};
@@ -19,16 +24,51 @@ use crate::source::{EventBatch, Part, Split, Wanted};
 /// Appends a split for every row group.
 pub(super) fn splits(path: &Path, whole: &Split, splits: &mut Vec<Split>) -> Result<()> {
     let file = File::open(path).with_context(|| format!("events file {}", path.display()))?;
-    let builder = builder(path, file)?;
-    for (part, group) in builder.metadata().row_groups().iter().enumerate() {
+    let metadata = load(path, &file)?;
+    for (part, group) in metadata.metadata().row_groups().iter().enumerate() {
         splits.push(Split { announced_rows: u64::try_from(group.num_rows()).ok(), part: Part::RowGroup(part), ..whole.clone() });
     }
     Ok(())
 }
 
-fn builder<R: ChunkReader + 'static>(path: &Path, input: R) -> Result<ParquetRecordBatchReaderBuilder<R>> {
-    ParquetRecordBatchReaderBuilder::try_new(input)
+fn load<R: ChunkReader>(path: &Path, input: &R) -> Result<ArrowReaderMetadata> {
+    ArrowReaderMetadata::load(input, ArrowReaderOptions::new())
         .with_context(|| format!("events file {} is truncated or no Parquet file: replace it and run again", path.display()))
+}
+
+/// The same file, with its texts read in layouts that need no copies: as views, or as
+/// numbers into a dictionary where the file has them so.
+fn with_layouts(metadata: &ArrowReaderMetadata) -> Result<ArrowReaderMetadata> {
+    let groups = metadata.metadata().row_groups();
+    let has_dictionary = |name: &str| {
+        groups
+            .iter()
+            .all(|group| group.columns().iter().find(|column| column.column_path().string() == name).is_some_and(is_dictionary))
+    };
+    let layout = |field: &Arc<ArrowField>| match field.data_type() {
+        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => {
+            let layout = if has_dictionary(field.name()) {
+                DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8))
+            } else {
+                DataType::Utf8View
+            };
+            Arc::new(field.as_ref().clone().with_data_type(layout))
+        }
+        _ => Arc::clone(field),
+    };
+    let schema = metadata.schema();
+    let fields: Vec<_> = schema.fields().iter().map(layout).collect();
+    let schema = Schema::new_with_metadata(fields, schema.metadata().clone());
+    let options = ArrowReaderOptions::new().with_schema(Arc::new(schema));
+    Ok(ArrowReaderMetadata::try_new(Arc::clone(metadata.metadata()), options)?)
+}
+
+/// Whether all data of a column chunk is numbers into its dictionary.
+fn is_dictionary(column: &ColumnChunkMetaData) -> bool {
+    column.dictionary_page_offset().is_some()
+        && column
+            .page_encoding_stats_mask()
+            .is_some_and(|used| used.is_only(Encoding::RLE_DICTIONARY) || used.is_only(Encoding::PLAIN_DICTIONARY))
 }
 
 pub(super) fn read(
@@ -43,23 +83,26 @@ pub(super) fn read(
     if compression == Compression::Plain {
         let group = if let Part::RowGroup(group) = split.part { Some(group) } else { None };
         let file = File::open(path).with_context(|| format!("events file {}", path.display()))?;
-        return read_groups(path, builder(path, file)?, group, columns, wanted, sink);
+        return read_groups(path, file, group, columns, wanted, sink);
     }
     // The footer is at the end: a compressed Parquet file is read as a whole.
     let mut bytes = Vec::new();
     input.read_to_end(&mut bytes).with_context(|| format!("events file {} breaks off", path.display()))?;
-    read_groups(path, builder(path, bytes::Bytes::from(bytes))?, None, columns, wanted, sink)
+    read_groups(path, bytes::Bytes::from(bytes), None, columns, wanted, sink)
 }
 
 fn read_groups<R: ChunkReader + 'static>(
     path: &Path,
-    builder: ParquetRecordBatchReaderBuilder<R>,
+    input: R,
     part: Option<usize>,
     columns: &ColumnMap,
     wanted: Wanted<'_>,
     sink: &mut dyn FnMut(&EventBatch) -> Result<()>,
 ) -> Result<()> {
-    let schema = Arc::clone(builder.schema());
+    let metadata = load(path, &input)?;
+    let schema = Arc::clone(metadata.schema());
+    let metadata = with_layouts(&metadata).with_context(|| format!("events file {}", path.display()))?;
+    let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(input, metadata);
     let mut roots = Vec::new();
     for field in Field::ALL {
         let Ok(index) = schema.index_of(columns.name(field)) else {
