@@ -3,12 +3,14 @@
 //! Each thread has an [`Aggregator`]; merging them gives the same whatever event
 //! went to which. Only window-level state stays in memory.
 
+use anyhow::Result;
 use rustc_hash::FxHashMap;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::accumulator::Moment;
-use super::deduplicate::{Copies, Held, RepeatedKeys, key_hash, write_key};
+use super::deduplicate::{Copies, RepeatedKeys, key_hash, write_key};
 use super::enrich::{Enricher, MeterPlan, Rejection, Value};
+use super::held::{self, Held};
 use super::incremental::Marks;
 use super::letters::{OpenDeadLetters, VisitedLetters};
 use super::state::{Interner, NO_PRICE, News, Sessions, StateKey, WindowCache, WindowState, index};
@@ -133,20 +135,27 @@ impl<'c, 'r> Aggregator<'c, 'r> {
 
     /// Takes the events of a batch. `is_known` says whether an event of that time, and
     /// ingested at that time, was there in the run before.
-    pub fn visit(&mut self, batch: &EventBatch, is_known: impl Fn(Option<Timestamp>, Timestamp) -> bool) {
+    ///
+    /// # Errors
+    /// Where copies of events cannot be set aside.
+    pub fn visit(&mut self, batch: &EventBatch, is_known: impl Fn(Option<Timestamp>, Timestamp) -> bool) -> Result<()> {
         let mut slots = Vec::new();
-        batch.rows().for_each(|event| self.visit_event(&event, &is_known, &mut slots));
+        batch.rows().try_for_each(|event| self.visit_event(&event, &is_known, &mut slots))
     }
 
     /// As [`Aggregator::visit`], for the rows that `choice` wants: the others are not read.
+    ///
+    /// # Errors
+    /// As [`Aggregator::visit`].
     pub fn visit_chosen(
         &mut self,
         batch: &EventBatch,
         choice: &dyn RowChoice,
         is_known: impl Fn(Option<Timestamp>, Timestamp) -> bool,
-    ) {
+    ) -> Result<()> {
         let mut slots = Vec::new();
-        batch.rows().filter(|event| choice.wants(event)).for_each(|event| self.visit_event(&event, &is_known, &mut slots));
+        let mut chosen = batch.rows().filter(|event| choice.wants(event));
+        chosen.try_for_each(|event| self.visit_event(&event, &is_known, &mut slots))
     }
 
     fn visit_event<'e>(
@@ -154,7 +163,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         event: &EventRef<'e>,
         is_known: &impl Fn(Option<Timestamp>, Timestamp) -> bool,
         slots: &mut Vec<Property<'e>>,
-    ) {
+    ) -> Result<()> {
         self.events.read += 1;
         let ingested_at = event.ingested_at.or(event.timestamp);
         self.ingested_until = self.ingested_until.max(ingested_at);
@@ -162,26 +171,45 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         // Copies of one key can be told by their tenant only where it is part of the key.
         if self.context.rules.key.contains(&Field::TenantId) && !self.wants_tenant(event) {
             self.events.out_of_range += 1;
-            return;
+            return Ok(());
         }
-        let mut key = std::mem::take(&mut self.key);
-        let hash = write_key(&self.context.rules.key, event, &mut key).then(|| key_hash(&key));
-        let hash = hash.filter(|hash| self.context.repeated.contains(*hash));
-        if let Some(hash) = hash {
-            self.held.hold(self.context.rules, Some(self.context.range), &key, event, known);
-            if self.context.marks.is_some() {
-                *self.copies.entry(hash).or_default() += 1;
+        if write_key(&self.context.rules.key, event, &mut self.key) {
+            let hash = key_hash(&self.key);
+            if self.context.repeated.contains(hash) {
+                if self.context.marks.is_some() {
+                    *self.copies.entry(hash).or_default() += 1;
+                }
+                return self.held.hold(hash, event, known);
             }
         }
-        self.key = key;
-        if hash.is_none() {
-            let arrival = if known { Arrival::Known } else { Arrival::Late };
-            self.take(event, Purpose::Count(arrival), slots);
+        let arrival = if known { Arrival::Known } else { Arrival::Late };
+        self.take(event, Purpose::Count(arrival), slots);
+        Ok(())
+    }
+
+    /// Decides about the copies of keys that repeat in one part of what was set aside.
+    ///
+    /// # Errors
+    /// Where the part is damaged.
+    pub fn settle(&mut self, part: &[u8]) -> Result<()> {
+        let problems = held::problems(part)?;
+        for copies in held::by_key(part, &problems, self.context.rules)? {
+            if let Some(copies) = Copies::of(&copies, self.context.rules.keep, |time| self.lose(time)) {
+                self.resolve(&copies);
+            }
         }
+        Ok(())
+    }
+
+    /// Counts out a copy that does not count. One without a time is a duplicate: nothing
+    /// says that it is out of range.
+    fn lose(&mut self, time: Option<Timestamp>) {
+        let inside = time.is_none_or(|t| self.context.range.contains(t));
+        *(if inside { &mut self.events.duplicates } else { &mut self.events.out_of_range }) += 1;
     }
 
     /// Takes an event of which several copies were read.
-    pub fn resolve(&mut self, copies: &Copies) {
+    pub fn resolve(&mut self, copies: &Copies<'_>) {
         let keep = self.context.rules.keep;
         let before = copies.counted_before(keep);
         let mut slots = Vec::new();
@@ -194,17 +222,17 @@ impl<'c, 'r> Aggregator<'c, 'r> {
                 false if before.says_the_same(&copies.kept) => Loss::Duplicate,
                 false => Loss::Amended,
             };
-            self.take(&before.event(), Purpose::Withdraw(loss), &mut slots);
+            self.take(&before.event, Purpose::Withdraw(loss), &mut slots);
         }
         if is_void {
-            return self.void(&copies.kept.event());
+            return self.void(&copies.kept.event);
         }
         let arrival = match (copies.kept.known, replaces) {
             (true, _) => Arrival::Known,
             (false, true) => Arrival::Amended,
             (false, false) => Arrival::Late,
         };
-        self.take(&copies.kept.event(), Purpose::Count(arrival), &mut slots);
+        self.take(&copies.kept.event, Purpose::Count(arrival), &mut slots);
     }
 
     /// Takes an event of which only one copy was read, as it was there before.
@@ -490,7 +518,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         self.dead_letters.extend(other.dead_letters);
         self.events.merge(&other.events);
         self.usage.merge(&other.usage);
-        self.held.merge(self.context.rules, Some(self.context.range), other.held);
+        self.held.merge(other.held);
         self.ingested_until = self.ingested_until.max(other.ingested_until);
         self.visited.merge(other.visited);
         for (hash, count) in other.copies {

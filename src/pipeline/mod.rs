@@ -15,6 +15,7 @@ mod deduplicate;
 pub mod draft;
 pub mod enrich;
 mod guard;
+mod held;
 mod hopping;
 pub mod incremental;
 pub mod invariants;
@@ -35,6 +36,9 @@ mod state;
 pub mod trace;
 pub mod trace_events;
 mod unused;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -206,7 +210,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let mut seen = match (&passes, &mut skipping, &context.marks) {
         (Some(passes), Some(skipping), Some(marks)) => timeline.step("aggregate", None, || {
             let choice = marks.choice(reference);
-            let seen = resolve(passes.aggregate(&context, &coverage, &choice, skipping)?);
+            let seen = resolve(&context, passes.aggregate(&context, &coverage, &choice, skipping)?, threads)?;
             let read = seen.events.read;
             Ok((seen, read))
         }),
@@ -388,7 +392,7 @@ impl Keys {
     fn new(repeated: FxHashSet<u64>, splits: Vec<SplitKeys>) -> Keys {
         let extents = splits.iter().filter_map(|keys| keys.extent);
         let extent = extents.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1)));
-        Keys { repeated: RepeatedKeys(repeated), extent, splits }
+        Keys { repeated: RepeatedKeys::new(repeated), extent, splits }
     }
 }
 
@@ -459,13 +463,12 @@ fn aggregate_all<'c, 'r>(
     timeline.step("aggregate", Some(total), || {
         let visit = |aggregator: &mut Aggregator<'_, '_>, index: usize, batch: &crate::source::EventBatch| {
             let knowledge = splits.get(index).map_or_else(Knowledge::default, |split| Knowledge::of(split, coverage));
-            aggregator.visit(batch, |time, ingested_at| knowledge.holds(time, ingested_at));
-            Ok(())
+            aggregator.visit(batch, |time, ingested_at| knowledge.holds(time, ingested_at))
         };
         let (new_worker, count_rows) = (|| Aggregator::new(context), |rows| progress.rows(rows));
         let (workers, rows) = scan::scan(source, splits, Wanted::Whole, threads, &count_rows, new_worker, visit)?;
         check_stable(splits, &expected, &rows)?;
-        Ok((resolve(merge_workers(context, workers)), total))
+        Ok((resolve(context, merge_workers(context, workers), threads)?, total))
     })
 }
 
@@ -478,14 +481,32 @@ fn merge_workers<'c, 'r>(context: &'c Context<'r>, workers: Vec<Aggregator<'c, '
 }
 
 /// Decides about keys of several copies, once all of them are read.
-fn resolve<'c, 'r>(mut seen: Aggregator<'c, 'r>) -> Aggregator<'c, 'r> {
-    let held = std::mem::take(&mut seen.held);
-    seen.events.duplicates += held.duplicates;
-    seen.events.out_of_range += held.out_of_range;
-    held.into_copies().for_each(|copies| seen.resolve(&copies));
+fn resolve<'c, 'r>(context: &'c Context<'r>, mut seen: Aggregator<'c, 'r>, threads: usize) -> Result<Aggregator<'c, 'r>> {
+    let held = Mutex::new(std::mem::take(&mut seen.held));
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<Aggregator<'c, 'r>> {
+        let mut worker = Aggregator::new(context);
+        let mut part = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            if at >= held::PARTS {
+                return Ok(worker);
+            }
+            part.clear();
+            held.lock().unwrap_or_else(PoisonError::into_inner).take_part(at, &mut part)?;
+            worker.settle(&part)?;
+        }
+    };
+    let workers: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
+    });
+    for worker in workers {
+        seen.merge(worker.map_err(|_| anyhow::anyhow!("a thread that deduplicates panicked: this is a bug in trueup"))??);
+    }
     seen.close_sessions();
     seen.dead_letters.sort_by(|a, b| (&a.key, a.event_time, &a.detail).cmp(&(&b.key, b.event_time, &b.detail)));
-    seen
+    Ok(seen)
 }
 
 /// Promise 8: both scans saw the same rows.

@@ -50,12 +50,11 @@ pub fn widen(inputs: &Inputs<'_>, request: &Request, past: &Past, range: Span, t
         };
         let seen = timeline.step("find sessions", None, || {
             let visit = |aggregator: &mut Aggregator<'_, '_>, _: usize, batch: &crate::source::EventBatch| {
-                aggregator.visit(batch, |_, _| true);
-                Ok(())
+                aggregator.visit(batch, |_, _| true)
             };
             let (workers, rows) =
                 scan::scan(source, &splits, Wanted::Whole, threads, &|_| {}, || Aggregator::new(&context), visit)?;
-            Ok((resolve(merge_workers(&context, workers)), rows.iter().sum()))
+            Ok((resolve(&context, merge_workers(&context, workers), threads)?, rows.iter().sum()))
         })?;
         let computed = seen.windows.iter().map(|(key, state)| Span { start: key.window_start, end: state.window_end });
         let stored = past.windows(store, job, reach)?;

@@ -12,8 +12,9 @@ use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::aggregate::{Aggregator, Context, Outcome};
-use super::deduplicate::{Copies, Copy, Held, RepeatedKeys, key_hash, write_key};
+use super::deduplicate::{Copies, Copy, RepeatedKeys, key_hash, write_key};
 use super::enrich::{Enricher, Scope};
+use super::held::{self, Held};
 use super::keys::KeyHashes;
 use super::letters::OpenDeadLetters;
 use super::names::Names;
@@ -201,7 +202,7 @@ pub fn trace(inputs: &Inputs<'_>, question: Question) -> Result<Option<Trace>> {
     let (found, rows) = scan::scan(source, &splits, Wanted::Whole, threads, count, Candidates::default, visit)?;
     let wanted: FxHashSet<u64> = found.into_iter().flat_map(|one| one.hashes).collect();
     let keys = scan_keys(inputs, &splits)?;
-    let repeated = RepeatedKeys(KeyHashes::repeated(keys.iter().map(|keys| &keys.hashes))).among(&wanted);
+    let repeated = RepeatedKeys::new(KeyHashes::repeated(keys.iter().map(|keys| &keys.hashes))).among(&wanted);
 
     progress.step("trace", Some(rows.iter().sum()));
     let context = Context {
@@ -214,17 +215,14 @@ pub fn trace(inputs: &Inputs<'_>, question: Question) -> Result<Option<Trace>> {
         open_dead_letters: OpenDeadLetters::default(),
         marks: None,
     };
-    let visit = |tracer: &mut Tracer<'_, '_>, _: usize, batch: &EventBatch| {
-        tracer.visit(batch);
-        Ok(())
-    };
+    let visit = |tracer: &mut Tracer<'_, '_>, _: usize, batch: &EventBatch| tracer.visit(batch);
     let new_tracer = || Tracer::new(&search, &context);
     let (tracers, again) = scan::scan(source, &splits, Wanted::Whole, threads, count, new_tracer, visit)?;
     check_stable(&splits, &rows, &again)?;
     let mut tracers = tracers.into_iter();
     let mut traced = tracers.next().unwrap_or_else(|| Tracer::new(&search, &context));
     tracers.for_each(|other| traced.merge(other));
-    traced.settle_repeated();
+    traced.settle_repeated()?;
     traced.total.close_sessions();
     traced.finish(job.timezone).map(Some)
 }
@@ -256,8 +254,7 @@ struct Tracer<'c, 'r> {
     single: Aggregator<'c, 'r>,
     counted: BTreeMap<ListingKey, Listing<CountedEvent>>,
     set_aside: Listing<SetAside>,
-    held: FxHashMap<Box<[u8]>, Vec<Copy>>,
-    scratch: Vec<u8>,
+    held: Held,
 }
 
 impl<'c, 'r> Tracer<'c, 'r> {
@@ -269,27 +266,23 @@ impl<'c, 'r> Tracer<'c, 'r> {
             single: Aggregator::new(context),
             counted: BTreeMap::new(),
             set_aside: Listing::new(search.limit()),
-            held: FxHashMap::default(),
-            scratch: Vec::new(),
+            held: Held::default(),
         }
     }
 
-    fn visit(&mut self, batch: &EventBatch) {
+    fn visit(&mut self, batch: &EventBatch) -> Result<()> {
         let mut key = Vec::new();
         for event in batch.rows() {
-            let has_key = write_key(&self.context.rules.key, &event, &mut key);
-            if has_key && self.context.repeated.contains(key_hash(&key)) {
-                let copy = Copy::new(&event, true, &mut self.scratch);
-                match self.held.get_mut(key.as_slice()) {
-                    Some(copies) => copies.push(copy),
-                    None => drop(self.held.insert(key.as_slice().into(), vec![copy])),
-                }
+            let hash = write_key(&self.context.rules.key, &event, &mut key).then(|| key_hash(&key));
+            if let Some(hash) = hash.filter(|hash| self.context.repeated.contains(*hash)) {
+                self.held.hold(hash, &event, true)?;
             } else if self.search.is_candidate(&event) {
                 self.total.take_single(&event);
                 self.single.take_single(&event);
                 self.note(&event);
             }
         }
+        Ok(())
     }
 
     fn merge(&mut self, other: Tracer<'c, 'r>) {
@@ -298,34 +291,38 @@ impl<'c, 'r> Tracer<'c, 'r> {
             self.counted.entry(key).or_insert_with(|| Listing::new(self.search.limit())).merge(listing);
         }
         self.set_aside.merge(other.set_aside);
-        for (key, copies) in other.held {
-            self.held.entry(key).or_default().extend(copies);
-        }
+        self.held.merge(other.held);
     }
 
     /// Decides about the keys of several copies, as a run does.
-    fn settle_repeated(&mut self) {
-        for (key, copies) in std::mem::take(&mut self.held) {
-            if !copies.iter().any(|copy| self.search.is_candidate(&copy.event())) {
-                continue;
+    fn settle_repeated(&mut self) -> Result<()> {
+        let mut held = std::mem::take(&mut self.held);
+        let mut part = Vec::new();
+        for at in 0..held::PARTS {
+            part.clear();
+            held.take_part(at, &mut part)?;
+            let problems = held::problems(&part)?;
+            for copies in held::by_key(&part, &problems, self.context.rules)? {
+                if !copies.iter().any(|copy| self.search.is_candidate(&copy.event)) {
+                    continue;
+                }
+                let Some(kept) = Copies::of(&copies, self.context.rules.keep, |_| ()) else { continue };
+                self.total.resolve(&kept);
+                self.single.resolve(&kept);
+                self.note_copies(&copies, &kept);
             }
-            let mut held = Held::default();
-            copies.iter().for_each(|copy| held.hold(self.context.rules, None, &key, &copy.event(), true));
-            let Some(kept) = held.into_copies().next() else { continue };
-            self.total.resolve(&kept);
-            self.single.resolve(&kept);
-            self.note_copies(&copies, &kept);
         }
+        Ok(())
     }
 
     /// Notes what became of the copies of one key; the one that is kept went through
     /// `single` just before.
-    fn note_copies(&mut self, copies: &[Copy], kept: &Copies) {
+    fn note_copies(&mut self, copies: &[Copy<'_>], kept: &Copies<'_>) {
         let is_void = kept.is_void(self.context.rules.keep);
         let mut kept_is_left = !is_void;
         let mut outcome_is_noted = false;
         for copy in copies {
-            let event = copy.event();
+            let event = copy.event;
             if kept_is_left && copy.is_repetition_of(&kept.kept) {
                 kept_is_left = false;
                 if self.search.is_candidate(&event) {
@@ -337,7 +334,7 @@ impl<'c, 'r> Tracer<'c, 'r> {
             if event.deleted || !self.search.is_candidate(&event) {
                 continue;
             }
-            let why = if is_void { Why::voided(copies) } else { Why::superseded(&event, &kept.kept.event()) };
+            let why = if is_void { Why::voided(copies) } else { Why::superseded(&event, &kept.kept.event) };
             self.set_aside(&event, why);
         }
         if !outcome_is_noted {

@@ -154,8 +154,8 @@ impl Why {
         Why::Superseded { detail }
     }
 
-    pub fn voided(copies: &[Copy]) -> Why {
-        let void = copies.iter().map(Copy::event).filter(|event| event.deleted).filter_map(|event| event.ingested_at).max();
+    pub fn voided(copies: &[Copy<'_>]) -> Why {
+        let void = copies.iter().map(|copy| copy.event).filter(|event| event.deleted).filter_map(|event| event.ingested_at).max();
         Why::Voided { detail: void.map_or_else(|| "by a deletion".to_owned(), |t| format!("by a deletion ingested {t}")) }
     }
 

@@ -123,8 +123,7 @@ impl<'p> Passes<'p> {
         let (new, new_rows) = self.new_splits();
         let visit = |aggregator: &mut Aggregator<'c, 'r>, index: usize, batch: &EventBatch| {
             let known = knowledge(&new, index);
-            aggregator.visit(batch, |time, ingested_at| known.holds(time, ingested_at));
-            Ok(())
+            aggregator.visit(batch, |time, ingested_at| known.holds(time, ingested_at))
         };
         let (mut workers, rows) = scan::scan(source, &new, Wanted::Whole, threads, &count_rows, new_worker, visit)?;
         check_stable(&new, &new_rows, &rows)?;
@@ -134,8 +133,7 @@ impl<'p> Passes<'p> {
             let (chosen, splits) = Chosen::new(source, choice, splits.into_iter());
             let visit = |aggregator: &mut Aggregator<'c, 'r>, index: usize, batch: &EventBatch| {
                 let known = knowledge(&splits, index);
-                aggregator.visit_chosen(batch, choice, |time, ingested_at| known.holds(time, ingested_at));
-                Ok(())
+                aggregator.visit_chosen(batch, choice, |time, ingested_at| known.holds(time, ingested_at))
             };
             scan::scan(&chosen, &splits, Wanted::Whole, threads, &count_rows, new_worker, visit).map(|(workers, _)| workers)
         };
