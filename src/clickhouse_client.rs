@@ -84,23 +84,44 @@ impl Database {
         self.retry(sql, || async { self.client.query_raw(sql).execute().await })
     }
 
-    /// Reads all rows as text, with the names of the columns.
+    /// Reads all rows as text, with the names of the columns: for small answers.
     ///
     /// # Errors
     /// As [`Database::execute`].
     pub fn texts(&self, sql: &str) -> Result<Texts> {
-        let bytes = self.retry(sql, || async {
-            self.client.query_raw(sql).fetch_bytes("JSONCompactStringsEachRowWithNames")?.collect().await
+        let mut rows = Vec::new();
+        let names = self.rows(sql, &mut |_, row| {
+            rows.push(row);
+            Ok(())
         })?;
-        let text = std::str::from_utf8(&bytes).context("the server's answer is no UTF-8")?;
-        let mut lines = text.lines();
-        let names: Vec<String> = serde_json::from_str(lines.next().unwrap_or("[]"))?;
-        // JSONCompactStrings writes NULL as the text ᴺᵁᴸᴸ.
-        let cell = |text: String| (text != "ᴺᵁᴸᴸ").then_some(text);
-        let row = |line: &str| -> Result<Vec<Option<String>>> {
-            Ok(serde_json::from_str::<Vec<String>>(line)?.into_iter().map(cell).collect())
-        };
-        Ok((names, lines.map(row).collect::<Result<_>>()?))
+        Ok((names, rows))
+    }
+
+    /// Reads rows as text, one at a time, with the names of the columns. Tries again only
+    /// while no row was delivered.
+    ///
+    /// # Errors
+    /// As [`Database::execute`]; where the answer breaks off, or `each` fails.
+    pub fn rows(&self, sql: &str, each: RowSink<'_>) -> Result<Vec<String>> {
+        let mut delivered = false;
+        let mut pauses = PAUSES_MILLIS.iter();
+        loop {
+            let mut lines = Lines::default();
+            let result = self.stream_once(sql, "JSONCompactStringsEachRowWithNames", &mut |chunk| {
+                lines.push(&chunk, &mut |names, row| {
+                    delivered = true;
+                    each(names, row)
+                })
+            });
+            match result {
+                Ok(()) => return lines.finish(),
+                Err(Broken::Stream(error)) => match pauses.next().filter(|_| !delivered && is_transient(&error)) {
+                    Some(pause) => pause_after(&error, *pause),
+                    None => return Err(explain(sql, error)),
+                },
+                Err(Broken::Sink(error)) => return Err(error),
+            }
+        }
     }
 
     /// Streams an answer chunk by chunk. There is no retry: what was delivered
@@ -109,9 +130,21 @@ impl Database {
     /// # Errors
     /// Where the stream fails at any point, or `each` does.
     pub fn stream(&self, sql: &str, format: &str, each: &mut dyn FnMut(bytes::Bytes) -> Result<()>) -> Result<()> {
-        let mut cursor = self.client.query_raw(sql).fetch_bytes(format).map_err(|error| explain(sql, error))?;
-        while let Some(chunk) = self.runtime.block_on(cursor.next()).map_err(|error| explain(sql, error))? {
-            each(chunk)?;
+        self.stream_once(sql, format, each).map_err(|broken| match broken {
+            Broken::Stream(error) => explain(sql, error),
+            Broken::Sink(error) => error,
+        })
+    }
+
+    fn stream_once(
+        &self,
+        sql: &str,
+        format: &str,
+        each: &mut dyn FnMut(bytes::Bytes) -> Result<()>,
+    ) -> std::result::Result<(), Broken> {
+        let mut cursor = self.client.query_raw(sql).fetch_bytes(format).map_err(Broken::Stream)?;
+        while let Some(chunk) = self.runtime.block_on(cursor.next()).map_err(Broken::Stream)? {
+            each(chunk).map_err(Broken::Sink)?;
         }
         Ok(())
     }
@@ -135,20 +168,74 @@ impl Database {
 
     /// Tries again what may pass: network trouble, an overloaded server.
     fn retry<T, F: Future<Output = std::result::Result<T, Error>>>(&self, sql: &str, work: impl Fn() -> F) -> Result<T> {
-        const PAUSES_MILLIS: [u64; 4] = [200, 800, 2_000, 5_000];
         let mut pauses = PAUSES_MILLIS.iter();
         loop {
             match self.runtime.block_on(work()) {
                 Ok(result) => return Ok(result),
                 Err(error) => match pauses.next().filter(|_| is_transient(&error)) {
-                    Some(pause) => {
-                        tracing::warn!(%error, pause_ms = pause, "ClickHouse: trying again");
-                        std::thread::sleep(Duration::from_millis(*pause));
-                    }
+                    Some(pause) => pause_after(&error, *pause),
                     None => return Err(explain(sql, error)),
                 },
             }
         }
+    }
+}
+
+/// Between attempts.
+const PAUSES_MILLIS: [u64; 4] = [200, 800, 2_000, 5_000];
+
+fn pause_after(error: &Error, millis: u64) {
+    tracing::warn!(%error, pause_ms = millis, "ClickHouse: trying again");
+    std::thread::sleep(Duration::from_millis(millis));
+}
+
+/// Why a stream ended early.
+enum Broken {
+    Stream(Error),
+    Sink(anyhow::Error),
+}
+
+/// Takes the cells of a row, with the names of the columns.
+pub type RowSink<'s> = &'s mut dyn FnMut(&[String], Vec<Option<String>>) -> Result<()>;
+
+/// Cuts chunks of an answer into rows; only what a chunk leaves unfinished is kept.
+#[derive(Default)]
+struct Lines {
+    names: Option<Vec<String>>,
+    rest: Vec<u8>,
+}
+
+impl Lines {
+    fn push(&mut self, chunk: &[u8], each: RowSink<'_>) -> Result<()> {
+        self.rest.extend_from_slice(chunk);
+        let rest = std::mem::take(&mut self.rest);
+        let mut lines = rest.as_slice();
+        // JSON escapes line breaks within texts.
+        while let Some((line, after)) = lines.iter().position(|byte| *byte == b'\n').and_then(|at| lines.split_at_checked(at)) {
+            lines = after.get(1..).unwrap_or_default();
+            self.line(line, each)?;
+        }
+        self.rest = lines.to_vec();
+        Ok(())
+    }
+
+    fn line(&mut self, line: &[u8], each: RowSink<'_>) -> Result<()> {
+        let cells: Vec<String> = serde_json::from_slice(line).context("the server's answer is damaged")?;
+        // JSONCompactStrings writes NULL as the text ᴺᵁᴸᴸ.
+        let cell = |text: String| (text != "ᴺᵁᴸᴸ").then_some(text);
+        match &self.names {
+            None => self.names = Some(cells),
+            Some(names) => each(names, cells.into_iter().map(cell).collect())?,
+        }
+        Ok(())
+    }
+
+    /// The names of the columns.
+    fn finish(self) -> Result<Vec<String>> {
+        if !self.rest.trim_ascii().is_empty() {
+            return Err(anyhow!("the server's answer broke off within a row"));
+        }
+        Ok(self.names.unwrap_or_default())
     }
 }
 

@@ -52,9 +52,11 @@ CREATE TABLE usage_periods (
     PRIMARY KEY (job, tenant_id, subscription_id, meter_id, price_id, dimensions, period_start)
 ) WITHOUT ROWID;
 
--- The ledger. Append-only: nothing in Trueup updates or deletes here.
+-- The ledger. Append-only: nothing in Trueup updates or deletes here. Rows lie in the order
+-- of writing, which is much cheaper to append to than a key of text.
 CREATE TABLE corrections (
-    correction_id      TEXT    NOT NULL PRIMARY KEY, -- run id and sequence: sorts in the order of writing
+    sequence           INTEGER PRIMARY KEY,
+    correction_id      TEXT    NOT NULL, -- run id and sequence: sorts in the order of writing
     run_id             TEXT    NOT NULL,
     job                TEXT    NOT NULL,
     tenant_id          TEXT    NOT NULL,
@@ -77,11 +79,11 @@ CREATE TABLE corrections (
     replaced           TEXT    NOT NULL, -- JSON of the row that was there before, '' for none: a run can be taken back
     row_digest         INTEGER NOT NULL, -- tells which row was altered
     recorded_at        TEXT    NOT NULL
-) WITHOUT ROWID;
+);
 
 -- The ledger of usage_periods: each row as it was and as it is, as JSON. Append-only too.
 CREATE TABLE period_corrections (
-    correction_id   TEXT NOT NULL PRIMARY KEY,
+    correction_id   TEXT NOT NULL,
     run_id          TEXT NOT NULL,
     job             TEXT NOT NULL,
     tenant_id       TEXT NOT NULL,
@@ -94,7 +96,7 @@ CREATE TABLE period_corrections (
     row_after       TEXT NOT NULL, -- '' for none
     row_digest      INTEGER NOT NULL,
     recorded_at     TEXT NOT NULL
-) WITHOUT ROWID;
+);
 
 CREATE INDEX corrections_by_key ON corrections (job, tenant_id, subscription_id, meter_id, window_start);
 
@@ -113,7 +115,9 @@ CREATE TABLE runs (
     counts        TEXT    NOT NULL, -- JSON
     input         TEXT    NOT NULL, -- JSON: files, ingestion cut-off
     basis         TEXT    NOT NULL, -- JSON: versions and digests of job and reference tables
-    ledger_digest TEXT    NOT NULL  -- SHA-256, chained over all runs of the job
+    ledger_digest TEXT    NOT NULL, -- SHA-256, chained over all runs of the job
+    first_correction INTEGER NOT NULL, -- corrections.sequence; none where the last comes before the first
+    last_correction  INTEGER NOT NULL
 ) WITHOUT ROWID;
 
 CREATE TABLE dead_letters (

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use rustc_hash::FxHashSet;
 
 use super::{LedgerEntry, PeriodEntry, StoredDeadLetter};
 use crate::model::aggregate::{
@@ -14,10 +15,12 @@ use crate::model::aggregate::{
 use crate::model::run::{Origin, RunMode, RunRecord};
 use crate::model::window::Span;
 
-/// A row whose cells are found by the name of their column.
+/// A row whose cells are found by the name of their column, or by its place.
 pub trait Cells {
     /// The text of a cell; `None` for NULL.
     fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>>;
+
+    fn cell_at(&self, place: usize) -> Result<Option<Cow<'_, str>>>;
 }
 
 fn required<'r>(row: &'r dyn Cells, column: &str) -> Result<Cow<'r, str>> {
@@ -66,29 +69,105 @@ fn window_key(row: &dyn Cells) -> Result<WindowKey> {
     Ok(WindowKey { period: period_key(row)?, window_start: parsed(row, "window_start")? })
 }
 
-/// A row of `usage_windows`.
-pub fn window(row: &dyn Cells) -> Result<StoredWindow> {
-    Ok(StoredWindow {
-        row: WindowRow {
-            key: window_key(row)?,
-            customer_id: text(row, "customer_id")?,
-            window_end: parsed(row, "window_end")?,
-            period_end: parsed(row, "period_end")?,
-            quantity: parsed(row, "quantity")?,
-            event_count: parsed(row, "event_count")?,
-            cost: parsed(row, "cost")?,
-            currency: text(row, "currency")?,
-            events_digest: string(row, "events_digest")?,
-            basis: Basis {
-                meter: text(row, "meter_digest")?,
-                price: text(row, "price_digest")?,
-                subscription: text(row, "subscription_digest")?,
-                customer: text(row, "customer_digest")?,
+/// Reads rows of `usage_windows`. There are many: cells are found by their place, and
+/// names that repeat are shared.
+#[derive(Debug, Default)]
+pub struct WindowReader {
+    texts: FxHashSet<Text>,
+}
+
+impl WindowReader {
+    /// The columns to select, in the order in which they are read.
+    pub const COLUMNS: [&str; 21] = [
+        "tenant_id",
+        "subscription_id",
+        "meter_id",
+        "price_id",
+        "dimensions",
+        "period_start",
+        "window_start",
+        "customer_id",
+        "window_end",
+        "period_end",
+        "quantity",
+        "event_count",
+        "cost",
+        "currency",
+        "events_digest",
+        "meter_digest",
+        "price_digest",
+        "subscription_digest",
+        "customer_digest",
+        "version",
+        "run_id",
+    ];
+
+    pub fn read(&mut self, row: &dyn Cells) -> Result<StoredWindow> {
+        let mut cells = NextCells { row, place: 0, texts: &mut self.texts };
+        Ok(StoredWindow {
+            row: WindowRow {
+                key: WindowKey {
+                    period: PeriodKey {
+                        tenant_id: cells.text()?,
+                        subscription_id: cells.text()?,
+                        meter_id: cells.text()?,
+                        price_id: cells.text()?,
+                        dimensions: cells.text()?,
+                        period_start: cells.parsed()?,
+                    },
+                    window_start: cells.parsed()?,
+                },
+                customer_id: cells.text()?,
+                window_end: cells.parsed()?,
+                period_end: cells.parsed()?,
+                quantity: cells.parsed()?,
+                event_count: cells.parsed()?,
+                cost: cells.parsed()?,
+                currency: cells.text()?,
+                events_digest: cells.next()?.into_owned(),
+                basis: Basis { meter: cells.text()?, price: cells.text()?, subscription: cells.text()?, customer: cells.text()? },
             },
-        },
-        version: parsed(row, "version")?,
-        run_id: text(row, "run_id")?,
-    })
+            version: cells.parsed()?,
+            run_id: cells.text()?,
+        })
+    }
+}
+
+/// The cells of a row, one after the other.
+struct NextCells<'r> {
+    row: &'r dyn Cells,
+    place: usize,
+    texts: &'r mut FxHashSet<Text>,
+}
+
+impl<'r> NextCells<'r> {
+    fn column(&self) -> &'static str {
+        WindowReader::COLUMNS.get(self.place.saturating_sub(1)).copied().unwrap_or_default()
+    }
+
+    fn next(&mut self) -> Result<Cow<'r, str>> {
+        let place = self.place;
+        self.place += 1;
+        self.row.cell_at(place)?.with_context(|| format!("column {} is NULL", self.column()))
+    }
+
+    fn text(&mut self) -> Result<Text> {
+        let cell = self.next()?;
+        if let Some(known) = self.texts.get(&*cell) {
+            return Ok(Text::clone(known));
+        }
+        let text: Text = Arc::from(&*cell);
+        self.texts.insert(Text::clone(&text));
+        Ok(text)
+    }
+
+    fn parsed<T: FromStr>(&mut self) -> Result<T>
+    where
+        T::Err: std::error::Error + Send + Sync + 'static,
+    {
+        let cell = self.next()?;
+        cell.parse().with_context(|| format!("column {} holds `{cell}`", self.column()))
+    }
 }
 
 /// A row of `usage_periods`.

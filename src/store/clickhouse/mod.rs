@@ -4,7 +4,6 @@ mod publish;
 mod rows;
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
 
@@ -81,25 +80,38 @@ impl ClickHouseStore {
     }
 
     /// Rows of a query, each through `of`.
-    fn query<T>(&self, sql: &str, of: impl Fn(&dyn read::Cells) -> Result<T>) -> Result<Vec<T>> {
+    fn query<T>(&self, sql: &str, mut of: impl FnMut(&dyn read::Cells) -> Result<T>) -> Result<Vec<T>> {
+        let mut found = Vec::new();
+        self.each(sql, &mut |row| {
+            found.push(of(row)?);
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// Gives the rows of a query one at a time: none is kept.
+    fn each(&self, sql: &str, take: &mut dyn FnMut(&dyn read::Cells) -> Result<()>) -> Result<()> {
         // Conditions on columns outside of the key must not run before FINAL.
         let sql = format!("{sql} SETTINGS optimize_move_to_prewhere_if_final = 0");
-        let (names, rows) = self.database.texts(&sql)?;
-        let names: BTreeMap<&str, usize> = names.iter().enumerate().map(|(at, name)| (name.as_str(), at)).collect();
-        rows.iter().map(|cells| of(&TextRow { names: &names, cells })).collect()
+        self.database.rows(&sql, &mut |names, cells| take(&TextRow { names, cells: &cells }))?;
+        Ok(())
     }
 }
 
 /// A row of an answer.
 struct TextRow<'r> {
-    names: &'r BTreeMap<&'r str, usize>,
+    names: &'r [String],
     cells: &'r [Option<String>],
 }
 
 impl read::Cells for TextRow<'_> {
     fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>> {
-        let at = self.names.get(column).with_context(|| format!("column {column} is missing"))?;
-        Ok(self.cells.get(*at).and_then(Option::as_deref).map(Cow::Borrowed))
+        let place = self.names.iter().position(|name| name == column);
+        self.cell_at(place.with_context(|| format!("column {column} is missing"))?)
+    }
+
+    fn cell_at(&self, place: usize) -> Result<Option<Cow<'_, str>>> {
+        Ok(self.cells.get(place).and_then(Option::as_deref).map(Cow::Borrowed))
     }
 }
 
@@ -142,12 +154,14 @@ impl AggregateStore for ClickHouseStore {
 
     fn windows(&self, job: &str, span: Span) -> Result<Vec<StoredWindow>> {
         let sql = format!(
-            "SELECT * FROM usage_windows FINAL WHERE job = {} AND window_start < {} AND window_end > {}",
+            "SELECT {} FROM usage_windows FINAL WHERE job = {} AND window_start < {} AND window_end > {}",
+            read::WindowReader::COLUMNS.join(", "),
             literal(job),
             instant(span.end),
             instant(span.start)
         );
-        let mut windows = self.query(&sql, read::window).context("reading usage_windows")?;
+        let mut reader = read::WindowReader::default();
+        let mut windows = self.query(&sql, |row| reader.read(row)).context("reading usage_windows")?;
         windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
         Ok(windows)
     }
@@ -182,7 +196,7 @@ impl AggregateStore for ClickHouseStore {
 
     fn ledger(&self, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
         let sql = format!("SELECT * FROM corrections_current WHERE job = {} ORDER BY correction_id", literal(job));
-        self.query(&sql, read::ledger_entry).context("reading corrections")?.into_iter().try_for_each(each)
+        self.each(&sql, &mut |row| each(read::ledger_entry(row)?)).context("reading corrections")
     }
 
     fn corrections(&self, job: &str, of: Corrections<'_>, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
@@ -199,7 +213,7 @@ impl AggregateStore for ClickHouseStore {
 
     fn period_ledger(&self, job: &str, each: &mut dyn FnMut(PeriodEntry) -> Result<()>) -> Result<()> {
         let sql = format!("SELECT * FROM period_corrections_current WHERE job = {} ORDER BY correction_id", literal(job));
-        self.query(&sql, read::period_entry).context("reading period_corrections")?.into_iter().try_for_each(each)
+        self.each(&sql, &mut |row| each(read::period_entry(row)?)).context("reading period_corrections")
     }
 
     fn export(&self, job: &str, table: Table, each: RowSink<'_>) -> Result<Vec<String>> {
@@ -208,8 +222,7 @@ impl AggregateStore for ClickHouseStore {
             table => format!("{}_current", table.name()),
         };
         let sql = format!("SELECT * FROM {from} WHERE job = {} ORDER BY {}", literal(job), table.key());
-        let (names, rows) = self.database.texts(&sql).with_context(|| format!("reading {}", table.name()))?;
-        for row in rows {
+        let mut row = |names: &[String], row: Vec<Option<String>>| {
             let cell = |(name, cell): (&String, Option<String>)| -> Result<Cell> {
                 Ok(match cell {
                     None => Cell::Null,
@@ -219,10 +232,9 @@ impl AggregateStore for ClickHouseStore {
                     Some(text) => Cell::Text(text),
                 })
             };
-            let cells = names.iter().zip(row).map(cell).collect::<Result<Vec<_>>>()?;
-            each(&cells)?;
-        }
-        Ok(names)
+            each(&names.iter().zip(row).map(cell).collect::<Result<Vec<_>>>()?)
+        };
+        self.database.rows(&sql, &mut row).with_context(|| format!("reading {}", table.name()))
     }
 
     fn publish(&mut self, publication: &Publication) -> Result<()> {

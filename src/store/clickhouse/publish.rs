@@ -25,43 +25,28 @@ const TARGETS: [&str; 4] = ["usage_windows", "usage_periods", "dead_letters", "j
 
 pub(super) fn publish(database: &Database, publication: &Publication, known: &[StoredDeadLetter]) -> Result<()> {
     let run = &publication.run;
-    let corrections: Vec<_> = (1usize..)
-        .zip(&publication.corrections)
-        .map(|(sequence, correction)| rows::correction(run, sequence, correction))
-        .collect();
-    insert(database, "corrections", &run.run_id, &corrections)?;
-    let period_corrections: Vec<_> = (1usize..)
-        .zip(&publication.period_corrections)
-        .map(|(sequence, correction)| rows::period_correction(run, sequence, correction))
-        .collect();
-    insert(database, "period_corrections", &run.run_id, &period_corrections)?;
+    let corrections = (1usize..).zip(&publication.corrections);
+    insert(database, "corrections", &run.run_id, corrections.map(|(at, correction)| rows::correction(run, at, correction)))?;
+    let periods = (1usize..).zip(&publication.period_corrections);
+    let periods = periods.map(|(at, correction)| rows::period_correction(run, at, correction));
+    insert(database, "period_corrections", &run.run_id, periods)?;
 
-    let windows = publication.upserts.iter().map(|row| rows::window(run, row));
-    let retracted = publication.retractions.iter().map(|key| rows::retracted_window(run, key));
-    let periods = publication.period_upserts.iter().map(|row| rows::period(run, row));
-    let removed = publication.period_deletions.iter().map(|key| rows::removed_period(run, key));
-    let states = publication.states.iter().map(|(name, content)| rows::state(run, name, content));
-    let targets: [Vec<String>; 4] = [
-        windows.chain(retracted).collect(),
-        periods.chain(removed).collect(),
-        rows::dead_letters(publication, known),
-        states.collect(),
-    ];
-    for (target, lines) in TARGETS.iter().zip(&targets) {
-        let ahead = (0u64..).zip(lines).map(|(sequence, row)| {
+    let letters = rows::dead_letters(publication, known);
+    for target in TARGETS {
+        let ahead = (0u64..).zip(lines(publication, &letters, target)).map(|(sequence, row)| {
             serde_json::json!({"job": run.job, "run_id": run.run_id, "target": target, "sequence": sequence, "row": row})
                 .to_string()
         });
-        insert(database, "write_ahead", &format!("{}:{target}", run.run_id), &ahead.collect::<Vec<_>>())?;
+        insert(database, "write_ahead", &format!("{}:{target}", run.run_id), ahead)?;
     }
-    insert(database, "runs", &format!("{}:1", run.run_id), &[rows::run(run, 1)])?;
+    insert(database, "runs", &format!("{}:1", run.run_id), [rows::run(run, 1)])?;
 
     // From here on the run will be published, by this process or by the next one.
     let finish = || {
-        for (target, lines) in TARGETS.iter().zip(&targets) {
-            insert(database, target, &run.run_id, lines)?;
+        for target in TARGETS {
+            insert(database, target, &run.run_id, lines(publication, &letters, target))?;
         }
-        insert(database, "runs", &format!("{}:2", run.run_id), &[rows::run(run, 2)])?;
+        insert(database, "runs", &format!("{}:2", run.run_id), [rows::run(run, 2)])?;
         forget(database, &run.job)
     };
     finish().map_err(|error| {
@@ -77,11 +62,21 @@ pub(super) fn recover(database: &Database, job: &str) -> Result<()> {
     for run in first_column(database, &marked)? {
         tracing::warn!(run, "finishing the publication of a run that was interrupted");
         for target in TARGETS {
-            let sql = format!(
-                "SELECT row FROM write_ahead FINAL WHERE job = {job_literal} AND run_id = {} AND target = '{target}' ORDER BY sequence",
-                literal(&run)
-            );
-            insert(database, target, &run, &first_column(database, &sql)?)?;
+            // The same chunks, with the same tokens, as the run itself would have sent.
+            for at in 0.. {
+                let first = at * CHUNK;
+                let sql = format!(
+                    "SELECT row FROM write_ahead FINAL WHERE job = {job_literal} AND run_id = {} AND target = '{target}' \
+                     AND sequence >= {first} AND sequence < {} ORDER BY sequence",
+                    literal(&run),
+                    first + CHUNK
+                );
+                let rows = first_column(database, &sql)?;
+                if rows.is_empty() {
+                    break;
+                }
+                insert_chunk(database, target, &run, at, &mut rows.into_iter())?;
+            }
         }
         database
             .execute(&format!(
@@ -117,12 +112,51 @@ fn first_column(database: &Database, sql: &str) -> Result<Vec<String>> {
     Ok(database.texts(sql)?.1.into_iter().filter_map(|row| row.into_iter().next().flatten()).collect())
 }
 
+/// The rows of a publication for one of [`TARGETS`]. They are made when they are sent:
+/// twice, but never all of them at once.
+fn lines<'p>(publication: &'p Publication, letters: &'p [String], target: &str) -> Box<dyn Iterator<Item = String> + 'p> {
+    let run = &publication.run;
+    match target {
+        "usage_windows" => {
+            let windows = publication.upserts.iter().map(|row| rows::window(run, row));
+            Box::new(windows.chain(publication.retractions.iter().map(|key| rows::retracted_window(run, key))))
+        }
+        "usage_periods" => {
+            let periods = publication.period_upserts.iter().map(|row| rows::period(run, row));
+            Box::new(periods.chain(publication.period_deletions.iter().map(|key| rows::removed_period(run, key))))
+        }
+        "dead_letters" => Box::new(letters.iter().cloned()),
+        _ => Box::new(publication.states.iter().map(|(name, content)| rows::state(run, name, content))),
+    }
+}
+
 /// Inserts lines of JSON in chunks. `token` and the chunk's place name each of them.
-fn insert(database: &Database, table: &str, token: &str, lines: &[String]) -> Result<()> {
-    for (at, chunk) in lines.chunks(CHUNK).enumerate() {
-        let sql = format!("INSERT INTO {table} FORMAT JSONEachRow");
-        let data = Bytes::from(chunk.join("\n"));
-        database.insert(&sql, &format!("{token}:{table}:{at}"), &data).with_context(|| format!("writing {table}"))?;
+fn insert(database: &Database, table: &str, token: &str, lines: impl IntoIterator<Item = String>) -> Result<()> {
+    let mut lines = lines.into_iter();
+    let mut at = 0;
+    while insert_chunk(database, table, token, at, &mut lines)? {
+        at += 1;
     }
     Ok(())
+}
+
+/// Inserts the next rows; whether there were any.
+fn insert_chunk(
+    database: &Database,
+    table: &str,
+    token: &str,
+    at: usize,
+    lines: &mut dyn Iterator<Item = String>,
+) -> Result<bool> {
+    let mut data = String::new();
+    for line in lines.take(CHUNK) {
+        data.push_str(&line);
+        data.push('\n');
+    }
+    if data.is_empty() {
+        return Ok(false);
+    }
+    let sql = format!("INSERT INTO {table} FORMAT JSONEachRow");
+    database.insert(&sql, &format!("{token}:{table}:{at}"), &Bytes::from(data)).with_context(|| format!("writing {table}"))?;
+    Ok(true)
 }

@@ -1,5 +1,6 @@
 //! The embedded store: one SQLite file, one transaction a run.
 
+mod bind;
 mod migrate;
 mod read;
 mod write;
@@ -15,6 +16,9 @@ use super::{
 use crate::model::aggregate::{PeriodRow, StoredWindow};
 use crate::model::run::RunRecord;
 use crate::model::window::Span;
+
+/// Pages of a publication that are kept in memory until they are written.
+const CACHE_KIBIBYTES: i64 = 64 * 1024;
 
 /// A SQLite database with the tables of the contract.
 #[derive(Debug)]
@@ -36,10 +40,16 @@ impl SqliteStore {
         connection.busy_timeout(std::time::Duration::from_secs(30))?;
         // A version check comes first: a newer store is left as it is.
         migrate::check_version(&connection, path)?;
-        connection.pragma_update(None, "journal_mode", "WAL").with_context(unwritable)?;
+        // Only a new file takes it on: rows are wide, four of them would fill a page.
+        connection.pragma_update(None, "page_size", 8192)?;
+        connection.pragma_update(None, "cache_size", -CACHE_KIBIBYTES)?;
         connection.pragma_update(None, "synchronous", "FULL")?;
         migrate::migrate(&mut connection, path).with_context(unwritable)?;
-        Ok(SqliteStore { connection })
+        let mut store = SqliteStore { connection };
+        if store.has_runs().with_context(unwritable)? {
+            store.use_write_ahead_log().with_context(unwritable)?;
+        }
+        Ok(store)
     }
 
     /// Opens the store for reading; `None` where there is none yet.
@@ -57,6 +67,18 @@ impl SqliteStore {
         }
     }
 
+    fn has_runs(&self) -> Result<bool> {
+        Ok(self.connection.query_row("SELECT EXISTS (SELECT 1 FROM runs)", [], |row| row.get(0))?)
+    }
+
+    /// With the log, readers and a run do not wait for each other. But it writes every
+    /// page twice, and the first run of a store may have a million rows and no readers:
+    /// that one goes without.
+    fn use_write_ahead_log(&mut self) -> Result<()> {
+        self.connection.pragma_update(None, "journal_mode", "WAL")?;
+        Ok(())
+    }
+
     /// The file whose lock guards `job` in the store at `path`.
     pub fn lock_path(path: &Path, job: &str) -> PathBuf {
         let mut name = path.file_name().unwrap_or_default().to_owned();
@@ -71,24 +93,41 @@ fn connect_read_only(path: &Path) -> Result<Connection> {
     let unreadable = || format!("store {}: cannot be read", path.display());
     let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY).with_context(unreadable)?;
     connection.busy_timeout(std::time::Duration::from_secs(30))?;
-    let probe = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, i64>(0));
-    let code = probe.err().and_then(|error| error.sqlite_error_code());
-    if !matches!(code, Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen)) {
+    if !needs_writing(&connection) {
         return Ok(connection);
     }
-    let mut log = path.as_os_str().to_owned();
-    log.push("-wal");
-    if Path::new(&log).exists() {
+    // A first publication that was killed left its journal: rolling it back takes writing.
+    if beside(path, "-journal").exists() {
+        let writer = Connection::open(path).with_context(unreadable)?;
+        writer.busy_timeout(std::time::Duration::from_secs(30))?;
+        if !needs_writing(&writer) && !needs_writing(&connection) {
+            return Ok(connection);
+        }
+    }
+    if let Some(unfinished) = ["-wal", "-journal"].map(|suffix| beside(path, suffix)).into_iter().find(|file| file.exists()) {
         bail!(
             "store {}: another user is writing it, or was interrupted ({} exists), and its folder cannot be written: \
              wait, or read it as a user who may write there",
             path.display(),
-            Path::new(&log).display()
+            unfinished.display()
         );
     }
     let name = path.to_str().with_context(unreadable)?.replace('%', "%25").replace('?', "%3f").replace('#', "%23");
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
     Connection::open_with_flags(format!("file:{name}?immutable=1"), flags).with_context(unreadable)
+}
+
+/// Whether the store cannot be read by this connection without writing beside it.
+fn needs_writing(connection: &Connection) -> bool {
+    let probe = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, i64>(0));
+    matches!(probe.err().and_then(|error| error.sqlite_error_code()), Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen))
+}
+
+/// A file of SQLite's own beside the store.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
 }
 
 impl AggregateStore for SqliteStore {
@@ -143,6 +182,11 @@ impl AggregateStore for SqliteStore {
     }
 
     fn publish(&mut self, publication: &Publication) -> Result<()> {
-        write::publish(&mut self.connection, publication).context("publishing; the store is as it was before")
+        write::publish(&mut self.connection, publication).context("publishing; the store is as it was before")?;
+        // It is published: that somebody reads just now, so that the log cannot begin, is no failure.
+        if let Err(error) = self.use_write_ahead_log() {
+            tracing::debug!(%error, "the write-ahead log begins with the next run");
+        }
+        Ok(())
     }
 }

@@ -10,20 +10,28 @@ use crate::model::aggregate::{PeriodRow, StoredWindow};
 use crate::model::run::RunRecord;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
-use crate::store::rows::{self, Cells};
+use crate::store::rows::{self, Cells, WindowReader};
 use crate::store::{Cell, Corrections, LedgerEntry, PeriodEntry, RowSink, StoredDeadLetter, SubscriptionKey, Table};
 
 impl Cells for Row<'_> {
     fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>> {
-        Ok(match self.get_ref(column)? {
-            ValueRef::Null => None,
-            ValueRef::Integer(value) => Some(Cow::Owned(value.to_string())),
-            other => Some(Cow::Borrowed(other.as_str().with_context(|| format!("column {column}"))?)),
-        })
+        text_of(self.get_ref(column)?).with_context(|| format!("column {column}"))
+    }
+
+    fn cell_at(&self, place: usize) -> Result<Option<Cow<'_, str>>> {
+        text_of(self.get_ref(place)?).with_context(|| format!("column {}", place + 1))
     }
 }
 
-fn query<T>(connection: &Connection, sql: &str, parameters: impl Params, of: impl Fn(&dyn Cells) -> Result<T>) -> Result<Vec<T>> {
+fn text_of(value: ValueRef<'_>) -> Result<Option<Cow<'_, str>>> {
+    Ok(match value {
+        ValueRef::Null => None,
+        ValueRef::Integer(value) => Some(Cow::Owned(value.to_string())),
+        other => Some(Cow::Borrowed(other.as_str()?)),
+    })
+}
+
+fn query<T>(connection: &Connection, sql: &str, parameters: impl Params, mut of: impl FnMut(&dyn Cells) -> Result<T>) -> Result<Vec<T>> {
     let mut statement = connection.prepare(sql)?;
     let mut found = statement.query(parameters)?;
     let mut result = Vec::new();
@@ -45,11 +53,15 @@ pub(super) fn extent(connection: &Connection, job: &str) -> Result<Option<Span>>
     Ok(Some(Span { start: start.parse::<Timestamp>()?, end: end.parse::<Timestamp>()? }))
 }
 
+fn select_windows(condition: &str) -> String {
+    format!("SELECT {} FROM usage_windows WHERE job = ?1 AND {condition}", WindowReader::COLUMNS.join(", "))
+}
+
 /// Without the `Z`, texts sort as their instants do, with a fraction of a second or not.
 pub(super) fn windows(connection: &Connection, job: &str, span: Span) -> Result<Vec<StoredWindow>> {
-    let sql = "SELECT * FROM usage_windows WHERE job = ?1 \
-               AND rtrim(window_start, 'Z') < rtrim(?2, 'Z') AND rtrim(window_end, 'Z') > rtrim(?3, 'Z')";
-    let mut windows = query(connection, sql, [job, &span.end.to_string(), &span.start.to_string()], rows::window)?;
+    let sql = select_windows("rtrim(window_start, 'Z') < rtrim(?2, 'Z') AND rtrim(window_end, 'Z') > rtrim(?3, 'Z')");
+    let mut reader = WindowReader::default();
+    let mut windows = query(connection, &sql, [job, &span.end.to_string(), &span.start.to_string()], |row| reader.read(row))?;
     windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
     Ok(windows)
 }
@@ -64,9 +76,12 @@ pub(super) fn periods(connection: &Connection, job: &str, span: Span) -> Result<
 
 /// As [`windows`], of these subscriptions.
 pub(super) fn windows_of(connection: &Connection, job: &str, span: Span, keys: &[SubscriptionKey]) -> Result<Vec<StoredWindow>> {
-    let sql = "SELECT * FROM usage_windows WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 \
-               AND rtrim(window_start, 'Z') < rtrim(?4, 'Z') AND rtrim(window_end, 'Z') > rtrim(?5, 'Z')";
-    let mut windows = query_of(connection, sql, (job, span), keys, rows::window)?;
+    let sql = select_windows(
+        "tenant_id = ?2 AND subscription_id = ?3 \
+         AND rtrim(window_start, 'Z') < rtrim(?4, 'Z') AND rtrim(window_end, 'Z') > rtrim(?5, 'Z')",
+    );
+    let mut reader = WindowReader::default();
+    let mut windows = query_of(connection, &sql, (job, span), keys, |row| reader.read(row))?;
     windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
     Ok(windows)
 }
@@ -86,7 +101,7 @@ fn query_of<T>(
     sql: &str,
     (job, span): (&str, Span),
     keys: &[SubscriptionKey],
-    of: impl Fn(&dyn Cells) -> Result<T>,
+    mut of: impl FnMut(&dyn Cells) -> Result<T>,
 ) -> Result<Vec<T>> {
     let mut statement = connection.prepare(sql)?;
     let (start, end) = (span.start.to_string(), span.end.to_string());
@@ -112,7 +127,7 @@ pub(super) fn dead_letters(connection: &Connection, job: &str) -> Result<Vec<Sto
 }
 
 pub(super) fn ledger(connection: &Connection, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
-    entries(connection, "SELECT * FROM corrections WHERE job = ?1 ORDER BY correction_id", [job], each)
+    entries(connection, "SELECT * FROM corrections WHERE job = ?1 ORDER BY sequence", [job], each)
 }
 
 pub(super) fn corrections(
@@ -124,14 +139,14 @@ pub(super) fn corrections(
     match of {
         Corrections::OfMeter { tenant_id, subscription_id, meter_id } => {
             let sql = "SELECT * FROM corrections WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 AND meter_id = ?4 \
-                       ORDER BY correction_id";
+                       ORDER BY sequence";
             entries(connection, sql, [job, tenant_id, subscription_id, meter_id], each)
         }
-        // Ids of corrections begin with the run's.
         Corrections::OfRun(run_id) => {
-            let sql = "SELECT * FROM corrections WHERE job = ?1 AND correction_id > ?2 AND correction_id < ?3 \
-                       ORDER BY correction_id";
-            entries(connection, sql, [job, &format!("{run_id}-"), &format!("{run_id}.")], each)
+            let sql = "SELECT * FROM corrections WHERE job = ?1 AND run_id = ?2 \
+                       AND sequence >= (SELECT first_correction FROM runs WHERE run_id = ?2) \
+                       AND sequence <= (SELECT last_correction FROM runs WHERE run_id = ?2) ORDER BY sequence";
+            entries(connection, sql, [job, run_id], each)
         }
     }
 }
@@ -151,7 +166,7 @@ fn entries(
 }
 
 pub(super) fn period_ledger(connection: &Connection, job: &str, each: &mut dyn FnMut(PeriodEntry) -> Result<()>) -> Result<()> {
-    let mut statement = connection.prepare("SELECT * FROM period_corrections WHERE job = ?1 ORDER BY correction_id")?;
+    let mut statement = connection.prepare("SELECT * FROM period_corrections WHERE job = ?1 ORDER BY rowid")?;
     let mut found = statement.query([job])?;
     while let Some(row) = found.next()? {
         each(rows::period_entry(row)?)?;
@@ -159,16 +174,21 @@ pub(super) fn period_ledger(connection: &Connection, job: &str, each: &mut dyn F
     Ok(())
 }
 
+/// Columns of this store alone: they say where the rows of its ledger lie.
+const INTERNAL: [&str; 3] = ["sequence", "first_correction", "last_correction"];
+
 pub(super) fn export(connection: &Connection, job: &str, table: Table, each: RowSink<'_>) -> Result<Vec<String>> {
     let sql = format!("SELECT * FROM {} WHERE job = ?1 ORDER BY {}", table.name(), table.key());
     let mut statement = connection.prepare(&sql)?;
-    let names: Vec<String> = statement.column_names().map(str::to_owned).collect();
+    let shown = |(_, name): &(usize, &str)| !INTERNAL.contains(name);
+    let (places, names): (Vec<_>, Vec<_>) =
+        statement.column_names().enumerate().filter(shown).map(|(place, name)| (place, name.to_owned())).unzip();
     let mut found = statement.query([job])?;
     let mut cells = Vec::with_capacity(names.len());
     while let Some(row) = found.next()? {
         cells.clear();
-        for column in 0..names.len() {
-            cells.push(match row.get_ref(column)? {
+        for place in &places {
+            cells.push(match row.get_ref(*place)? {
                 ValueRef::Null => Cell::Null,
                 ValueRef::Integer(value) => Cell::Integer(value),
                 other => Cell::Text(other.as_str()?.to_owned()),

@@ -3,7 +3,8 @@
 use anyhow::{Result, bail};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
 
-use crate::model::aggregate::{Correction, PeriodKey, Values, WindowKey};
+use super::bind::Rows;
+use crate::model::aggregate::{Correction, PeriodKey, WindowKey};
 use crate::model::run::{causes_json, period_json, replaced_json, row_digest, with_ledger_line};
 use crate::store::{Publication, letters};
 
@@ -12,11 +13,11 @@ pub(super) fn publish(connection: &mut Connection, publication: &Publication) ->
     check_previous(&transaction, publication)?;
     write_windows(&transaction, publication)?;
     write_periods(&transaction, publication)?;
-    write_corrections(&transaction, publication)?;
+    let corrections = write_corrections(&transaction, publication)?;
     write_period_corrections(&transaction, publication)?;
     write_dead_letters(&transaction, publication)?;
     write_states(&transaction, publication)?;
-    write_run(&transaction, publication)?;
+    write_run(&transaction, publication, corrections)?;
     transaction.commit()?;
     Ok(())
 }
@@ -50,40 +51,31 @@ fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Re
             window_start.to_string()
         ])?;
     }
-    let mut upsert = transaction.prepare(
-        "INSERT OR REPLACE INTO usage_windows (job, tenant_id, customer_id, subscription_id, meter_id, price_id, dimensions, \
-         window_start, window_end, period_start, period_end, quantity, event_count, cost, currency, events_digest, \
-         meter_digest, price_digest, subscription_digest, customer_digest, version, run_id, updated_at) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23)",
-    )?;
-    let updated_at = run.finished_at.to_string();
+    let columns = [
+        "job", "tenant_id", "subscription_id", "meter_id", "price_id", "dimensions", "period_start", "window_start",
+        "customer_id", "window_end", "period_end", "quantity", "event_count", "cost", "currency", "events_digest",
+        "meter_digest", "price_digest", "subscription_digest", "customer_digest", "version", "run_id", "updated_at",
+    ];
+    let mut rows = Rows::insert(transaction, "INSERT OR REPLACE INTO usage_windows", &columns)?;
     for row in &publication.upserts {
-        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = &row.key.period;
-        upsert.execute(params![
-            run.job,
-            tenant_id,
-            row.customer_id,
-            subscription_id,
-            meter_id,
-            price_id,
-            dimensions,
-            row.key.window_start.to_string(),
-            row.window_end.to_string(),
-            period_start.to_string(),
-            row.period_end.to_string(),
-            row.quantity.to_string(),
-            i64::try_from(row.event_count)?,
-            row.cost.to_string(),
-            row.currency,
-            row.events_digest,
-            row.basis.meter,
-            row.basis.price,
-            row.basis.subscription,
-            row.basis.customer,
-            run.version,
-            run.run_id,
-            updated_at
-        ])?;
+        rows.text(&run.job)?;
+        rows.period_key(&row.key.period)?;
+        rows.instant(row.key.window_start)?;
+        rows.text(&row.customer_id)?;
+        rows.instant(row.window_end)?;
+        rows.instant(row.period_end)?;
+        rows.decimal(row.quantity)?;
+        rows.count(row.event_count)?;
+        rows.decimal(row.cost)?;
+        rows.text(&row.currency)?;
+        rows.text(&row.events_digest)?;
+        for digest in [&row.basis.meter, &row.basis.price, &row.basis.subscription, &row.basis.customer] {
+            rows.text(digest)?;
+        }
+        rows.integer(run.version)?;
+        rows.text(&run.run_id)?;
+        rows.instant(run.finished_at)?;
+        rows.write()?;
     }
     Ok(())
 }
@@ -97,111 +89,87 @@ fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Re
     for PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } in &publication.period_deletions {
         delete.execute(params![run.job, tenant_id, subscription_id, meter_id, price_id, dimensions, period_start.to_string()])?;
     }
-    let mut upsert = transaction.prepare(
-        "INSERT OR REPLACE INTO usage_periods (job, tenant_id, customer_id, subscription_id, meter_id, price_id, dimensions, period_start, \
-         period_end, quantity, cost, minimum_adjustment, commitment_adjustment, amount, currency, closed_at, version, run_id, \
-         updated_at) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19)",
-    )?;
-    let updated_at = run.finished_at.to_string();
+    let columns = [
+        "job", "tenant_id", "subscription_id", "meter_id", "price_id", "dimensions", "period_start", "customer_id",
+        "period_end", "quantity", "cost", "minimum_adjustment", "commitment_adjustment", "amount", "currency", "closed_at",
+        "version", "run_id", "updated_at",
+    ];
+    let mut rows = Rows::insert(transaction, "INSERT OR REPLACE INTO usage_periods", &columns)?;
     for row in &publication.period_upserts {
-        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = &row.key;
-        upsert.execute(params![
-            run.job,
-            tenant_id,
-            row.customer_id,
-            subscription_id,
-            meter_id,
-            price_id,
-            dimensions,
-            period_start.to_string(),
-            row.period_end.to_string(),
-            row.quantity.to_string(),
-            row.cost.to_string(),
-            row.minimum_adjustment.to_string(),
-            row.commitment_adjustment.to_string(),
-            row.amount.to_string(),
-            row.currency,
-            row.closed_at.map(|t| t.to_string()),
-            run.version,
-            run.run_id,
-            updated_at
-        ])?;
+        rows.text(&run.job)?;
+        rows.period_key(&row.key)?;
+        rows.text(&row.customer_id)?;
+        rows.instant(row.period_end)?;
+        for amount in [row.quantity, row.cost, row.minimum_adjustment, row.commitment_adjustment, row.amount] {
+            rows.decimal(amount)?;
+        }
+        rows.text(&row.currency)?;
+        rows.optional(row.closed_at, Rows::instant)?;
+        rows.integer(run.version)?;
+        rows.text(&run.run_id)?;
+        rows.instant(run.finished_at)?;
+        rows.write()?;
     }
     Ok(())
 }
 
-fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
+/// Returns the sequence of the first and of the last correction.
+fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -> Result<(i64, i64)> {
+    let last = "SELECT coalesce(max(sequence), 0) FROM corrections";
+    let before: i64 = transaction.query_row(last, [], |row| row.get(0))?;
     let run = &publication.run;
-    let mut insert = transaction.prepare(
-        "INSERT INTO corrections (correction_id, run_id, job, tenant_id, customer_id, subscription_id, meter_id, price_id, \
-         dimensions, period_start, window_start, currency, kind, causes, quantity_before, quantity_after, cost_before, \
-         cost_after, event_count_before, event_count_after, replaced, row_digest, recorded_at) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23)",
-    )?;
-    let recorded_at = run.finished_at.to_string();
+    let columns = [
+        "correction_id", "run_id", "job", "tenant_id", "subscription_id", "meter_id", "price_id", "dimensions", "period_start",
+        "window_start", "customer_id", "currency", "kind", "causes", "quantity_before", "quantity_after", "cost_before",
+        "cost_after", "event_count_before", "event_count_after", "replaced", "row_digest", "recorded_at",
+    ];
+    let mut rows = Rows::insert(transaction, "INSERT INTO corrections", &columns)?;
     for (sequence, correction) in (1u64..).zip(&publication.corrections) {
-        let Correction { key: WindowKey { period, window_start }, customer_id, currency, kind, causes, before, after, .. } =
-            correction;
-        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = period;
-        let quantity = |values: &Option<Values>| values.map(|values| values.quantity.to_string());
-        let cost = |values: &Option<Values>| values.map(|values| values.cost.to_string());
-        let event_count = |values: &Option<Values>| values.map(|values| i64::try_from(values.event_count)).transpose();
-        insert.execute(params![
-            format!("{}-{sequence:09}", run.run_id),
-            run.run_id,
-            run.job,
-            tenant_id,
-            customer_id,
-            subscription_id,
-            meter_id,
-            price_id,
-            dimensions,
-            period_start.to_string(),
-            window_start.to_string(),
-            currency,
-            kind.name(),
-            causes_json(causes),
-            quantity(before),
-            quantity(after),
-            cost(before),
-            cost(after),
-            event_count(before)?,
-            event_count(after)?,
-            replaced_json(correction),
-            with_ledger_line(correction, |line| line.row_digest()),
-            recorded_at
-        ])?;
+        let Correction { key, customer_id, currency, kind, causes, before, after, .. } = correction;
+        rows.text(&format!("{}-{sequence:09}", run.run_id))?;
+        rows.text(&run.run_id)?;
+        rows.text(&run.job)?;
+        rows.period_key(&key.period)?;
+        rows.instant(key.window_start)?;
+        rows.text(customer_id)?;
+        rows.text(currency)?;
+        rows.text(kind.name())?;
+        rows.text(&causes_json(causes))?;
+        for values in [before, after] {
+            rows.optional(values.map(|values| values.quantity), Rows::decimal)?;
+        }
+        for values in [before, after] {
+            rows.optional(values.map(|values| values.cost), Rows::decimal)?;
+        }
+        for values in [before, after] {
+            rows.optional(values.map(|values| values.event_count), Rows::count)?;
+        }
+        rows.text(&replaced_json(correction))?;
+        rows.integer(with_ledger_line(correction, |line| line.row_digest()))?;
+        rows.instant(run.finished_at)?;
+        rows.write()?;
     }
-    Ok(())
+    Ok((before + 1, transaction.query_row(last, [], |row| row.get(0))?))
 }
 
 fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
     let run = &publication.run;
-    let mut insert = transaction.prepare(
-        "INSERT INTO period_corrections (correction_id, run_id, job, tenant_id, subscription_id, meter_id, price_id, dimensions, \
-         period_start, row_before, row_after, row_digest, recorded_at) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
-    )?;
-    let recorded_at = run.finished_at.to_string();
+    let columns = [
+        "correction_id", "run_id", "job", "tenant_id", "subscription_id", "meter_id", "price_id", "dimensions", "period_start",
+        "row_before", "row_after", "row_digest", "recorded_at",
+    ];
+    let mut rows = Rows::insert(transaction, "INSERT INTO period_corrections", &columns)?;
     for (sequence, correction) in (1u64..).zip(&publication.period_corrections) {
-        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = &correction.key;
+        rows.text(&format!("{}-{sequence:09}", run.run_id))?;
+        rows.text(&run.run_id)?;
+        rows.text(&run.job)?;
+        rows.period_key(&correction.key)?;
         let (before, after) = (period_json(correction.before.as_ref()), period_json(correction.after.as_ref()));
-        insert.execute(params![
-            format!("{}-{sequence:09}", run.run_id),
-            run.run_id,
-            run.job,
-            tenant_id,
-            subscription_id,
-            meter_id,
-            price_id,
-            dimensions,
-            period_start.to_string(),
-            before,
-            after,
-            row_digest(&[&before, &after]),
-            recorded_at
-        ])?;
+        rows.text(&before)?;
+        rows.text(&after)?;
+        rows.integer(row_digest(&[&before, &after]))?;
+        rows.instant(run.finished_at)?;
+        rows.write()?;
     }
     Ok(())
 }
@@ -247,12 +215,12 @@ fn write_states(transaction: &Transaction<'_>, publication: &Publication) -> Res
     Ok(())
 }
 
-fn write_run(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
+fn write_run(transaction: &Transaction<'_>, publication: &Publication, (first, last): (i64, i64)) -> Result<()> {
     let run = &publication.run;
     transaction.execute(
         "INSERT INTO runs (run_id, job, mode, status, range_start, range_end, started_at, finished_at, started_by, \
-         overrides, version, counts, input, basis, ledger_digest) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
+         overrides, version, counts, input, basis, ledger_digest, first_correction, last_correction) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)",
         params![
             run.run_id,
             run.job,
@@ -268,7 +236,9 @@ fn write_run(transaction: &Transaction<'_>, publication: &Publication) -> Result
             run.counts.to_string(),
             serde_json::to_string(&run.input)?,
             serde_json::to_string(&run.basis)?,
-            run.ledger_digest
+            run.ledger_digest,
+            first,
+            last
         ],
     )?;
     Ok(())
