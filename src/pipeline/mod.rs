@@ -180,7 +180,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         Ok(baseline) => known_keys(inputs, &splits, &baseline.is_new, &mut timeline)?,
         Err(_) => read_keys(inputs, &splits, &mut timeline)?,
     };
-    inputs.keys.keep(&job.deduplicate.key, &splits, &keys.splits, keys.repeated.0.iter().copied());
+    inputs.keys.keep(&job.deduplicate.key, &splits, &keys.splits, keys.repeated.iter());
     let whole = match asked {
         Some(range) => Some(range),
         None => range::resolve(request, job, reference, keys.extent, past.extent)?,
