@@ -101,17 +101,14 @@ fn is_due(period: Span, subscription: &Subscription, price: &Price) -> bool {
     start < period.end.min(subscription.active.end).min(price.valid.end)
 }
 
-/// The billing periods of a subscription that a range touches.
+/// The billing periods of a subscription that a range touches, also where the range lies
+/// before its start or after its end.
 fn periods_in(subscription: &Subscription, range: Span) -> Vec<Span> {
+    let Subscription { cycle, active, .. } = subscription;
     // Before the subscription there is nothing to find, however long the range.
-    let mut at = range.start.max(subscription.cycle.period(subscription.active.start).start);
-    let mut periods = Vec::new();
-    while at < range.end.min(subscription.active.end) {
-        let period = subscription.cycle.period(at);
-        at = period.end;
-        periods.push(period);
-    }
-    periods
+    let first = cycle.period(range.start.max(cycle.period(active.start).start));
+    let touching = std::iter::successors(Some(first), |period| Some(cycle.period(period.end)));
+    touching.take_while(|period| period.start < range.end && period.start < active.end).collect()
 }
 
 fn matched_dimensions(price: &Price) -> Text {
