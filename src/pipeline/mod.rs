@@ -158,7 +158,7 @@ const EMPTY: Span = Span { start: Timestamp::from_nanos(0), end: Timestamp::from
 /// overflows, or a promise would be broken.
 pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let started_at = now();
-    let Inputs { job, reference, source, store, progress, .. } = *inputs;
+    let Inputs { job, reference, source, store, progress, threads, .. } = *inputs;
     let mut timeline = Timeline { steps: Vec::new(), observer: progress };
     let past = Past::load(store, job)?;
     // A range that was asked for is known before anything is read.
