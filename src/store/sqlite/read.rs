@@ -31,7 +31,12 @@ fn text_of(value: ValueRef<'_>) -> Result<Option<Cow<'_, str>>> {
     })
 }
 
-fn query<T>(connection: &Connection, sql: &str, parameters: impl Params, mut of: impl FnMut(&dyn Cells) -> Result<T>) -> Result<Vec<T>> {
+fn query<T>(
+    connection: &Connection,
+    sql: &str,
+    parameters: impl Params,
+    mut of: impl FnMut(&dyn Cells) -> Result<T>,
+) -> Result<Vec<T>> {
     let mut statement = connection.prepare(sql)?;
     let mut found = statement.query(parameters)?;
     let mut result = Vec::new();

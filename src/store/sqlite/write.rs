@@ -52,9 +52,29 @@ fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Re
         ])?;
     }
     let columns = [
-        "job", "tenant_id", "subscription_id", "meter_id", "price_id", "dimensions", "period_start", "window_start",
-        "customer_id", "window_end", "period_end", "quantity", "event_count", "cost", "currency", "events_digest",
-        "meter_digest", "price_digest", "subscription_digest", "customer_digest", "version", "run_id", "updated_at",
+        "job",
+        "tenant_id",
+        "subscription_id",
+        "meter_id",
+        "price_id",
+        "dimensions",
+        "period_start",
+        "window_start",
+        "customer_id",
+        "window_end",
+        "period_end",
+        "quantity",
+        "event_count",
+        "cost",
+        "currency",
+        "events_digest",
+        "meter_digest",
+        "price_digest",
+        "subscription_digest",
+        "customer_digest",
+        "version",
+        "run_id",
+        "updated_at",
     ];
     let mut rows = Rows::insert(transaction, "INSERT OR REPLACE INTO usage_windows", &columns)?;
     for row in &publication.upserts {
@@ -90,9 +110,25 @@ fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Re
         delete.execute(params![run.job, tenant_id, subscription_id, meter_id, price_id, dimensions, period_start.to_string()])?;
     }
     let columns = [
-        "job", "tenant_id", "subscription_id", "meter_id", "price_id", "dimensions", "period_start", "customer_id",
-        "period_end", "quantity", "cost", "minimum_adjustment", "commitment_adjustment", "amount", "currency", "closed_at",
-        "version", "run_id", "updated_at",
+        "job",
+        "tenant_id",
+        "subscription_id",
+        "meter_id",
+        "price_id",
+        "dimensions",
+        "period_start",
+        "customer_id",
+        "period_end",
+        "quantity",
+        "cost",
+        "minimum_adjustment",
+        "commitment_adjustment",
+        "amount",
+        "currency",
+        "closed_at",
+        "version",
+        "run_id",
+        "updated_at",
     ];
     let mut rows = Rows::insert(transaction, "INSERT OR REPLACE INTO usage_periods", &columns)?;
     for row in &publication.period_upserts {
@@ -119,9 +155,29 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
     let before: i64 = transaction.query_row(last, [], |row| row.get(0))?;
     let run = &publication.run;
     let columns = [
-        "correction_id", "run_id", "job", "tenant_id", "subscription_id", "meter_id", "price_id", "dimensions", "period_start",
-        "window_start", "customer_id", "currency", "kind", "causes", "quantity_before", "quantity_after", "cost_before",
-        "cost_after", "event_count_before", "event_count_after", "replaced", "row_digest", "recorded_at",
+        "correction_id",
+        "run_id",
+        "job",
+        "tenant_id",
+        "subscription_id",
+        "meter_id",
+        "price_id",
+        "dimensions",
+        "period_start",
+        "window_start",
+        "customer_id",
+        "currency",
+        "kind",
+        "causes",
+        "quantity_before",
+        "quantity_after",
+        "cost_before",
+        "cost_after",
+        "event_count_before",
+        "event_count_after",
+        "replaced",
+        "row_digest",
+        "recorded_at",
     ];
     let mut rows = Rows::insert(transaction, "INSERT INTO corrections", &columns)?;
     for (sequence, correction) in (1u64..).zip(&publication.corrections) {
@@ -155,8 +211,19 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
 fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
     let run = &publication.run;
     let columns = [
-        "correction_id", "run_id", "job", "tenant_id", "subscription_id", "meter_id", "price_id", "dimensions", "period_start",
-        "row_before", "row_after", "row_digest", "recorded_at",
+        "correction_id",
+        "run_id",
+        "job",
+        "tenant_id",
+        "subscription_id",
+        "meter_id",
+        "price_id",
+        "dimensions",
+        "period_start",
+        "row_before",
+        "row_after",
+        "row_digest",
+        "recorded_at",
     ];
     let mut rows = Rows::insert(transaction, "INSERT INTO period_corrections", &columns)?;
     for (sequence, correction) in (1u64..).zip(&publication.period_corrections) {
