@@ -9,11 +9,13 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::accumulator::Moment;
 use super::deduplicate::{Copies, RepeatedKeys, key_hash, write_key};
-use super::enrich::{Enricher, MeterPlan, Rejection, Value};
+use super::enrich::{Enricher, EventPlan, MeterPlan, Rejection, Value};
 use super::held::{self, Held};
 use super::incremental::Marks;
 use super::letters::{OpenDeadLetters, VisitedLetters};
 use super::state::{Interner, NO_PRICE, News, Sessions, StateKey, WindowCache, WindowState, index};
+use super::text_memo::TextMemo;
+use super::windows::Windows;
 use crate::config::Deduplicate;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
 use crate::model::counts::{EventCounts, UsageCounts};
@@ -25,6 +27,7 @@ use crate::model::price::Price;
 use crate::model::properties::{Property, write_json_text};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
+use crate::reference::ExternalCustomer;
 use crate::source::Field;
 use crate::source::{EventBatch, EventRef, RowChoice};
 
@@ -84,7 +87,7 @@ enum Loss {
 /// What one thread has seen.
 pub struct Aggregator<'c, 'r> {
     context: &'c Context<'r>,
-    pub windows: FxHashMap<StateKey, WindowState>,
+    pub windows: Windows,
     /// By accumulation: their window starts with the billing period.
     sessions: FxHashMap<StateKey, Sessions>,
     /// News of windows that lost events.
@@ -102,6 +105,20 @@ pub struct Aggregator<'c, 'r> {
     /// The windows that the event at hand is withdrawn from.
     replaced: Vec<StateKey>,
     scratch: Scratch,
+    memo: Memo<'c, 'r>,
+}
+
+/// What names of events and customers of a batch stand for.
+struct Memo<'c, 'r> {
+    plans: TextMemo<1, Option<&'c EventPlan<'r>>>,
+    customers: TextMemo<2, Option<&'r ExternalCustomer>>,
+}
+
+impl Memo<'_, '_> {
+    fn begin_batch(&mut self) {
+        self.plans.begin_batch();
+        self.customers.begin_batch();
+    }
 }
 
 #[derive(Default)]
@@ -109,6 +126,8 @@ struct Scratch {
     text: String,
     bytes: Vec<u8>,
     windows: WindowCache,
+    /// By meter: its window that was found last.
+    last_windows: Vec<Option<Span>>,
     periods: Vec<Option<Span>>,
 }
 
@@ -116,7 +135,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     pub fn new(context: &'c Context<'r>) -> Self {
         Aggregator {
             context,
-            windows: FxHashMap::default(),
+            windows: Windows::default(),
             sessions: FxHashMap::default(),
             withdrawn: FxHashMap::default(),
             dimensions: Interner::default(),
@@ -129,7 +148,12 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             copies: FxHashMap::default(),
             key: Vec::new(),
             replaced: Vec::new(),
-            scratch: Scratch { periods: vec![None; context.enricher.reference.subscriptions.len()], ..Scratch::default() },
+            memo: Memo { plans: TextMemo::new(6), customers: TextMemo::new(12) },
+            scratch: Scratch {
+                periods: vec![None; context.enricher.reference.subscriptions.len()],
+                last_windows: vec![None; context.enricher.reference.meters.len()],
+                ..Scratch::default()
+            },
         }
     }
 
@@ -139,6 +163,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     /// # Errors
     /// Where copies of events cannot be set aside.
     pub fn visit(&mut self, batch: &EventBatch, is_known: impl Fn(Option<Timestamp>, Timestamp) -> bool) -> Result<()> {
+        self.memo.begin_batch();
         let mut slots = Vec::new();
         batch.rows().try_for_each(|event| self.visit_event(&event, &is_known, &mut slots))
     }
@@ -153,6 +178,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         choice: &dyn RowChoice,
         is_known: impl Fn(Option<Timestamp>, Timestamp) -> bool,
     ) -> Result<()> {
+        self.memo.begin_batch();
         let mut slots = Vec::new();
         let mut chosen = batch.rows().filter(|event| choice.wants(event));
         chosen.try_for_each(|event| self.visit_event(&event, &is_known, &mut slots))
@@ -210,6 +236,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
 
     /// Takes an event of which several copies were read.
     pub fn resolve(&mut self, copies: &Copies<'_>) {
+        self.memo.begin_batch();
         let keep = self.context.rules.keep;
         let before = copies.counted_before(keep);
         let mut slots = Vec::new();
@@ -237,13 +264,14 @@ impl<'c, 'r> Aggregator<'c, 'r> {
 
     /// Takes an event of which only one copy was read, as it was there before.
     pub fn take_single(&mut self, event: &EventRef<'_>) {
+        self.memo.begin_batch();
         self.take(event, Purpose::Count(Arrival::Known), &mut Vec::new());
     }
 
     /// What became of the events taken since the last call. Sessions are not closed:
     /// their keys name the billing period.
     pub fn take_outcome(&mut self) -> Outcome {
-        let windows = std::mem::take(&mut self.windows).into_keys();
+        let windows = std::mem::take(&mut self.windows).into_states().map(|(key, _)| key);
         let counted = windows.chain(std::mem::take(&mut self.sessions).into_keys()).collect();
         let skipped = std::mem::take(&mut self.usage).skipped;
         (self.events, self.withdrawn) = (EventCounts::default(), FxHashMap::default());
@@ -306,7 +334,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             self.events.out_of_range += u64::from(counting);
             return;
         }
-        let Some(plan) = context.enricher.plan(name) else {
+        let Some(plan) = self.memo.plans.get([name], || context.enricher.plan(name)) else {
             return self.count_event(counting, in_range, |events| &mut events.unmatched);
         };
         if let Err(error) = plan.properties.read(event.properties, slots) {
@@ -318,7 +346,9 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             let in_range = in_range && !plan.known_outside;
             return self.count_event(counting, in_range, |events| &mut events.unmatched);
         }
-        let subscription = context.enricher.subscription(tenant, external_id, t);
+        let customer =
+            self.memo.customers.get([tenant, external_id], || context.enricher.reference.customer(tenant, external_id));
+        let subscription = context.enricher.subscription_of(customer, external_id, t);
         let found = subscription.as_ref().ok().and_then(|index| context.enricher.reference.subscriptions.get(*index));
         if !context.enricher.wants_customer(found) {
             return self.count_event(counting, false, |events| &mut events.metered);
@@ -334,7 +364,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             if only_levels && meter.meter.aggregation != Aggregation::WeightedSum {
                 continue;
             }
-            let Some((window, period)) = self.place(t, subscription, meter.meter.window) else { continue };
+            let Some((window, period)) = self.place(t, subscription, meter) else { continue };
             if context.marks.as_ref().is_some_and(|marks| !marks.hold(subscription, meter.index, period)) {
                 self.visited.leave_out(&context.open_dead_letters, event, meter.index);
                 continue;
@@ -446,8 +476,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             let key = StateKey { window_start: period.start, ..key };
             self.sessions.entry(key).or_default().add(t, t, state, gap_nanos, percentage);
         } else {
-            let state = self.windows.entry(key).or_insert_with(|| WindowState::new(plan.meter, price, window, period));
-            count(state)?;
+            self.windows.change(key, || WindowState::new(plan.meter, price, window, period), count)?;
         }
         Ok(true)
     }
@@ -461,8 +490,12 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     }
 
     /// The window and the billing period of an instant.
-    fn place(&mut self, t: Timestamp, subscription: usize, kind: WindowKind) -> Option<(Span, Span)> {
-        let window = self.scratch.windows.window(kind, t, self.context.timezone);
+    fn place(&mut self, t: Timestamp, subscription: usize, meter: &MeterPlan<'_>) -> Option<(Span, Span)> {
+        let is_shared = !matches!(meter.meter.window, WindowKind::Session { .. });
+        let window = match self.scratch.last_windows.get_mut(meter.index)? {
+            Some(window) if is_shared && window.contains(t) => *window,
+            last => *last.insert(self.scratch.windows.window(meter.meter.window, t, self.context.timezone)),
+        };
         let cycle = &self.context.enricher.reference.subscriptions.get(subscription)?.cycle;
         let cached = self.scratch.periods.get_mut(subscription)?;
         let period = match cached {
@@ -498,15 +531,8 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         let renamed: Vec<u32> = other.dimensions.texts().iter().map(|text| self.dimensions.intern(text)).collect();
         let rename =
             |key: StateKey| StateKey { dimensions: renamed.get(key.dimensions as usize).copied().unwrap_or_default(), ..key };
-        for (key, theirs) in other.windows {
-            match self.windows.entry(rename(key)) {
-                std::collections::hash_map::Entry::Vacant(entry) => {
-                    entry.insert(theirs);
-                }
-                std::collections::hash_map::Entry::Occupied(mut entry) => {
-                    entry.get_mut().merge(&theirs, percentage(self.context, &key));
-                }
-            }
+        for (key, theirs) in other.windows.into_states() {
+            self.windows.add(rename(key), theirs, percentage(self.context, &key));
         }
         for (key, theirs) in other.sessions {
             let gap = session_gap(self.context, &key);
@@ -532,7 +558,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     pub fn close_sessions(&mut self) {
         for (key, sessions) in std::mem::take(&mut self.sessions) {
             let windows = sessions.into_windows(session_gap(self.context, &key));
-            self.windows.extend(windows.map(|(window_start, state)| (StateKey { window_start, ..key }, state)));
+            windows.for_each(|(window_start, state)| self.windows.add(StateKey { window_start, ..key }, state, None));
         }
     }
 }

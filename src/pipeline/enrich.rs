@@ -12,7 +12,7 @@ use crate::model::expression::ExpressionError;
 use crate::model::meter::{FilterTest, Input, Meter};
 use crate::model::properties::{Property, PropertyPlan, write_json_text};
 use crate::model::timestamp::Timestamp;
-use crate::reference::{Reference, Subscription, Unbound, Unpriced};
+use crate::reference::{ExternalCustomer, Reference, Subscription, Unbound, Unpriced};
 
 /// What part of a job is computed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,10 +39,20 @@ impl Scope {
 pub struct Enricher<'r> {
     pub reference: &'r Reference,
     events: FxHashMap<&'r str, EventPlan<'r>>,
-    /// By subscription, then meter: indexes of prices.
-    candidates: Vec<Vec<&'r [usize]>>,
+    /// By subscription: its place in `prices`.
+    price_lists: Vec<usize>,
+    /// By plan and currency, then meter.
+    prices: Vec<Vec<Prices>>,
     scope: Scope,
     has_levels: bool,
+}
+
+/// The prices of one meter on one plan in one currency.
+#[derive(Debug, Default, Clone)]
+struct Prices {
+    indexes: Vec<usize>,
+    /// Whether some of them are for certain dimensions alone.
+    by_dimension: bool,
 }
 
 /// What to do with the events of one name.
@@ -125,13 +135,17 @@ impl<'r> Enricher<'r> {
                 plan.meters.push(meter);
             }
         }
-        let by_meter = |subscription: &Subscription| {
-            let meters = 0..reference.meters.len();
-            meters.map(|meter| reference.candidates(&subscription.plan_id, meter)).collect()
+        let mut known: FxHashMap<(&str, &str), usize> = FxHashMap::default();
+        let mut prices: Vec<Vec<Prices>> = Vec::new();
+        let price_list = |subscription: &'r Subscription| {
+            *known.entry((&subscription.plan_id, &subscription.currency)).or_insert_with(|| {
+                prices.push((0..reference.meters.len()).map(|meter| Prices::of(reference, subscription, meter)).collect());
+                prices.len() - 1
+            })
         };
-        let candidates = reference.subscriptions.iter().map(by_meter).collect();
+        let price_lists = reference.subscriptions.iter().map(price_list).collect();
         let has_levels = reference.has_levels(scope.meter.as_deref());
-        Enricher { reference, events, candidates, scope, has_levels }
+        Enricher { reference, events, price_lists, prices, scope, has_levels }
     }
 
     /// Whether a meter of the scope keeps a level, to which all earlier events belong.
@@ -161,7 +175,21 @@ impl<'r> Enricher<'r> {
     /// # Errors
     /// The reason for a dead letter where there is not exactly one.
     pub fn subscription(&self, tenant: &str, external_id: &str, t: Timestamp) -> Result<usize, Rejection> {
-        self.reference.subscription(tenant, external_id, t).map_err(|unbound| match unbound {
+        self.subscription_of(self.reference.customer(tenant, external_id), external_id, t)
+    }
+
+    /// As [`Enricher::subscription`], where the customer was looked up before.
+    ///
+    /// # Errors
+    /// As [`Enricher::subscription`].
+    pub fn subscription_of(
+        &self,
+        customer: Option<&ExternalCustomer>,
+        external_id: &str,
+        t: Timestamp,
+    ) -> Result<usize, Rejection> {
+        let found = customer.map_or(Err(Unbound::CustomerNotFound), |customer| customer.subscription(t));
+        found.map_err(|unbound| match unbound {
             Unbound::CustomerNotFound => Rejection::new(
                 Reason::CustomerNotFound,
                 format!("no customer has external id `{external_id}` at {t}: add it to the customers table"),
@@ -188,11 +216,18 @@ impl<'r> Enricher<'r> {
         t: Timestamp,
         slots: &[Property<'_>],
     ) -> Result<Option<usize>, Rejection> {
-        let candidates = self.candidates.get(subscription).and_then(|meters| meters.get(plan.index)).copied().unwrap_or_default();
         let Some(of) = self.reference.subscriptions.get(subscription) else { return Ok(None) };
-        let by_dimension =
-            candidates.iter().filter_map(|index| self.reference.prices.get(*index)).any(|price| !price.matches.is_empty());
-        let dimensions = if by_dimension { plan.dimension_values(slots) } else { Vec::new() };
+        let list = self.price_lists.get(subscription).and_then(|list| self.prices.get(*list));
+        let Some(Prices { indexes: candidates, by_dimension }) = list.and_then(|meters| meters.get(plan.index)) else {
+            return Ok(None);
+        };
+        // One price for everything is the usual case.
+        if let ([only], false) = (candidates.as_slice(), by_dimension)
+            && self.reference.prices.get(*only).is_some_and(|price| price.valid.contains(t))
+        {
+            return Ok(Some(*only));
+        }
+        let dimensions = if *by_dimension { plan.dimension_values(slots) } else { Vec::new() };
         match self.reference.price(candidates, &of.currency, t, &dimensions) {
             Ok(price) => Ok(Some(price)),
             Err(Unpriced::NotFound) if plan.meter.unpriced => Ok(None),
@@ -208,6 +243,19 @@ impl<'r> Enricher<'r> {
                 format!("several prices of plan `{}` match meter `{}` equally well at {t}", of.plan_id, plan.meter.id),
             )),
         }
+    }
+}
+
+impl Prices {
+    fn of(reference: &Reference, subscription: &Subscription, meter: usize) -> Prices {
+        let prices =
+            reference.candidates(&subscription.plan_id, meter).iter().filter_map(|at| Some((*at, reference.prices.get(*at)?)));
+        let mut list = Prices::default();
+        for (index, price) in prices.filter(|(_, price)| price.currency.code == subscription.currency) {
+            list.indexes.push(index);
+            list.by_dimension |= !price.matches.is_empty();
+        }
+        list
     }
 }
 

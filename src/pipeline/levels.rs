@@ -10,6 +10,7 @@ use std::iter::Peekable;
 use rustc_hash::FxHashMap;
 
 use super::state::{Interner, NO_PRICE, News, StateKey, WindowState, index};
+use super::windows::Windows;
 use crate::model::decimal::DecimalSum;
 use crate::model::meter::{Aggregation, Meter};
 use crate::model::timestamp::Timestamp;
@@ -35,7 +36,7 @@ struct Change {
 /// Adds the carried levels to `windows`, for all billing periods that begin before the end
 /// of `range`. An `open` range grows until it holds all windows that they are added to.
 pub fn carry_in(
-    windows: &mut FxHashMap<StateKey, WindowState>,
+    windows: &mut Windows,
     dimensions: &Interner,
     reference: &Reference,
     range: &mut Span,
@@ -108,7 +109,7 @@ impl<'w> Walk<'w> {
 
     /// Goes on to the end of the last billing period that begins before the end of
     /// `range`. Returns the end of the last window that the level was added to.
-    fn carry(&mut self, range: Span, windows: &mut FxHashMap<StateKey, WindowState>) -> Option<Timestamp> {
+    fn carry(&mut self, range: Span, windows: &mut Windows) -> Option<Timestamp> {
         let last = Timestamp::from_nanos(range.end.nanos().saturating_sub(1));
         let end = self.subscription.cycle.period(last).end.min(self.subscription.active.end);
         let mut last_end = None;
@@ -132,19 +133,21 @@ impl<'w> Walk<'w> {
     }
 
     /// Adds a level to the window where its segment begins; returns the end of that.
-    fn add(&self, (period, until): (Span, Timestamp), price: u32, windows: &mut FxHashMap<StateKey, WindowState>) -> Timestamp {
+    fn add(&self, (period, until): (Span, Timestamp), price: u32, windows: &mut Windows) -> Timestamp {
         let (at, carried) = (self.at, self.carried);
         let window = self.meter.window.slot(at, self.timezone);
         let LevelKey { subscription, meter, dimensions } = self.key;
         let key = StateKey { subscription, meter, price, dimensions, period_start: period.start, window_start: window.start };
         let of_price = self.reference.prices.get(price as usize);
-        let state = windows.entry(key).or_insert_with(|| WindowState::new(self.meter, of_price, window, period));
-        state.accumulator.carry_in(carried.level, until.nanos().saturating_sub(at.nanos()));
         let mut contribution = b"carried in".to_vec();
         contribution.extend_from_slice(&carried.level.to_le_bytes());
         contribution.extend_from_slice(&at.nanos().to_le_bytes());
-        state.events_digest.add(&contribution);
-        state.news.merge(carried.news);
+        let new = || WindowState::new(self.meter, of_price, window, period);
+        windows.change(key, new, |state| {
+            state.accumulator.carry_in(carried.level, until.nanos().saturating_sub(at.nanos()));
+            state.events_digest.add(&contribution);
+            state.news.merge(carried.news);
+        });
         window.end
     }
 }

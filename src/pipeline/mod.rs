@@ -33,9 +33,11 @@ pub mod saved;
 mod scan;
 mod sessions;
 mod state;
+mod text_memo;
 pub mod trace;
 pub mod trace_events;
 mod unused;
+mod windows;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};

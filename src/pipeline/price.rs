@@ -3,12 +3,12 @@
 //! price of the period's quantity.
 
 use anyhow::{Context as _, Result};
-use rustc_hash::FxHashMap;
 
 use super::accumulator::{Accumulator, Measure};
 use super::hopping;
 use super::names::Names;
 use super::state::{Interner, News, StateKey, WindowState};
+use super::windows::Windows;
 use crate::model::aggregate::{PeriodRow, WindowKey, WindowRow};
 use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
 use crate::model::meter::{ChargeOn, Meter};
@@ -37,33 +37,75 @@ pub struct PricedWindow {
 /// # Errors
 /// Where a quantity or a cost overflows; names the window.
 pub fn price(
-    windows: FxHashMap<StateKey, WindowState>,
+    windows: Windows,
     dimensions: &Interner,
     reference: &Reference,
     names: &Names,
     range: Span,
     timezone: chrono_tz::Tz,
 ) -> Result<Priced> {
-    let mut states: Vec<_> = windows.into_iter().collect();
+    let ranks = Ranks::new(reference, dimensions);
     // Levels were read from earlier periods too.
-    states.retain(|(key, state)| Span { start: key.period_start, end: state.period_end }.overlaps(range));
-    states.sort_unstable_by_key(|(key, _)| (period_of(key), key.window_start));
+    let touches =
+        |(key, state): &(StateKey, WindowState)| Span { start: key.period_start, end: state.period_end }.overlaps(range);
+    let mut states = windows.into_sorted(|key| ranks.of(key)).filter(touches).peekable();
     let mut priced = Priced::default();
-    let mut rest = states.as_slice();
-    while let Some((first, _)) = rest.first() {
-        let length = rest.partition_point(|(key, _)| period_of(key) <= period_of(first));
-        let (period, others) = rest.split_at(length);
-        rest = others;
-        let Some(parts) = Parts::of(first, reference) else { continue };
-        PeriodPricing { states: period, parts, timezone }.price(names, dimensions, &mut priced)?;
+    let mut period = Vec::new();
+    while let Some(first) = states.next() {
+        period.clear();
+        period.push(first);
+        let Some((first, _)) = period.first().map(|(key, state)| (*key, state.period_end)) else { continue };
+        while let Some(next) = states.next_if(|(key, _)| StateKey { window_start: first.window_start, ..*key } == first) {
+            period.push(next);
+        }
+        let Some(parts) = Parts::of(&first, reference) else { continue };
+        PeriodPricing { states: &period, parts, timezone }.price(names, dimensions, &mut priced)?;
     }
-    priced.windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
-    priced.periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+    debug_assert!(priced.windows.is_sorted_by(|a, b| a.row.key < b.row.key));
     Ok(priced)
 }
 
-fn period_of(key: &StateKey) -> (u32, u32, u32, u32, Timestamp) {
-    (key.subscription, key.meter, key.price, key.dimensions, key.period_start)
+/// The places of names among their like: with them, states sort as the rows of theirs do.
+struct Ranks {
+    subscriptions: Vec<u32>,
+    meters: Vec<u32>,
+    prices: Vec<u32>,
+    dimensions: Vec<u32>,
+}
+
+impl Ranks {
+    fn new(reference: &Reference, dimensions: &Interner) -> Self {
+        Ranks {
+            subscriptions: ranks(reference.subscriptions.iter().map(|row| (&row.tenant_id, &row.id))),
+            meters: ranks(reference.meters.iter().map(|meter| &meter.id)),
+            prices: ranks(reference.prices.iter().map(|price| &price.id)),
+            dimensions: ranks(dimensions.texts().iter()),
+        }
+    }
+
+    fn of(&self, key: &StateKey) -> ([u32; 4], Timestamp, Timestamp) {
+        let rank = |ranks: &[u32], at: u32| ranks.get(at as usize).map_or(0, |rank| rank + 1);
+        let names = [
+            rank(&self.subscriptions, key.subscription),
+            rank(&self.meters, key.meter),
+            // No price comes before all of them, as its empty name does.
+            rank(&self.prices, key.price),
+            rank(&self.dimensions, key.dimensions),
+        ];
+        (names, key.period_start, key.window_start)
+    }
+}
+
+fn ranks<T: Ord>(names: impl Iterator<Item = T>) -> Vec<u32> {
+    let mut order: Vec<_> = names.enumerate().map(|(at, name)| (name, at)).collect();
+    order.sort_unstable();
+    let mut ranks = vec![0; order.len()];
+    for (rank, (_, at)) in (0..).zip(order) {
+        if let Some(of) = ranks.get_mut(at) {
+            *of = rank;
+        }
+    }
+    ranks
 }
 
 /// The reference rows of one accumulation.

@@ -1,7 +1,6 @@
 //! What is known about windows while events are read: mergeable, whatever the order.
 
 use std::collections::BTreeMap;
-use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
@@ -18,7 +17,7 @@ use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 
 /// The key of a window's state: indexes into the reference tables instead of names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct StateKey {
     pub subscription: u32,
     pub meter: u32,
@@ -27,23 +26,6 @@ pub struct StateKey {
     pub dimensions: u32,
     pub period_start: Timestamp,
     pub window_start: Timestamp,
-}
-
-/// Windows begin at round instants and indexes are small: without mixing, most keys
-/// would fall into few buckets.
-impl Hash for StateKey {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        const ODD: [u64; 2] = [0x9e37_79b9_7f4a_7c15, 0xc2b2_ae3d_27d4_eb4f];
-        let pair = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
-        // The upper half of a product depends on all bits of both factors.
-        let fold = |a: u64, b: u64| {
-            let product = u128::from(a) * u128::from(b);
-            u64::try_from(product >> 64 ^ product & u128::from(u64::MAX)).unwrap_or_default()
-        };
-        let names = fold(pair(self.subscription, self.meter) ^ ODD[0], pair(self.price, self.dimensions) ^ ODD[1]);
-        let times = self.window_start.nanos() ^ self.period_start.nanos().rotate_left(21);
-        state.write_u64(fold(names ^ ODD[1], times.cast_unsigned() ^ ODD[0]));
-    }
 }
 
 /// The price index of usage without a price.

@@ -22,6 +22,7 @@ use super::price::{Parts, Priced};
 use super::price_steps::{self, PriceSteps};
 use super::state::{Interner, NO_PRICE, StateKey, WindowState, index};
 use super::trace_events::{CountedEvent, Listing, SetAside, Why};
+use super::windows::Windows;
 use super::{Inputs, check_stable, levels, price, scan, scan_keys, unused};
 use crate::config::Deduplicate;
 use crate::model::aggregate::{PeriodKey, PeriodRow, WindowRow};
@@ -396,10 +397,12 @@ impl<'c, 'r> Tracer<'c, 'r> {
     fn finish(mut self, timezone: chrono_tz::Tz) -> Result<Trace> {
         let Search { question, reference, range, .. } = *self.search;
         let names = Names::new(reference);
-        let mut windows = std::mem::take(&mut self.total.windows);
-        windows.retain(|key, _| key.subscription == index(question.subscription));
+        let all = std::mem::take(&mut self.total.windows).into_states();
+        let mut windows = Windows::default();
+        all.filter(|(key, _)| key.subscription == index(question.subscription))
+            .for_each(|(key, state)| windows.add(key, state, None));
         let dimensions = std::mem::take(&mut self.total.dimensions);
-        let before = if self.search.is_level() { windows.clone() } else { FxHashMap::default() };
+        let before = if self.search.is_level() { windows.clone().into_states().collect() } else { FxHashMap::default() };
         if self.search.is_level() {
             levels::carry_in(&mut windows, &dimensions, reference, &mut range.clone(), false, timezone);
         }
@@ -408,7 +411,7 @@ impl<'c, 'r> Tracer<'c, 'r> {
             std::ptr::eq(subscription, self.search.subscription) && price.meter_id == self.search.meter.id
         };
         unused::add_periods(&mut priced.periods, reference, &names, range, is_ours)?;
-        let mut states: Vec<_> = windows.into_iter().collect();
+        let mut states: Vec<_> = windows.into_states().collect();
         states.sort_unstable_by_key(|(key, _)| key.window_start);
         Answer { search: self.search, states, before, dimensions, names: &names, counted: self.counted }
             .give(priced, self.set_aside)

@@ -72,6 +72,24 @@ pub struct ExternalCustomer {
     pub bindings: Vec<(Span, usize)>,
 }
 
+impl ExternalCustomer {
+    /// The index of the subscription that an event at `t` belongs to.
+    ///
+    /// # Errors
+    /// [`Unbound`] where there is not exactly one.
+    pub fn subscription(&self, t: Timestamp) -> Result<usize, Unbound> {
+        if !self.validity.iter().any(|span| span.contains(t)) {
+            return Err(Unbound::CustomerNotFound);
+        }
+        let mut active = self.bindings.iter().filter(|(span, _)| span.contains(t)).map(|(_, index)| *index);
+        match (active.next(), active.next()) {
+            (Some(index), None) => Ok(index),
+            (None, _) => Err(Unbound::NoActiveSubscription),
+            (Some(_), Some(_)) => Err(Unbound::Ambiguous),
+        }
+    }
+}
+
 /// Why no subscription could be found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unbound {
@@ -146,16 +164,12 @@ impl Reference {
     /// # Errors
     /// [`Unbound`] where there is not exactly one.
     pub fn subscription(&self, tenant: &str, external_id: &str, t: Timestamp) -> Result<usize, Unbound> {
-        let customer = self.customers.get(tenant).and_then(|ids| ids.get(external_id)).ok_or(Unbound::CustomerNotFound)?;
-        if !customer.validity.iter().any(|span| span.contains(t)) {
-            return Err(Unbound::CustomerNotFound);
-        }
-        let mut active = customer.bindings.iter().filter(|(span, _)| span.contains(t)).map(|(_, index)| *index);
-        match (active.next(), active.next()) {
-            (Some(index), None) => Ok(index),
-            (None, _) => Err(Unbound::NoActiveSubscription),
-            (Some(_), Some(_)) => Err(Unbound::Ambiguous),
-        }
+        self.customer(tenant, external_id).map_or(Err(Unbound::CustomerNotFound), |customer| customer.subscription(t))
+    }
+
+    /// What an external id stands for.
+    pub fn customer(&self, tenant: &str, external_id: &str) -> Option<&ExternalCustomer> {
+        self.customers.get(tenant)?.get(external_id)
     }
 
     /// The customer rows that lead to a subscription: external id and validity.
