@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::output::{Style, counted, emit, number, table};
 use super::progress::Progress;
-use super::range::RangeArguments;
+use super::range::{CompletenessArguments, RangeArguments};
 use super::{Format, Session, changes};
 use crate::clock::{Stopwatch, now};
 use crate::config::Job;
@@ -22,7 +22,7 @@ use crate::model::run::{RunMode, RunRecord};
 use crate::model::window::Span;
 use crate::pipeline::incremental::Coverage;
 use crate::pipeline::saved::SavedPlan;
-use crate::pipeline::{Plan, Request, Step};
+use crate::pipeline::{Lateness, Plan, Request, Step};
 
 #[derive(Debug, Args)]
 pub struct PlanArguments {
@@ -36,9 +36,8 @@ pub struct PlanArguments {
     #[arg(long)]
     detailed_exitcode: bool,
 
-    /// Without a range: compute only what is new since the last run, and what depends on it.
-    #[arg(long, conflicts_with_all = ["start", "end", "day", "month", "last", "tenant", "customer", "meter"])]
-    incremental: bool,
+    #[command(flatten)]
+    completeness: CompletenessArguments,
 
     /// Save the exact changes, for `trueup apply`.
     #[arg(long, value_name = "FILE")]
@@ -76,7 +75,7 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;
     let request = Request {
         allow_closed: arguments.allow_closed,
-        incremental: arguments.incremental,
+        completeness: arguments.completeness.choice(),
         ..arguments.range.request(job.timezone)?
     };
     let progress = Progress::new(session.quiet);
@@ -99,20 +98,20 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
     };
     let changes = plan.changes.rows.changed() + plan.periods.changed();
     if let Some(path) = &arguments.out {
-        save(session, &job, request, &mut plan)?.write(path)?;
+        save(session, &job, &mut plan)?.write(path)?;
     }
     emit(&text)?;
     Ok(if arguments.detailed_exitcode && changes > 0 { 3 } else { 0 })
 }
 
-fn save(session: &Session, job: &Job, request: Request, plan: &mut Plan) -> Result<SavedPlan> {
+fn save(session: &Session, job: &Job, plan: &mut Plan) -> Result<SavedPlan> {
     Ok(SavedPlan {
         schema: SavedPlan::schema(),
         trueup_version: env!("CARGO_PKG_VERSION").to_owned(),
         created_at: now(),
         job_path: job.path.canonicalize().unwrap_or_else(|_| job.path.clone()),
         environment: session.environment.clone(),
-        request,
+        request: plan.request.clone(),
         ledger_digest: plan.ledger_digest().to_owned(),
         guard: plan.check_guard(job).err().map(|refusal| refusal.to_string()),
         draft: plan.take_draft(RunMode::Apply),
@@ -142,6 +141,7 @@ pub struct Document<'p> {
     warnings: &'p [String],
     /// What was skipped, and why.
     coverage: &'p Coverage,
+    lateness: Lateness,
     steps: &'p [Step],
 }
 
@@ -198,6 +198,7 @@ impl<'p> Document<'p> {
             stale_outside: plan.changes.stale_outside,
             warnings: &plan.warnings,
             coverage: &plan.coverage,
+            lateness: plan.lateness,
             steps: &plan.steps,
         })
     }
@@ -336,6 +337,7 @@ impl Report<'_> {
             None if self.plan.events.read == 0 => return Ok(()),
             None => {}
         }
+        self.lateness(out)?;
         self.coverage(out)?;
         self.counts(out)?;
         self.rows(out)?;
@@ -395,6 +397,20 @@ impl Report<'_> {
         }
         if let Some(reach) = self.plan.reach.filter(|reach| *reach != range) {
             self.line(out, "priced", &format!("{} to {}, the billing periods that the range touches", reach.start, reach.end))?;
+        }
+        Ok(())
+    }
+
+    /// What the job says of late events.
+    fn lateness(&self, out: &mut String) -> std::fmt::Result {
+        let Lateness { looks_back_to, settled_until, horizon } = self.plan.lateness;
+        let parts = [
+            looks_back_to.map(|t| format!("looks back to {t}")),
+            settled_until.map(|t| format!("windows that end after {t} wait for a later run")),
+            horizon.map(|t| format!("billing periods that ended by {t} change no more")),
+        ];
+        for (at, part) in parts.into_iter().flatten().enumerate() {
+            self.line(out, if at == 0 { "lateness" } else { "" }, &part)?;
         }
         Ok(())
     }
@@ -467,7 +483,8 @@ impl Report<'_> {
         self.line(out, "windows", &parts.join(", "))?;
         if rows.adjusted > 0 {
             let adjusted = counted(rows.adjusted, "difference");
-            self.line(out, "closed", &format!("{adjusted} in closed periods, recorded as adjustments"))?;
+            let frozen = if self.plan.lateness.horizon.is_some() { "closed periods or beyond the horizon" } else { "closed periods" };
+            self.line(out, "closed", &format!("{adjusted} in {frozen}, recorded as adjustments"))?;
         }
         let periods = &self.plan.periods;
         let (written, removed) = (periods.upserts.len() as u64, periods.deletions.len() as u64);

@@ -9,7 +9,7 @@ use crate::clock;
 use crate::fault::configuration;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowSize, instant_of};
-use crate::pipeline::Request;
+use crate::pipeline::{Completeness, Request};
 use crate::pipeline::by_hand::PeriodChoice;
 use crate::pipeline::enrich::Scope;
 
@@ -47,6 +47,29 @@ pub struct RangeArguments {
     /// Only this meter.
     #[arg(long, value_name = "METER_ID")]
     meter: Option<String>,
+}
+
+/// How much a command without a range looks at: what the job says, unless told otherwise.
+#[derive(Debug, Default, Args)]
+#[group(multiple = false)]
+pub struct CompletenessArguments {
+    /// Without a range: compute only what is new since the last run, and what depends on it.
+    #[arg(long, conflicts_with_all = ["start", "end", "day", "month", "last", "tenant", "customer", "meter"])]
+    incremental: bool,
+
+    /// Without a range: compute everything, whatever the job says.
+    #[arg(long, conflicts_with_all = ["start", "end", "day", "month", "last"])]
+    full: bool,
+}
+
+impl CompletenessArguments {
+    pub fn choice(&self) -> Completeness {
+        match (self.incremental, self.full) {
+            (true, _) => Completeness::Incremental,
+            (false, true) => Completeness::Full,
+            (false, false) => Completeness::Auto,
+        }
+    }
 }
 
 impl RangeArguments {

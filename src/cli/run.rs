@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::output::{Style, emit, emit_json};
 use super::progress::Progress;
-use super::range::RangeArguments;
+use super::range::{CompletenessArguments, RangeArguments};
 use super::{Format, Session, plan};
 use crate::clock::Stopwatch;
 use crate::config::Job;
@@ -26,9 +26,8 @@ pub struct RunArguments {
     #[arg(long, value_name = "RUN_ID", conflicts_with_all = ["start", "end", "day", "month", "last"])]
     snapshot: Option<String>,
 
-    /// Without a range: compute only what is new since the last run, and what depends on it.
-    #[arg(long, conflicts_with_all = ["start", "end", "day", "month", "last", "tenant", "customer", "meter"])]
-    incremental: bool,
+    #[command(flatten)]
+    completeness: CompletenessArguments,
 
     /// Publish even if the change is larger than the job's guard allows.
     #[arg(long)]
@@ -48,7 +47,7 @@ pub fn execute(session: &Session, arguments: &RunArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;
     let request = Request {
         allow_closed: arguments.allow_closed,
-        incremental: arguments.incremental,
+        completeness: arguments.completeness.choice(),
         ..arguments.range.request(job.timezone)?
     };
     let progress = Progress::new(session.quiet);

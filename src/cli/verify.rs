@@ -15,7 +15,7 @@ use crate::audit::{Finding, check_ledger, describe};
 use crate::config::Job;
 use crate::ends;
 use crate::model::counts::RowCounts;
-use crate::pipeline::Plan;
+use crate::pipeline::{Completeness, Plan, Request};
 
 #[derive(Debug, Args)]
 pub struct VerifyArguments {
@@ -38,7 +38,8 @@ struct Document<'v> {
 
 pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;
-    let request = arguments.range.request(job.timezone)?;
+    // Nothing that a run would look at is skipped.
+    let request = Request { completeness: Completeness::Recomputed, ..arguments.range.request(job.timezone)? };
     let progress = Progress::new(session.quiet);
     let (plan, store) = ends::preview(&job, &request, session.threads, &progress)?;
     drop(progress);

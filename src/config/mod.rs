@@ -40,6 +40,8 @@ pub struct Job {
     pub window: WindowSize,
     pub store: Store,
     pub guard: Guard,
+    pub incremental: Incremental,
+    pub lateness: Lateness,
     pub schedule: Option<Schedule>,
     /// Changes when a setting that can change an aggregate changes.
     pub digest: String,
@@ -113,6 +115,28 @@ pub struct Guard {
     /// Rows whose events are gone from the source, though nobody voided them: none,
     /// where a guard is set and says nothing else.
     pub max_vanished_rows: Option<Limit>,
+}
+
+/// Whether a run without a range skips what cannot have changed since the last one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Incremental {
+    /// Where there are so many events that it saves time.
+    #[default]
+    Auto,
+    Always,
+    Never,
+}
+
+/// What becomes of events that come late, and of those that may still come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lateness {
+    /// How far back from now a run without a range looks: everything, where it is not set.
+    pub lookback: Option<Duration>,
+    /// How long ago a window must have ended to be computed by a run without a range.
+    pub settle: Option<Duration>,
+    /// Billing periods that ended longer ago, and were computed, change no more: differences
+    /// are recorded as adjustments.
+    pub horizon: Option<Duration>,
 }
 
 /// A share of what is stored, or an absolute number.
@@ -236,6 +260,21 @@ impl Validator<'_> {
                 None => vanished,
             },
         };
+        let incremental = match &raw.incremental {
+            None => Incremental::Auto,
+            Some(incremental) => match incremental.value.as_str() {
+                "auto" => Incremental::Auto,
+                "always" => Incremental::Always,
+                "never" => Incremental::Never,
+                other => return Err(self.error(incremental, format!("incremental `{other}` must be auto, always or never"))),
+            },
+        };
+        let lateness = raw.lateness.unwrap_or_default();
+        let lateness = Lateness {
+            lookback: self.duration("lateness.lookback", lateness.lookback.as_ref())?,
+            settle: self.duration("lateness.settle", lateness.settle.as_ref())?,
+            horizon: self.duration("lateness.horizon", lateness.horizon.as_ref())?,
+        };
         let schedule = match raw.schedule {
             None => None,
             Some(schedule) => {
@@ -261,6 +300,8 @@ impl Validator<'_> {
             window,
             store: self.store(&raw.store)?,
             guard,
+            incremental,
+            lateness,
             schedule,
             digest,
         })
@@ -279,6 +320,13 @@ impl Validator<'_> {
     fn limit(&self, key: &str, limit: &Placed<String>) -> Result<Limit> {
         Limit::parse(&limit.value)
             .ok_or_else(|| self.error(limit, format!("{key} `{}` must be a share such as \"10%\" or a number", limit.value)))
+    }
+
+    fn duration(&self, key: &str, text: Option<&Placed<String>>) -> Result<Option<Duration>> {
+        let Some(text) = text else { return Ok(None) };
+        // A century is as good as never.
+        let length = duration(&text.value).filter(|length| *length <= Duration::from_secs(36_525 * 86_400));
+        length.map(Some).ok_or_else(|| self.error(text, format!("{key} `{}` is no duration such as 30m, 12h, 35d or 8w", text.value)))
     }
 
     fn field(&self, name: &Placed<String>, key: &str) -> Result<Field> {
@@ -352,9 +400,7 @@ impl Validator<'_> {
                 let Some(topic) = raw.topic else { return Err(self.error(&raw.kind, "source.topic must name the topic")) };
                 let margin = match &raw.margin {
                     None => Duration::from_secs(3600),
-                    Some(margin) => duration(&margin.value).ok_or_else(|| {
-                        self.error(margin, format!("margin `{}` is no duration such as 30m, 1h or 2d", margin.value))
-                    })?,
+                    Some(_) => self.duration("margin", raw.margin.as_ref())?.unwrap_or_default(),
                 };
                 let tenant_id = raw.tenant_id.map(|tenant| tenant.value);
                 Ok(Source::Kafka { connection: self.connections.kafka()?, topic: topic.value, margin, tenant_id, columns })
@@ -423,7 +469,7 @@ impl Validator<'_> {
     }
 }
 
-/// `30m`, `1h`, `2d`.
+/// `30m`, `1h`, `2d`, `8w`.
 fn duration(text: &str) -> Option<Duration> {
     let unit = text.chars().last()?;
     let count: u64 = text.strip_suffix(unit)?.parse().ok()?;
@@ -432,6 +478,7 @@ fn duration(text: &str) -> Option<Duration> {
         'm' => 60,
         'h' => 3600,
         'd' => 86_400,
+        'w' => 7 * 86_400,
         _ => return None,
     };
     count.checked_mul(seconds).map(Duration::from_secs)

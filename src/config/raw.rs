@@ -20,6 +20,8 @@ pub struct RawJob {
     pub window: Option<Placed<String>>,
     pub store: RawStore,
     pub guard: Option<RawGuard>,
+    pub incremental: Option<Placed<String>>,
+    pub lateness: Option<RawLateness>,
     pub schedule: Option<RawSchedule>,
 }
 
@@ -73,6 +75,14 @@ pub struct RawGuard {
     pub max_changed_rows: Option<Placed<String>>,
     pub max_cost_change: Option<Placed<String>>,
     pub max_vanished_rows: Option<Placed<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawLateness {
+    pub lookback: Option<Placed<String>>,
+    pub settle: Option<Placed<String>>,
+    pub horizon: Option<Placed<String>>,
 }
 
 #[derive(Debug, Deserialize)]

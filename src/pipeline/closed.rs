@@ -5,32 +5,58 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::Result;
-use rustc_hash::FxHashSet;
+use rustc_hash::{FxHashMap, FxHashSet};
 
+use super::lateness::Horizon;
 use super::reconcile::Reconciliation;
 use crate::model::aggregate::{
     Cause, Causes, Correction, CorrectionKind, PeriodKey, PeriodRow, Text, Values, WindowKey, WindowRow,
 };
 use crate::model::timestamp::Timestamp;
+use crate::model::window::BillingCycle;
+use crate::reference::{Reference, Subscription};
 use crate::store::AggregateStore;
 
-/// Tenant, subscription and start of the billing periods that are closed.
+/// Billing periods whose rows stay as they are: those that are closed, and those beyond
+/// the job's horizon.
 #[derive(Debug, Clone, Default)]
-pub struct ClosedPeriods(FxHashSet<(Text, Text, Timestamp)>);
+pub struct ClosedPeriods {
+    /// Tenant, subscription and start.
+    closed: FxHashSet<(Text, Text, Timestamp)>,
+    horizon: Option<Horizon>,
+    /// By tenant and id, where there is a horizon.
+    cycles: FxHashMap<(Text, Text), BillingCycle>,
+}
 
 impl ClosedPeriods {
     /// A subscription's period is closed as a whole, whatever meters it has.
     pub fn of(rows: &[PeriodRow]) -> ClosedPeriods {
         let closed = rows.iter().filter(|row| row.closed_at.is_some()).map(|row| &row.key);
-        ClosedPeriods(closed.map(|key| (key.tenant_id.clone(), key.subscription_id.clone(), key.period_start)).collect())
+        let closed = closed.map(|key| (key.tenant_id.clone(), key.subscription_id.clone(), key.period_start)).collect();
+        ClosedPeriods { closed, ..ClosedPeriods::default() }
+    }
+
+    /// Also those beyond a horizon.
+    #[must_use]
+    pub fn with_horizon(self, horizon: Horizon, reference: &Reference) -> ClosedPeriods {
+        let cycle = |row: &Subscription| ((Arc::from(row.tenant_id.as_str()), Arc::from(row.id.as_str())), row.cycle);
+        ClosedPeriods { horizon: Some(horizon), cycles: reference.subscriptions.iter().map(cycle).collect(), ..self }
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.closed.is_empty() && self.horizon.is_none()
     }
 
     pub fn hold(&self, key: &PeriodKey) -> bool {
-        !self.0.is_empty() && self.0.contains(&(key.tenant_id.clone(), key.subscription_id.clone(), key.period_start))
+        if self.is_empty() {
+            return false;
+        }
+        let subscription = (key.tenant_id.clone(), key.subscription_id.clone());
+        let is_beyond = || {
+            let cycle = self.cycles.get(&subscription);
+            self.horizon.as_ref().zip(cycle).is_some_and(|(horizon, cycle)| horizon.holds(cycle.period(key.period_start)))
+        };
+        is_beyond() || self.closed.contains(&(subscription.0.clone(), subscription.1.clone(), key.period_start))
     }
 }
 

@@ -21,6 +21,7 @@ pub mod incremental;
 pub mod invariants;
 mod key_cache;
 mod keys;
+mod lateness;
 mod letters;
 mod levels;
 mod names;
@@ -66,9 +67,11 @@ use incremental::snapshot::{STATE, Snapshot};
 use incremental::{Coverage, Mode, Passes};
 pub use key_cache::KeyCache;
 use keys::{KeyHashes, KeyReader, SplitKeys};
+use lateness::Horizon;
 use names::Names;
 use past::{Knowledge, Past, ledger_rows};
-pub use range::Request;
+pub use lateness::Lateness;
+pub use range::{Completeness, Request};
 pub use reconcile::Totals;
 use reconcile::{PeriodChanges, Reconciliation};
 use sessions::SessionChanges;
@@ -94,6 +97,10 @@ pub struct Plan {
     pub steps: Vec<Step>,
     pub warnings: Vec<String>,
     pub coverage: Coverage,
+    /// The job's policy for late events, at the time of this plan.
+    pub lateness: Lateness,
+    /// What was asked for, with how far the job looks back.
+    pub request: Request,
     states: Vec<(String, String)>,
     started_at: Timestamp,
     stored: Vec<StoredWindow>,
@@ -163,12 +170,16 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let Inputs { job, reference, source, store, progress, threads, .. } = *inputs;
     let mut timeline = Timeline { steps: Vec::new(), observer: progress };
     let past = Past::load(store, job)?;
+    let lateness = Lateness::of(job, request, started_at);
+    // From here on, as if somebody had asked for how far the job looks back.
+    let request = &Request { range: request.range.or_else(|| lateness.range(job, started_at)), ..request.clone() };
     // A range that was asked for is known before anything is read.
     let asked = match request.range {
         None => None,
         Some(_) => {
             let range = range::resolve(request, job, reference, None, None)?;
-            range.map(|range| sessions::widen(inputs, request, &past, range, &mut timeline)).transpose()?
+            let range = range.map(|range| sessions::widen(inputs, request, &past, range, &mut timeline)).transpose()?;
+            range.and_then(|range| lateness.settled(range))
         }
     };
     let levels = reference.has_levels(request.scope.meter.as_deref());
@@ -185,7 +196,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     inputs.keys.keep(&job.deduplicate.key, &splits, &keys.splits, keys.repeated.iter());
     let whole = match asked {
         Some(range) => Some(range),
-        None => range::resolve(request, job, reference, keys.extent, past.extent)?,
+        None => range::resolve(request, job, reference, keys.extent, past.extent)?.and_then(|range| lateness.settled(range)),
     };
     // Rows without a time may be all there is: they are still accounted for.
     let mut range = whole.unwrap_or(EMPTY);
@@ -228,7 +239,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let mut priced = timeline.step("price", None, || {
         if levels {
             // Where nobody asked for an end, what a level costs later in its period belongs to the range.
-            let open = request.range.is_none();
+            let open = request.range.is_none() && lateness.settled_until.is_none();
             levels::carry_in(&mut windows, &seen.dimensions, reference, &mut range, open, job.timezone);
         }
         let rows = windows.len() as u64;
@@ -246,7 +257,11 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let reach = range::reach(range, reference, &request.scope);
     let marks = context.marks.as_ref();
     let stored = past.stored(inputs, &request.scope, (range, reach), marks, &priced)?;
-    let closed = if request.allow_closed { ClosedPeriods::default() } else { stored.closed };
+    let closed = match lateness.horizon {
+        _ if request.allow_closed => ClosedPeriods::default(),
+        Some(until) => stored.closed.with_horizon(Horizon::new(until, &past.runs), reference),
+        None => stored.closed,
+    };
     let mut changes = timeline.step("reconcile", None, || {
         let session_meters: FxHashSet<_> =
             reference.meters.iter().filter(|meter| sessions::is_session(meter)).map(|meter| meter.id.as_str()).collect();
@@ -289,6 +304,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let files =
         files.map(|(split, keys)| InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows: keys.rows });
     let coverage = incremental::coverage(&baseline, skipping, &priced.windows, &stored.windows);
+    let coverage = Coverage { leaves_windows: lateness.settled_until.is_some(), ..coverage };
     let is_part = coverage.mode == Mode::Part;
     let windows = guarded(inputs, stored.windows, &changes, (range, reach), baseline.is_err())?;
     Ok(Plan {
@@ -311,6 +327,8 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         steps: timeline.steps,
         warnings: reference.warnings.clone(),
         coverage,
+        lateness,
+        request: request.clone(),
         states: if is_part { Vec::new() } else { vec![(STATE.to_owned(), snapshot.encode()?)] },
         started_at,
         stored: windows,

@@ -19,9 +19,24 @@ pub struct Request {
     /// Whether closed periods are written over.
     #[serde(default)]
     pub allow_closed: bool,
-    /// Whether what cannot have changed since the last run is skipped.
     #[serde(default)]
-    pub incremental: bool,
+    pub completeness: Completeness,
+}
+
+/// How much of a job a request without a range looks at.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Completeness {
+    /// As far back as the job says, and without what cannot have changed since the last run
+    /// where skipping it saves time.
+    #[default]
+    Auto,
+    /// Everything, without what cannot have changed since the last run.
+    Incremental,
+    /// As far back as the job says, nothing skipped.
+    Recomputed,
+    /// Everything.
+    Full,
 }
 
 /// The range of whole windows for a request. Without one, it covers every event

@@ -20,7 +20,7 @@ use crate::model::digest::Digest;
 use crate::model::meter::{Aggregation, Meter};
 use crate::model::price::Price;
 use crate::model::timestamp::Timestamp;
-use crate::model::window::{BillingCycle, Span};
+use crate::model::window::{BillingCycle, Span, WindowKind};
 
 /// All reference tables of a job, checked.
 #[derive(Debug)]
@@ -116,6 +116,7 @@ impl Reference {
         let customers = customers::Customers::read(&job.reference.customers)?;
         let subscriptions = customers::Subscriptions::read(&job.reference.subscriptions, job.timezone, &customers)?;
         let meters = meters::read(&job.reference.meters, job.window)?;
+        check_settle(job, &meters)?;
         let prices = prices::read(&job.reference.prices, &meters)?;
         let bound = customers::bind(&customers, &subscriptions)?;
 
@@ -271,6 +272,19 @@ impl Reference {
             Some(_) if tie => Err(Unpriced::Ambiguous),
             Some((index, _)) => Ok(index),
         }
+    }
+}
+
+/// A session that may go on has no end yet, after which it could settle.
+fn check_settle(job: &Job, meters: &[Meter]) -> Result<()> {
+    let session = meters.iter().find(|meter| matches!(meter.window, WindowKind::Session { .. }));
+    match session.filter(|_| job.lateness.settle.is_some()) {
+        Some(meter) => Err(configuration(format!(
+            "{}: lateness.settle is for windows that end by the clock, and meter `{}` has sessions: remove one of them",
+            job.path.display(),
+            meter.id
+        ))),
+        None => Ok(()),
     }
 }
 

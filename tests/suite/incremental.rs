@@ -6,7 +6,7 @@ use std::fs;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use trueup::pipeline::Request;
+use trueup::pipeline::{Completeness, Request};
 use trueup::pipeline::enrich::Scope;
 
 use crate::promises::{self, Event, Format, Settings, cases, check_idempotence, check_stored_ledger, full, state, within};
@@ -110,7 +110,7 @@ proptest! {
         for (number, (change, kind)) in steps.into_iter().enumerate() {
             apply(change, number, &workspace, &mut settings, &mut events);
             let request = match kind {
-                Run::Incremental => Request { incremental: true, ..Request::default() },
+                Run::Incremental => Request { completeness: Completeness::Incremental, ..Request::default() },
                 Run::Full => full(),
                 Run::Part(range, scope) => {
                     Request { range: range.and_then(|range| within(&events, range)), scope, ..Request::default() }

@@ -16,6 +16,7 @@ mod incremental;
 mod inputs;
 mod kafka;
 mod kafka_topic;
+mod lateness;
 mod parts;
 mod promises;
 mod reference;

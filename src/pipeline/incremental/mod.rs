@@ -22,8 +22,9 @@ use serde::Serialize;
 use super::keys::{KeyHashes, SplitKeys};
 use super::past::Past;
 use super::price::PricedWindow;
+use super::range::Completeness;
 use super::{Inputs, Request};
-use crate::config::Source;
+use crate::config::{Incremental, Source};
 use crate::model::aggregate::StoredWindow;
 use crate::model::run::{RunBasis, RunMode, RunRecord};
 use crate::reference::ReferenceDigests;
@@ -44,6 +45,9 @@ pub struct Coverage {
     pub baseline: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skipping: Option<Skipping>,
+    /// Whether windows that had not settled were left out.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub leaves_windows: bool,
 }
 
 /// What an incremental run found new, marked and read.
@@ -75,13 +79,19 @@ pub enum Mode {
 
 impl Coverage {
     fn full(why: impl Into<Option<String>>) -> Coverage {
-        Coverage { mode: Mode::Full, why: why.into(), baseline: None, skipping: None }
+        Coverage { mode: Mode::Full, why: why.into(), baseline: None, skipping: None, leaves_windows: false }
     }
 
-    /// A later run can build on one that covered the whole job.
-    fn of_run_is_whole(run: &RunRecord) -> bool {
+    /// Whether a run covered everything that there was, from the beginning.
+    pub fn is_of_everything(run: &RunRecord) -> bool {
         let mode = run.counts.get("coverage").and_then(|coverage| coverage.get("mode")).and_then(serde_json::Value::as_str);
         run.mode.computes() && matches!(mode, Some("full" | "incremental"))
+    }
+
+    /// Whether a later run can build on a run: it left nothing of its files for later.
+    fn is_baseline(run: &RunRecord) -> bool {
+        let left = run.counts.get("coverage").and_then(|coverage| coverage.get("leaves_windows"));
+        Coverage::is_of_everything(run) && left.is_none()
     }
 }
 
@@ -106,12 +116,27 @@ pub fn baseline<'p>(
     splits: &[Split],
 ) -> Result<Result<Baseline<'p>, Coverage>> {
     if request.range.is_some() || !request.scope.is_whole() {
-        return Ok(Err(Coverage { mode: Mode::Part, why: None, baseline: None, skipping: None }));
+        return Ok(Err(Coverage { mode: Mode::Part, ..Coverage::full(None) }));
     }
-    if !request.incremental {
-        return Ok(Err(Coverage::full(None)));
+    match (request.completeness, inputs.job.incremental) {
+        (Completeness::Incremental, _) | (Completeness::Auto, Incremental::Always) => {
+            Ok(find(inputs, request, past, basis, splits)?.map_err(Coverage::full))
+        }
+        // Who did not ask for it need not hear why there is nothing to skip.
+        (Completeness::Auto, Incremental::Auto) if is_large(past) => {
+            Ok(find(inputs, request, past, basis, splits)?.map_err(|_| Coverage::full(None)))
+        }
+        _ => Ok(Err(Coverage::full(None))),
     }
-    Ok(find(inputs, request, past, basis, splits)?.map_err(Coverage::full))
+}
+
+/// A run that skips does not look at rows that somebody altered: where it saves little, it
+/// is better not to.
+const LARGE_ROWS: u64 = 1_000_000;
+
+fn is_large(past: &Past) -> bool {
+    let last = past.runs.iter().rfind(|run| run.mode.computes());
+    last.is_some_and(|run| run.input.files.iter().map(|file| file.rows).sum::<u64>() >= LARGE_ROWS)
 }
 
 fn find<'p>(
@@ -122,12 +147,15 @@ fn find<'p>(
     splits: &[Split],
 ) -> Result<Result<Baseline<'p>, String>> {
     let Inputs { job, store, .. } = *inputs;
-    let Some(at) = past.runs.iter().rposition(Coverage::of_run_is_whole) else {
+    let Some(at) = past.runs.iter().rposition(Coverage::is_baseline) else {
         return Ok(Err("there is no run to build on yet".to_owned()));
     };
     let (Some(run), Some(store)) = (past.runs.get(at), store) else { return Ok(Err("there is no store yet".to_owned())) };
     if !matches!(job.source, Source::Files { .. }) {
         return Ok(Err("only event files tell what is new".to_owned()));
+    }
+    if job.lateness.settle.is_some() {
+        return Ok(Err("lateness.settle leaves windows of known files for later runs".to_owned()));
     }
     if request.allow_closed {
         return Ok(Err("closed periods are written over".to_owned()));
@@ -253,5 +281,6 @@ pub fn coverage(
         why: None,
         baseline: Some(baseline.run.run_id.clone()),
         skipping: skipping.map(|skipping| Skipping { marked_customers, marked_periods, ..skipping }),
+        leaves_windows: false,
     }
 }
