@@ -483,7 +483,8 @@ impl Report<'_> {
         self.line(out, "windows", &parts.join(", "))?;
         if rows.adjusted > 0 {
             let adjusted = counted(rows.adjusted, "difference");
-            let frozen = if self.plan.lateness.horizon.is_some() { "closed periods or beyond the horizon" } else { "closed periods" };
+            let frozen =
+                if self.plan.lateness.horizon.is_some() { "closed periods or beyond the horizon" } else { "closed periods" };
             self.line(out, "closed", &format!("{adjusted} in {frozen}, recorded as adjustments"))?;
         }
         let periods = &self.plan.periods;

@@ -9,9 +9,9 @@ use crate::clock;
 use crate::fault::configuration;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowSize, instant_of};
-use crate::pipeline::{Completeness, Request};
 use crate::pipeline::by_hand::PeriodChoice;
 use crate::pipeline::enrich::Scope;
+use crate::pipeline::{Completeness, Request};
 
 /// The range is `[start, end)`; without any of these, it is everything.
 #[derive(Debug, Default, Args)]

@@ -326,7 +326,9 @@ impl Validator<'_> {
         let Some(text) = text else { return Ok(None) };
         // A century is as good as never.
         let length = duration(&text.value).filter(|length| *length <= Duration::from_secs(36_525 * 86_400));
-        length.map(Some).ok_or_else(|| self.error(text, format!("{key} `{}` is no duration such as 30m, 12h, 35d or 8w", text.value)))
+        length
+            .map(Some)
+            .ok_or_else(|| self.error(text, format!("{key} `{}` is no duration such as 30m, 12h, 35d or 8w", text.value)))
     }
 
     fn field(&self, name: &Placed<String>, key: &str) -> Result<Field> {

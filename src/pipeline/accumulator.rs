@@ -1,7 +1,7 @@
 //! One accumulator for every aggregation: order-free, mergeable, exact.
 
 use datasketches::hll::{HllType, HllUnion};
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashMap;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::enrich::Value;
@@ -19,17 +19,20 @@ pub enum Accumulator {
     Min(Option<Decimal>),
     Max(Option<Decimal>),
     Latest(Option<Box<Latest>>),
-    /// 128-bit hashes of the distinct values: exact but for a chance of one in
-    /// 10^20 that two of a billion values share one.
-    CountUnique(FxHashSet<u128>),
+    CountUnique(Distinct),
     /// For each value (by hash, as above) the last operation on it.
     AddedUnique(Added),
     CountUniqueApprox(Box<Sketch>),
-    /// By how much the level changes until when, and the changes weighted with nanoseconds.
-    WeightedSum {
-        changes: Vec<LevelChange>,
-        weighted: DecimalSum,
-    },
+    WeightedSum(Box<Level>),
+}
+
+/// A level over time.
+#[derive(Debug, Clone, Default)]
+pub struct Level {
+    /// By how much it changes until when.
+    changes: Vec<LevelChange>,
+    /// The changes weighted with nanoseconds.
+    weighted: DecimalSum,
 }
 
 /// What the events of one price do to a level that lasts until an instant.
@@ -37,6 +40,53 @@ pub enum Accumulator {
 pub struct LevelChange {
     pub until: Timestamp,
     pub level: DecimalSum,
+}
+
+/// 128-bit hashes of distinct values: exact but for a chance of one in 10^20 that two of a
+/// billion values share one. A list that is sorted each time it has doubled: most windows
+/// have few values, for which a hash table is large and slow.
+#[derive(Debug, Clone, Default)]
+pub struct Distinct {
+    values: Vec<u128>,
+    /// So many at the beginning are sorted, each there once.
+    settled: usize,
+}
+
+impl Distinct {
+    fn add(&mut self, value: u128) {
+        if self.values.len() == self.values.capacity() {
+            self.settle();
+            // Where few were new, the room that became free would be full again soon.
+            self.values.reserve_exact((self.values.len() * 2).max(4) - self.values.len());
+        }
+        self.values.push(value);
+    }
+
+    fn merge(&mut self, other: &Distinct) {
+        self.values.extend_from_slice(&other.values);
+        self.settle();
+    }
+
+    /// Sorts, and leaves each value once. Two sorted parts are merged in linear time.
+    fn settle(&mut self) {
+        if self.settled < self.values.len() {
+            if let Some(new) = self.values.get_mut(self.settled..) {
+                new.sort_unstable();
+            }
+            self.values.sort();
+            self.values.dedup();
+            self.settled = self.values.len();
+        }
+    }
+
+    fn count(&self) -> usize {
+        if self.settled == self.values.len() {
+            return self.settled;
+        }
+        let mut all = self.clone();
+        all.settle();
+        all.settled
+    }
 }
 
 /// The last operation on each value, and how many of them add it.
@@ -140,9 +190,9 @@ impl Accumulator {
             Aggregation::Max => Accumulator::Max(None),
             Aggregation::Latest => Accumulator::Latest(None),
             Aggregation::CountUnique if meter.operation_property.is_some() => Accumulator::AddedUnique(Added::default()),
-            Aggregation::CountUnique => Accumulator::CountUnique(FxHashSet::default()),
+            Aggregation::CountUnique => Accumulator::CountUnique(Distinct::default()),
             Aggregation::CountUniqueApprox => Accumulator::CountUniqueApprox(Box::new(Sketch::new())),
-            Aggregation::WeightedSum => Accumulator::WeightedSum { changes: Vec::new(), weighted: DecimalSum::default() },
+            Aggregation::WeightedSum => Accumulator::WeightedSum(Box::default()),
         }
     }
 
@@ -169,7 +219,7 @@ impl Accumulator {
                 }
             }
             (Accumulator::CountUnique(values), Value::Distinct(text)) => {
-                values.insert(xxh3_128(text.as_bytes()));
+                values.add(xxh3_128(text.as_bytes()));
             }
             (Accumulator::AddedUnique(values), Value::Operation { text, is_add }) => {
                 let Moment { timestamp, ingested_at, id, .. } = moment;
@@ -177,12 +227,12 @@ impl Accumulator {
                 values.note(xxh3_128(text.as_bytes()), operation);
             }
             (Accumulator::CountUniqueApprox(sketch), Value::Distinct(text)) => sketch.add(text),
-            (Accumulator::WeightedSum { changes, weighted }, Value::Number(number)) => {
+            (Accumulator::WeightedSum(of), Value::Number(number)) => {
                 let mut level = DecimalSum::default();
                 level.add(*number);
                 let until = Timestamp::from_nanos(moment.timestamp.nanos().saturating_add(moment.remaining));
-                change_level(changes, LevelChange { until, level });
-                weighted.add_weighted(level, moment.remaining);
+                change_level(&mut of.changes, LevelChange { until, level });
+                of.weighted.add_weighted(level, moment.remaining);
             }
             // The value always fits: both are chosen by the meter's aggregation.
             (_, Value::Event | Value::Number(_) | Value::Distinct(_) | Value::Operation { .. }) => {}
@@ -201,17 +251,14 @@ impl Accumulator {
             (Accumulator::Min(a), Accumulator::Min(b)) => *a = [*a, *b].into_iter().flatten().min(),
             (Accumulator::Max(a), Accumulator::Max(b)) => *a = (*a).max(*b),
             (Accumulator::Latest(a), Accumulator::Latest(b)) if *a < *b => a.clone_from(b),
-            (Accumulator::CountUnique(a), Accumulator::CountUnique(b)) => a.extend(b),
+            (Accumulator::CountUnique(a), Accumulator::CountUnique(b)) => a.merge(b),
             (Accumulator::AddedUnique(a), Accumulator::AddedUnique(b)) => {
                 b.last.iter().for_each(|(value, operation)| a.note(*value, operation.clone()));
             }
             (Accumulator::CountUniqueApprox(a), Accumulator::CountUniqueApprox(b)) => a.merge(b),
-            (
-                Accumulator::WeightedSum { changes, weighted },
-                Accumulator::WeightedSum { changes: their_changes, weighted: their_weighted },
-            ) => {
-                their_changes.iter().for_each(|change| change_level(changes, *change));
-                weighted.merge(*their_weighted);
+            (Accumulator::WeightedSum(ours), Accumulator::WeightedSum(theirs)) => {
+                theirs.changes.iter().for_each(|change| change_level(&mut ours.changes, *change));
+                ours.weighted.merge(theirs.weighted);
             }
             _ => {}
         }
@@ -229,25 +276,25 @@ impl Accumulator {
             Accumulator::Avg(sum, count) => sum.mean(*count),
             Accumulator::Min(value) | Accumulator::Max(value) => Ok(value.unwrap_or_default()),
             Accumulator::Latest(latest) => Ok(latest.as_ref().map_or(Decimal::ZERO, |latest| latest.value)),
-            Accumulator::CountUnique(values) => Ok(Decimal::from_u64(values.len() as u64)),
+            Accumulator::CountUnique(values) => Ok(Decimal::from_u64(values.count() as u64)),
             Accumulator::AddedUnique(values) => Ok(Decimal::from_u64(values.count)),
             Accumulator::CountUniqueApprox(sketch) => Ok(Decimal::from_u64(sketch.estimate())),
-            Accumulator::WeightedSum { weighted, .. } => weighted.mean(measure.period_nanos.unsigned_abs()),
+            Accumulator::WeightedSum(level) => level.weighted.mean(measure.period_nanos.unsigned_abs()),
         }
     }
 
     /// What happens to a level; nothing for all other aggregations.
     pub fn level_changes(&self) -> &[LevelChange] {
         match self {
-            Accumulator::WeightedSum { changes, .. } => changes,
+            Accumulator::WeightedSum(level) => &level.changes,
             _ => &[],
         }
     }
 
     /// Adds a level that lasts for `nanos` from the start on.
     pub fn carry_in(&mut self, level: DecimalSum, nanos: i64) {
-        if let Accumulator::WeightedSum { weighted, .. } = self {
-            weighted.add_weighted(level, nanos);
+        if let Accumulator::WeightedSum(of) = self {
+            of.weighted.add_weighted(level, nanos);
         }
     }
 }
@@ -279,6 +326,22 @@ mod tests {
         for count in [10_000u32, 100_000, 300_000] {
             let error = sketch(0..count).estimate().abs_diff(count.into());
             assert!(error * 1000 < u64::from(count) * 25, "{count}: off by {error}");
+        }
+    }
+
+    proptest! {
+        /// Promise 2, and exact.
+        #[test]
+        fn distinct_values_are_counted_whatever_the_order(parts in proptest::collection::vec(proptest::collection::vec(0u128..40, 0..60), 1..5)) {
+            let set: std::collections::BTreeSet<_> = parts.iter().flatten().collect();
+            let mut merged = Distinct::default();
+            for part in &parts {
+                let mut one = Distinct::default();
+                part.iter().for_each(|value| one.add(*value));
+                prop_assert_eq!(one.count(), part.iter().collect::<std::collections::BTreeSet<_>>().len());
+                merged.merge(&one);
+            }
+            prop_assert_eq!(merged.count(), set.len());
         }
     }
 

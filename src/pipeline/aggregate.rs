@@ -13,7 +13,7 @@ use super::enrich::{Enricher, EventPlan, MeterPlan, Rejection, Value};
 use super::held::{self, Held};
 use super::incremental::Marks;
 use super::letters::{OpenDeadLetters, VisitedLetters};
-use super::state::{Interner, NO_PRICE, News, Sessions, StateKey, WindowCache, WindowState, index};
+use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, Sessions, StateKey, WindowCache, WindowState, index};
 use super::text_memo::TextMemo;
 use super::windows::Windows;
 use crate::config::Deduplicate;
@@ -135,10 +135,10 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     pub fn new(context: &'c Context<'r>) -> Self {
         Aggregator {
             context,
-            windows: Windows::default(),
+            windows: Windows::new(context.enricher.reference.subscriptions.len(), context.enricher.reference.meters.len()),
             sessions: FxHashMap::default(),
             withdrawn: FxHashMap::default(),
-            dimensions: Interner::default(),
+            dimensions: Interner::starting_with("{}"),
             dead_letters: Vec::new(),
             events: EventCounts::default(),
             usage: UsageCounts::default(),
@@ -424,13 +424,11 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             // Another subscription's longer period made this event be read.
             return Ok(true);
         }
-        self.scratch.text.clear();
-        plan.write_dimensions(slots, &mut self.scratch.text);
         let key = StateKey {
             subscription: index(subscription),
             meter: index(plan.index),
             price: price_index.map_or(NO_PRICE, index),
-            dimensions: self.dimensions.intern(&self.scratch.text),
+            dimensions: self.dimensions_of(plan, slots),
             period_start: period.start,
             window_start: window.start,
         };
@@ -479,6 +477,16 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             self.windows.change(key, || WindowState::new(plan.meter, price, window, period), count)?;
         }
         Ok(true)
+    }
+
+    /// The number of an event's dimensions.
+    fn dimensions_of(&mut self, plan: &MeterPlan<'r>, slots: &[Property<'_>]) -> u32 {
+        if plan.meter.dimensions.is_empty() {
+            return NO_DIMENSIONS;
+        }
+        self.scratch.text.clear();
+        plan.write_dimensions(slots, &mut self.scratch.text);
+        self.dimensions.intern(&self.scratch.text)
     }
 
     /// Nanoseconds for which a level lasts that begins at `t`.

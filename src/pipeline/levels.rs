@@ -55,7 +55,7 @@ pub fn carry_in(
             changes.entry(change.until).or_default().level.merge(change.level);
         }
         if let Some(first) = state.accumulator.level_changes().iter().map(|change| change.until).min() {
-            changes.entry(first).or_default().news.merge(state.news);
+            changes.entry(first).or_default().news.merge(state.news());
         }
     }
     let start = |(key, changes)| Walk::new(key, changes, reference, &dimensions.text(key.dimensions), timezone);
@@ -146,7 +146,7 @@ impl<'w> Walk<'w> {
         windows.change(key, new, |state| {
             state.accumulator.carry_in(carried.level, until.nanos().saturating_sub(at.nanos()));
             state.events_digest.add(&contribution);
-            state.news.merge(carried.news);
+            state.add_news(carried.news);
         });
         window.end
     }

@@ -234,7 +234,7 @@ impl PeriodPricing<'_> {
                     events_digest: state.events_digest.hex(),
                     basis: names.basis.clone(),
                 },
-                news: state.news,
+                news: state.news(),
             });
         };
         for (state_key, state) in self.states {

@@ -17,7 +17,7 @@ use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 
 /// The key of a window's state: indexes into the reference tables instead of names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StateKey {
     pub subscription: u32,
     pub meter: u32,
@@ -46,7 +46,9 @@ pub struct WindowState {
     pub accumulator: Accumulator,
     /// Of prices that must know events one by one.
     pub transactions: Option<Box<Transactions>>,
-    pub news: News,
+    late: u64,
+    /// Seldom is anything but late news.
+    other_news: Option<Box<News>>,
 }
 
 impl WindowState {
@@ -58,7 +60,20 @@ impl WindowState {
             events_digest: SetDigest::default(),
             accumulator: Accumulator::new(meter),
             transactions: price.and_then(Price::transactions).map(|_| Box::default()),
-            news: News::default(),
+            late: 0,
+            other_news: None,
+        }
+    }
+
+    pub fn news(&self) -> News {
+        let other = self.other_news.as_deref().copied().unwrap_or_default();
+        News { late: self.late, ..other }
+    }
+
+    pub fn add_news(&mut self, news: News) {
+        self.late += news.late;
+        if (News { late: 0, ..news }) != News::default() {
+            self.other_news.get_or_insert_default().merge(News { late: 0, ..news });
         }
     }
 
@@ -81,7 +96,7 @@ impl WindowState {
         self.accumulator.add(value, moment);
         self.event_count += 1;
         self.events_digest.add(contribution);
-        self.news.merge(news);
+        self.add_news(news);
         Ok(())
     }
 
@@ -91,7 +106,7 @@ impl WindowState {
         self.event_count += other.event_count;
         self.events_digest.merge(other.events_digest);
         self.accumulator.merge(&other.accumulator);
-        self.news.merge(other.news);
+        self.add_news(other.news());
         if let (Some(ours), Some(theirs), Some(price)) = (&mut self.transactions, &other.transactions, price) {
             // Every event was checked before: no fee overflows now.
             let _ = ours.merge(theirs, price);
@@ -177,7 +192,17 @@ pub struct Interner {
     texts: Vec<Text>,
 }
 
+/// The number of no dimensions among those of an aggregation.
+pub const NO_DIMENSIONS: u32 = 0;
+
 impl Interner {
+    /// One that knows a text by the number zero.
+    pub fn starting_with(text: &str) -> Self {
+        let mut interner = Interner::default();
+        interner.intern(text);
+        interner
+    }
+
     pub fn intern(&mut self, text: &str) -> u32 {
         if let Some(number) = self.numbers.get(text) {
             return *number;

@@ -6,70 +6,51 @@ use rustc_hash::FxHashMap;
 
 use super::state::{StateKey, WindowState};
 use crate::model::percentage::Percentage;
-use crate::model::timestamp::Timestamp;
 
-/// Windows by key. The events of one accumulation mostly follow each other in time, so
-/// its last window is at hand; and states lie in the order in which they were found, so
-/// that those of one file lie together.
+/// Windows by key. The events of one subscription and meter mostly follow each other in
+/// time, so their last window is at hand; and states lie in the order in which they were
+/// found, so that those of one event and of one file lie together.
 #[derive(Debug, Default, Clone)]
 pub struct Windows {
-    accumulations: FxHashMap<Accumulation, u32>,
-    /// The window of each accumulation that was looked up last.
-    last: Vec<Place>,
-    places: FxHashMap<WindowOf, u32>,
+    places: FxHashMap<StateKey, u32>,
+    /// For subscriptions and meters, the window that was looked up last. Several may share
+    /// an entry.
+    recent: Vec<Option<(StateKey, u32)>>,
+    meters: usize,
     /// In chunks, so that growing moves nothing.
     chunks: Vec<Vec<(StateKey, WindowState)>>,
 }
 
 const CHUNK: usize = 1024;
 
-/// What usage is added up for: the key of a window without its times.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Accumulation {
-    subscription: u32,
-    meter: u32,
-    price: u32,
-    dimensions: u32,
-}
-
-/// A window of an accumulation. One that two billing periods share is two windows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct WindowOf {
-    accumulation: u32,
-    period_start: Timestamp,
-    window_start: Timestamp,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Place {
-    period_start: Timestamp,
-    window_start: Timestamp,
-    at: u32,
-}
+/// More would not fit the processor's cache.
+const MOST_RECENT: usize = 1 << 17;
 
 /// Indexes are small and windows begin at round instants: without mixing, most keys would
-/// fall into few buckets. The upper half of a product depends on all bits of its factors.
+/// fall into few buckets.
+impl Hash for StateKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let pair = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
+        let names = fold(pair(self.subscription, self.meter), pair(self.price, self.dimensions));
+        let times = self.window_start.nanos() ^ self.period_start.nanos().rotate_left(21);
+        state.write_u64(fold(names, times.cast_unsigned()));
+    }
+}
+
+/// The upper half of a product depends on all bits of its factors.
 fn fold(a: u64, b: u64) -> u64 {
     const ODD: [u64; 2] = [0x9e37_79b9_7f4a_7c15, 0xc2b2_ae3d_27d4_eb4f];
     let product = u128::from(a ^ ODD[0]) * u128::from(b ^ ODD[1]);
     u64::try_from(product >> 64 ^ product & u128::from(u64::MAX)).unwrap_or_default()
 }
 
-impl Hash for Accumulation {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        let pair = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
-        state.write_u64(fold(pair(self.subscription, self.meter), pair(self.price, self.dimensions)));
-    }
-}
-
-impl Hash for WindowOf {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        let times = self.window_start.nanos() ^ self.period_start.nanos().rotate_left(21);
-        state.write_u64(fold(u64::from(self.accumulation), times.cast_unsigned()));
-    }
-}
-
 impl Windows {
+    /// For reference tables of so many subscriptions and meters.
+    pub fn new(subscriptions: usize, meters: usize) -> Self {
+        let recent = subscriptions.saturating_mul(meters).min(MOST_RECENT).next_power_of_two();
+        Windows { recent: vec![None; recent], meters, ..Windows::default() }
+    }
+
     /// Changes the state of a window; `new` makes that of one that is not there yet.
     pub fn change<R>(
         &mut self,
@@ -109,21 +90,18 @@ impl Windows {
 
     /// The place of a window; of a new one, the place that comes next.
     fn place(&mut self, key: &StateKey) -> u32 {
-        let StateKey { subscription, meter, price, dimensions, period_start, window_start } = *key;
-        let next = index(self.last.len());
-        let accumulation = Accumulation { subscription, meter, price, dimensions };
-        let accumulation = *self.accumulations.entry(accumulation).or_insert(next);
-        if let Some(last) = self.last.get(accumulation as usize)
-            && (last.period_start, last.window_start) == (period_start, window_start)
+        // The meters of one event are neighbours.
+        let pair = (key.subscription as usize).wrapping_mul(self.meters).wrapping_add(key.meter as usize);
+        let recent = self.recent.len().checked_sub(1).and_then(|mask| self.recent.get_mut(pair & mask));
+        if let Some(Some((known, at))) = &recent
+            && known == key
         {
-            return last.at;
+            return *at;
         }
-        let next = index(self.len());
-        let at = *self.places.entry(WindowOf { accumulation, period_start, window_start }).or_insert(next);
-        let place = Place { period_start, window_start, at };
-        match self.last.get_mut(accumulation as usize) {
-            Some(last) => *last = place,
-            None => self.last.push(place),
+        let next = self.chunks.last().map_or(0, |last| (self.chunks.len() - 1) * CHUNK + last.len());
+        let at = *self.places.entry(*key).or_insert(index(next));
+        if let Some(recent) = recent {
+            *recent = Some((*key, at));
         }
         at
     }

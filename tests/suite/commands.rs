@@ -187,6 +187,7 @@ fn a_run_as_json() {
       "coverage": {
         "mode": "full"
       },
+      "lateness": {},
       "steps": [
         {
           "name": "read keys",
@@ -856,6 +857,7 @@ fn the_help_lists_commands_and_exit_codes() {
           --snapshot <RUN_ID>       Read the same Kafka offsets as this run, over its range
           --incremental             Without a range: compute only what is new since the last run, and
                                     what depends on it
+          --full                    Without a range: compute everything, whatever the job says
           --yes                     Publish even if the change is larger than the job's guard allows
           --allow-closed            Write over closed periods too
           --timings                 Show every step with its rows and seconds

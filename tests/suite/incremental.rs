@@ -6,8 +6,8 @@ use std::fs;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use trueup::pipeline::{Completeness, Request};
 use trueup::pipeline::enrich::Scope;
+use trueup::pipeline::{Completeness, Request};
 
 use crate::promises::{self, Event, Format, Settings, cases, check_idempotence, check_stored_ledger, full, state, within};
 use crate::support::{Row, Workspace};

@@ -380,6 +380,72 @@ fn killed_at_any_step_of_publishing_the_next_run_makes_it_right() {
     panic!("the run never got through");
 }
 
+/// How often a run is killed at a random moment; `TRUEUP_TEST_KILLS` says otherwise.
+const KILLS: u64 = 24;
+
+/// Each time something changed, a run is killed at some moment and the next one begins at
+/// once: the store is then what it is where nobody was killed.
+#[test]
+fn killed_at_random_moments_the_next_runs_make_it_right() {
+    let Some(url) = clickhouse() else { return };
+    let kills = std::env::var("TRUEUP_TEST_KILLS").map_or(KILLS, |kills| kills.parse().unwrap());
+    let (calm, killed) = (Scratch::new(&url), Scratch::new(&url));
+    let workspaces = [publishing_job(&calm, &url), publishing_job(&killed, &url)];
+    let run = |workspace: &Workspace| {
+        let outcome = workspace.trueup(&["run", "parts.yaml", "--yes"]);
+        assert_eq!(outcome.code, 0, "{outcome:?}");
+    };
+    workspaces.iter().for_each(run);
+    let (mut early, mut random) = (0, 88_172_645_463_325_252_u64);
+    for attempt in 0..kills {
+        for workspace in &workspaces {
+            again(workspace, attempt);
+        }
+        let [calm, killed] = &workspaces;
+        let clock = std::time::Instant::now();
+        run(calm);
+        let length = clock.elapsed();
+        // Marsaglia's xorshift.
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let mut child = Command::new(env!("CARGO_BIN_EXE_trueup"))
+            .args(["run", "parts.yaml", "--yes"])
+            .current_dir(killed.path("."))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(length.mul_f64(f64::from(u32::try_from(random % 1000).unwrap()) / 1000.0));
+        child.kill().unwrap();
+        early += u64::from(!child.wait().unwrap().success());
+        run(killed);
+        for table in ["usage_windows", "usage_periods", "corrections", "dead_letters"] {
+            assert_eq!(comparable(killed, table), comparable(calm, table), "attempt {attempt}: {table}");
+        }
+        let verified = killed.trueup(&["verify", "parts.yaml"]);
+        assert_eq!(verified.code, 0, "attempt {attempt}: {verified:?}");
+    }
+    assert!(early * 4 > kills, "only {early} of {kills} runs were killed");
+    assert_eq!(killed.sql("SELECT count() FROM write_ahead").trim(), "0");
+}
+
+/// Changes something each time: a window comes or goes, and every price moves.
+fn again(workspace: &Workspace, attempt: u64) {
+    let second = attempt + 1;
+    let event = format!(
+        "{{\"tenant_id\":\"demo\",\"id\":\"again-{}\",\"event_name\":\"api.call\",\"external_customer_id\":\"globex\",\
+         \"timestamp\":\"2026-01-{:02}T15:00:00Z\",\"ingested_at\":\"2026-02-01T00:{:02}:{:02}Z\",\
+         \"properties\":{{\"status\":200,\"bytes\":5}}}}\n",
+        attempt / 2,
+        attempt % 2 + 2,
+        second / 60,
+        second % 60
+    );
+    let void = format!("{{\"tenant_id\":\"demo\",\"id\":\"again-{}\",\"deleted\":true}}\n", (attempt / 2).saturating_sub(1));
+    workspace.write(&format!("events/again-{attempt}.ndjson"), if attempt % 4 == 3 { event + &void } else { event });
+}
+
 /// A change that inserts, updates and retracts.
 fn change(workspace: &Workspace) {
     let more = "{\"tenant_id\":\"demo\",\"id\":\"e1\",\"deleted\":true,\"ingested_at\":\"2026-01-02T00:00:00Z\"}\n\
