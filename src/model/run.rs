@@ -124,6 +124,14 @@ pub struct RunBasis {
     pub scope: Scope,
 }
 
+impl RunRecord {
+    /// Whether it computed everything that there was, from the beginning.
+    pub fn is_of_everything(&self) -> bool {
+        let mode = self.counts.get("coverage").and_then(|coverage| coverage.get("mode")).and_then(serde_json::Value::as_str);
+        self.mode.computes() && matches!(mode, Some("full" | "incremental"))
+    }
+}
+
 /// The ledger digest after a run: SHA-256 over the digest before it, the run's own row
 /// and every correction, so that no row can change or vanish unseen.
 pub struct LedgerChain(Sha256);

@@ -71,7 +71,7 @@ pub struct Horizon {
 impl Horizon {
     pub fn new(until: Timestamp, runs: &[RunRecord]) -> Self {
         let of_whole_job = runs.iter().filter(|run| run.mode.computes() && run.basis.scope.is_whole());
-        let computed = of_whole_job.filter_map(|run| Some((run.range?, super::incremental::Coverage::is_of_everything(run))));
+        let computed = of_whole_job.filter_map(|run| Some((run.range?, run.is_of_everything())));
         Horizon { until, computed: computed.collect() }
     }
 

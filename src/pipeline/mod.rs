@@ -7,6 +7,7 @@
 //! Everything between reading and publishing is a function of its arguments.
 
 mod accumulator;
+mod adjustments;
 mod aggregate;
 pub mod by_hand;
 mod causes;
@@ -288,7 +289,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
                 && marks.is_none_or(|marks| marks.hold_key(period, reference))
                 && request.scope.holds(&period.tenant_id, customer, &period.meter_id)
         };
-        changes.adjust_closed(closed::adjustments(store, &job.name, wants)?);
+        changes.adjust_closed(adjustments::recorded(store, &job.name, wants)?);
     }
     changes.check_totals()?;
     invariants::ledger_replay(&stored.windows, &changes, &priced, range, &closed)?;

@@ -82,16 +82,10 @@ impl Coverage {
         Coverage { mode: Mode::Full, why: why.into(), baseline: None, skipping: None, leaves_windows: false }
     }
 
-    /// Whether a run covered everything that there was, from the beginning.
-    pub fn is_of_everything(run: &RunRecord) -> bool {
-        let mode = run.counts.get("coverage").and_then(|coverage| coverage.get("mode")).and_then(serde_json::Value::as_str);
-        run.mode.computes() && matches!(mode, Some("full" | "incremental"))
-    }
-
     /// Whether a later run can build on a run: it left nothing of its files for later.
     fn is_baseline(run: &RunRecord) -> bool {
         let left = run.counts.get("coverage").and_then(|coverage| coverage.get("leaves_windows"));
-        Coverage::is_of_everything(run) && left.is_none()
+        run.is_of_everything() && left.is_none()
     }
 }
 
