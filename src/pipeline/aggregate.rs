@@ -11,7 +11,7 @@ use super::accumulator::Moment;
 use super::deduplicate::{Copies, RepeatedKeys, key_hash, write_key};
 use super::enrich::{Enricher, EventPlan, MeterPlan, Rejection, Value};
 use super::held::{self, Held};
-use super::incremental::Marks;
+use super::incremental::marks::Marks;
 use super::letters::{OpenDeadLetters, VisitedLetters};
 use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, Sessions, StateKey, WindowCache, WindowState, index};
 use super::text_memo::TextMemo;

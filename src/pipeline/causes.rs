@@ -4,7 +4,7 @@
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::price::PricedWindow;
-use super::sessions::SessionChanges;
+use super::session_changes::SessionChanges;
 use super::state::News;
 use crate::model::aggregate::{Basis, Cause, Causes, PeriodKey, StoredWindow, Text, WindowKey, WindowRow};
 use crate::model::run::{RunBasis, RunRecord};

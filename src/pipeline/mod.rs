@@ -33,6 +33,7 @@ mod range;
 mod reconcile;
 pub mod saved;
 mod scan;
+mod session_changes;
 mod sessions;
 mod state;
 mod text_memo;
@@ -75,7 +76,7 @@ use past::{Knowledge, Past, ledger_rows};
 pub use range::{Completeness, Request};
 pub use reconcile::Totals;
 use reconcile::{PeriodChanges, Reconciliation};
-use sessions::SessionChanges;
+use session_changes::SessionChanges;
 use state::News;
 
 /// What a run would do: everything is computed, nothing is written.

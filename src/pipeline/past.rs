@@ -7,7 +7,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use super::Inputs;
 use super::closed::ClosedPeriods;
 use super::enrich::Scope;
-use super::incremental::Marks;
+use super::incremental::marks::Marks;
 use super::letters::{OpenDeadLetters, VisitedLetters};
 use super::price::Priced;
 use crate::config::Job;

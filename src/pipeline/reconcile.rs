@@ -11,7 +11,7 @@ use rustc_hash::FxHashSet;
 use super::causes::{Evidence, Judge, KnownBasis, Slot};
 use super::closed::{ClosedDifference, ClosedPeriods};
 use super::price::PricedWindow;
-use super::sessions::SessionChanges;
+use super::session_changes::SessionChanges;
 use crate::model::aggregate::{
     Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Text, WindowKey, WindowRow,
 };

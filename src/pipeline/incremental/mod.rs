@@ -10,7 +10,7 @@
 //! events, never from what is stored. Whatever cannot be proved makes a run full.
 
 mod choice;
-mod marks;
+pub mod marks;
 mod passes;
 pub mod snapshot;
 mod spans;
