@@ -10,6 +10,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::accumulator::Moment;
 use super::deduplicate::{Copies, RepeatedKeys, key_hash, write_key};
 use super::enrich::{Enricher, EventPlan, MeterPlan, Rejection, Value};
+use super::event_forms::{contribution, event_json};
 use super::held::{self, Held};
 use super::incremental::marks::Marks;
 use super::letters::{OpenDeadLetters, VisitedLetters};
@@ -20,11 +21,10 @@ use crate::config::Deduplicate;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
 use crate::model::counts::{EventCounts, UsageCounts};
 use crate::model::decimal::DecimalError;
-use crate::model::digest::frame;
 use crate::model::meter::Aggregation;
 use crate::model::percentage::Percentage;
 use crate::model::price::Price;
-use crate::model::properties::{Property, write_json_text};
+use crate::model::properties::Property;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 use crate::reference::ExternalCustomer;
@@ -585,58 +585,4 @@ fn session_gap(context: &Context<'_>, key: &StateKey) -> i64 {
         Some(WindowKind::Session { gap_nanos }) => gap_nanos,
         _ => 0,
     }
-}
-
-/// What an event contributes to a window, for the window's digest: which event,
-/// when, and the value. A re-sent copy that changes none of them changes nothing.
-fn contribution<'b>(event: &EventRef<'_>, t: Timestamp, value: &Value<'_>, bytes: &'b mut Vec<u8>) -> &'b [u8] {
-    bytes.clear();
-    frame(bytes, event.tenant_id.map(str::as_bytes));
-    frame(bytes, event.id.map(str::as_bytes));
-    bytes.extend_from_slice(&t.nanos().to_le_bytes());
-    match value {
-        Value::Event => bytes.push(0),
-        Value::Number(number) => bytes.extend_from_slice(&number.to_le_bytes()),
-        Value::Distinct(text) => bytes.extend_from_slice(text.as_bytes()),
-        Value::Operation { text, is_add } => {
-            bytes.push(u8::from(*is_add));
-            bytes.extend_from_slice(text.as_bytes());
-        }
-    }
-    bytes
-}
-
-/// The event as JSON, for people and for retries.
-fn event_json(event: &EventRef<'_>, raw: Option<&str>) -> String {
-    let mut json = String::from("{");
-    let mut field = |name: &str, write: &mut dyn FnMut(&mut String)| {
-        if json.len() > 1 {
-            json.push(',');
-        }
-        write_json_text(name, &mut json);
-        json.push(':');
-        write(&mut json);
-    };
-    if let Some(raw) = raw {
-        field("raw", &mut |json| write_json_text(raw, json));
-    }
-    let texts = [
-        ("tenant_id", event.tenant_id.map(str::to_owned)),
-        ("id", event.id.map(str::to_owned)),
-        ("event_name", event.event_name.map(str::to_owned)),
-        ("external_customer_id", event.external_customer_id.map(str::to_owned)),
-        ("timestamp", event.timestamp.map(|t| t.to_string())),
-        ("ingested_at", event.ingested_at.map(|t| t.to_string())),
-    ];
-    for (name, text) in &texts {
-        if let Some(text) = text {
-            field(name, &mut |json| write_json_text(text, json));
-        }
-    }
-    if let Some(properties) = event.properties {
-        let is_json = serde_json::from_str::<serde::de::IgnoredAny>(properties).is_ok();
-        field("properties", &mut |json| if is_json { json.push_str(properties) } else { write_json_text(properties, json) });
-    }
-    json.push('}');
-    json
 }

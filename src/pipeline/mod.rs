@@ -15,6 +15,7 @@ mod closed;
 mod deduplicate;
 pub mod draft;
 pub mod enrich;
+mod event_forms;
 mod guard;
 mod held;
 mod hopping;
