@@ -235,13 +235,13 @@ pub fn with_ledger_line<T>(correction: &Correction, each: impl FnOnce(&LedgerLin
 
 /// The causes of a correction as the ledger stores them: `{"late_event":3}`.
 pub fn causes_json(causes: &Causes) -> String {
-    let causes: serde_json::Map<_, _> = causes.iter().map(|(cause, count)| (cause.name().to_owned(), (*count).into())).collect();
+    let causes: serde_json::Map<_, _> = causes.iter().map(|(cause, count)| (cause.name().to_owned(), count.into())).collect();
     serde_json::Value::from(causes).to_string()
 }
 
 /// The row that a correction replaced, as the ledger stores it; empty where there is none.
 pub fn replaced_json(correction: &Correction) -> String {
-    correction.replaced.as_ref().map_or_else(String::new, |row| serde_json::to_string(row).unwrap_or_default())
+    correction.replaced.as_deref().map_or_else(String::new, |row| serde_json::to_string(row).unwrap_or_default())
 }
 
 /// A row of `usage_periods` as the ledger stores it; empty where there is none.

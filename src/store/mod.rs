@@ -6,6 +6,8 @@ pub mod lock;
 pub mod rows;
 pub mod sqlite;
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use rustc_hash::FxHashSet;
 
@@ -22,7 +24,7 @@ pub struct Publication {
     pub run: RunRecord,
     /// The last run when the plan was made: another one since makes it stale.
     pub previous_run_id: Option<String>,
-    pub upserts: Vec<WindowRow>,
+    pub upserts: Vec<Arc<WindowRow>>,
     pub retractions: Vec<WindowKey>,
     pub corrections: Vec<Correction>,
     pub period_upserts: Vec<PeriodRow>,

@@ -39,7 +39,7 @@ fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Re
          AND price_id = ?5 AND dimensions = ?6 AND period_start = ?7 AND window_start = ?8",
     )?;
     for WindowKey { period, window_start } in &publication.retractions {
-        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = period;
+        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = &**period;
         delete.execute(params![
             run.job,
             tenant_id,
@@ -88,7 +88,7 @@ fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Re
         rows.count(row.event_count)?;
         rows.decimal(row.cost)?;
         rows.text(&row.currency)?;
-        rows.text(&row.events_digest)?;
+        row.events_digest.with_hex(|digest| rows.text(digest))?;
         for digest in [&row.basis.meter, &row.basis.price, &row.basis.subscription, &row.basis.customer] {
             rows.text(digest)?;
         }
