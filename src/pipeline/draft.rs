@@ -9,7 +9,7 @@ use crate::clock::now;
 use crate::model::aggregate::{
     Correction, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, WindowKey, WindowRow,
 };
-use crate::model::run::{Origin, RunBasis, RunInput, RunMode, RunRecord, ledger_digest};
+use crate::model::run::{Origin, RunBasis, RunInput, RunMode, RunRecord, ledger_digests};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::store::{Publication, next_run_id, next_version};
@@ -102,13 +102,15 @@ impl Draft {
             ledger_digest: String::new(),
         };
         let before = previous.last().map_or("", |run| run.ledger_digest.as_str());
-        run.ledger_digest = ledger_digest(before, &run, &self.corrections, &self.period_corrections);
+        let (ledger_digest, correction_digests) = ledger_digests(before, &run, &self.corrections, &self.period_corrections);
+        run.ledger_digest = ledger_digest;
         Publication {
             previous_run_id: self.previous_run_id,
             run,
             upserts: self.upserts,
             retractions: self.retractions,
             corrections: self.corrections,
+            correction_digests,
             period_upserts: self.period_upserts,
             period_deletions: self.period_deletions,
             period_corrections: self.period_corrections,

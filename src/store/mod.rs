@@ -27,6 +27,8 @@ pub struct Publication {
     pub upserts: Vec<Arc<WindowRow>>,
     pub retractions: Vec<WindowKey>,
     pub corrections: Vec<Correction>,
+    /// Of the row of each correction.
+    pub correction_digests: Vec<i64>,
     pub period_upserts: Vec<PeriodRow>,
     pub period_deletions: Vec<PeriodKey>,
     pub period_corrections: Vec<PeriodCorrection>,

@@ -5,7 +5,7 @@ use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehav
 
 use super::bind::Rows;
 use crate::model::aggregate::{Correction, PeriodKey, WindowKey};
-use crate::model::run::{causes_json, period_json, replaced_json, row_digest, with_ledger_line};
+use crate::model::run::{period_json, replaced_json, row_digest, write_causes};
 use crate::store::{Publication, letters};
 
 pub(super) fn publish(connection: &mut Connection, publication: &Publication) -> Result<()> {
@@ -180,7 +180,9 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
         "recorded_at",
     ];
     let mut rows = Rows::insert(transaction, "INSERT INTO corrections", &columns)?;
-    for (sequence, correction) in (1u64..).zip(&publication.corrections) {
+    let mut causes_json = String::new();
+    let corrections = publication.corrections.iter().zip(&publication.correction_digests);
+    for (sequence, (correction, digest)) in (1u64..).zip(corrections) {
         let Correction { key, customer_id, currency, kind, causes, before, after, .. } = correction;
         rows.text(&format!("{}-{sequence:09}", run.run_id))?;
         rows.text(&run.run_id)?;
@@ -190,7 +192,9 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
         rows.text(customer_id)?;
         rows.text(currency)?;
         rows.text(kind.name())?;
-        rows.text(&causes_json(causes))?;
+        causes_json.clear();
+        write_causes(causes, &mut causes_json);
+        rows.text(&causes_json)?;
         for values in [before, after] {
             rows.optional(values.map(|values| values.quantity), Rows::decimal)?;
         }
@@ -201,7 +205,7 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
             rows.optional(values.map(|values| values.event_count), Rows::count)?;
         }
         rows.text(&replaced_json(correction))?;
-        rows.integer(with_ledger_line(correction, |line| line.row_digest()))?;
+        rows.integer(*digest)?;
         rows.instant(run.finished_at)?;
         rows.write()?;
     }
