@@ -104,6 +104,9 @@ impl WindowReader {
         "run_id",
     ];
 
+    /// The places of the digests of definitions.
+    pub const DIGESTS: std::ops::Range<usize> = 15..19;
+
     pub fn read(&mut self, row: &dyn Cells) -> Result<StoredWindow> {
         let mut cells = NextCells { row, place: 0, texts: &mut self.texts };
         let last = self.last.as_ref();
