@@ -18,16 +18,23 @@ CREATE TABLE usage_windows (
     cost                TEXT    NOT NULL,
     currency            TEXT    NOT NULL,
     events_digest       TEXT    NOT NULL,
-    -- Digests of the definitions that the row was computed with: they tell causes.
-    meter_digest        TEXT    NOT NULL,
-    price_digest        TEXT    NOT NULL,
-    subscription_digest TEXT    NOT NULL,
-    customer_digest     TEXT    NOT NULL,
+    -- Digests of the definitions that the row was computed with, by their numbers in
+    -- definition_digests: they tell causes.
+    meter_digest        INTEGER NOT NULL,
+    price_digest        INTEGER NOT NULL,
+    subscription_digest INTEGER NOT NULL,
+    customer_digest     INTEGER NOT NULL,
     version             INTEGER NOT NULL,
     run_id              TEXT    NOT NULL,
     updated_at          TEXT    NOT NULL,
     PRIMARY KEY (job, tenant_id, subscription_id, meter_id, price_id, dimensions, period_start, window_start)
 ) WITHOUT ROWID;
+
+-- Digests that usage_windows names by number: each is in many rows.
+CREATE TABLE definition_digests (
+    id     INTEGER PRIMARY KEY,
+    digest TEXT    NOT NULL UNIQUE
+);
 
 CREATE TABLE usage_periods (
     job                   TEXT    NOT NULL,
@@ -56,8 +63,10 @@ CREATE TABLE usage_periods (
 -- of writing, which is much cheaper to append to than a key of text.
 CREATE TABLE corrections (
     sequence           INTEGER PRIMARY KEY,
-    correction_id      TEXT    NOT NULL, -- run id and sequence: sorts in the order of writing
+    number             INTEGER NOT NULL, -- within its run, from 1
     run_id             TEXT    NOT NULL,
+    -- Sorts in the order of writing. Made when it is read: stored, it would be a seventh of the row.
+    correction_id      TEXT    GENERATED ALWAYS AS (run_id || '-' || printf('%09d', number)) VIRTUAL,
     job                TEXT    NOT NULL,
     tenant_id          TEXT    NOT NULL,
     customer_id        TEXT    NOT NULL,
@@ -68,7 +77,8 @@ CREATE TABLE corrections (
     period_start       TEXT    NOT NULL,
     window_start       TEXT    NOT NULL,
     currency           TEXT    NOT NULL,
-    kind               TEXT    NOT NULL CHECK (kind IN ('insert', 'update', 'retract', 'adjust')),
+    -- Not with IN: SQLite would fill a table with the list for every row.
+    kind               TEXT    NOT NULL CHECK (kind = 'insert' OR kind = 'update' OR kind = 'retract' OR kind = 'adjust'),
     causes             TEXT    NOT NULL, -- JSON: {"late_event": 3}
     quantity_before    TEXT,
     quantity_after     TEXT,
@@ -98,7 +108,17 @@ CREATE TABLE period_corrections (
     recorded_at     TEXT NOT NULL
 );
 
-CREATE INDEX corrections_by_key ON corrections (job, tenant_id, subscription_id, meter_id, window_start);
+-- Where the corrections of a meter of a subscription lie. The corrections of a run are sorted
+-- by key, so that one row stands for many: much smaller than an index.
+CREATE TABLE correction_ranges (
+    job             TEXT    NOT NULL,
+    tenant_id       TEXT    NOT NULL,
+    subscription_id TEXT    NOT NULL,
+    meter_id        TEXT    NOT NULL,
+    first_sequence  INTEGER NOT NULL,
+    last_sequence   INTEGER NOT NULL,
+    PRIMARY KEY (job, tenant_id, subscription_id, meter_id, first_sequence)
+) WITHOUT ROWID;
 
 CREATE TABLE runs (
     run_id        TEXT    NOT NULL PRIMARY KEY, -- UUIDv7: sorts by time

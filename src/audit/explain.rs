@@ -2,6 +2,7 @@
 //! is stored and what the ledger says of it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::Result;
 
@@ -302,7 +303,7 @@ impl<'r> Answer<'_, 'r> {
             let row = stored.row;
             if row.window().contains(self.asked.at) || self.computed.contains_key(&row.key) {
                 let figures = Figures::of_window(&row);
-                found.insert(row.key, figures);
+                found.insert(row.key.clone(), figures);
             }
         }
         Ok(found)
@@ -359,8 +360,9 @@ impl<'r> Answer<'_, 'r> {
     }
 }
 
-fn of_period(key: PeriodKey) -> WindowKey {
-    WindowKey { window_start: key.period_start, period: key }
+fn of_period(period: impl Into<Arc<PeriodKey>>) -> WindowKey {
+    let period = period.into();
+    WindowKey { window_start: period.period_start, period }
 }
 
 /// The key of a period and its values before and after; `None` for what cannot be read.

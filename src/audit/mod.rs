@@ -7,7 +7,7 @@ use anyhow::Result;
 use rustc_hash::FxHashMap;
 
 use crate::model::aggregate::{Cause, CorrectionKind, PeriodKey, PeriodRow, Values, WindowKey};
-use crate::model::run::{LedgerChain, LedgerLine, RunRecord, row_digest};
+use crate::model::run::{LedgerChain, LedgerLine, LedgerText, RunRecord, row_digest};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::store::{AggregateStore, PeriodEntry};
@@ -39,6 +39,7 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
     let mut findings = Vec::new();
     let mut rows: FxHashMap<WindowKey, (Values, String)> = FxHashMap::default();
     let mut last_run = 0;
+    let mut line = LedgerText::default();
     store.ledger(job, &mut |entry| {
         let mut find = |problem: String| {
             findings.push(Finding { table: "corrections", row: entry.correction_id.clone(), problem });
@@ -54,7 +55,7 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
         last_run = last_run.max(at);
         let (period_start, window_start) = (entry.key.period.period_start.to_string(), entry.key.window_start.to_string());
         let period = &entry.key.period;
-        let line = LedgerLine {
+        line.set(&LedgerLine {
             texts: [
                 &period.tenant_id,
                 &period.subscription_id,
@@ -71,7 +72,7 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
             ],
             before: entry.before,
             after: entry.after,
-        };
+        });
         if line.row_digest() != entry.row_digest {
             find("was altered after it was written".to_owned());
         }

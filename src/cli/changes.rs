@@ -55,7 +55,7 @@ pub fn by_customer_and_meter(corrections: &[Correction], style: Style, out: &mut
         *group.rows.entry(correction.kind).or_default() += 1;
         group.before.add(cost(correction.before));
         group.after.add(cost(correction.after));
-        for cause in correction.causes.keys() {
+        for cause in correction.causes.names() {
             *group.causes.entry(cause.name()).or_default() += 1;
         }
     }
@@ -93,7 +93,7 @@ pub fn largest(corrections: &[Correction], style: Style, out: &mut String) -> Re
     changes.sort_by(|(a, left), (b, right)| b.abs().cmp(&a.abs()).then_with(|| left.key.cmp(&right.key)));
     let quantity = |values: Option<Values>| values.map_or_else(|| "-".to_owned(), |values| values.quantity.to_string());
     let row = |(change, correction): &(Decimal, &Correction)| {
-        let causes: Vec<_> = correction.causes.keys().map(|cause| cause.name()).collect();
+        let causes: Vec<_> = correction.causes.names().map(|cause| cause.name()).collect();
         let cells = vec![
             format!("  {}", symbol(correction.kind)),
             correction.customer_id.to_string(),

@@ -206,7 +206,7 @@ impl<'p> Document<'p> {
 
 fn causes(corrections: &[Correction]) -> BTreeMap<&'static str, u64> {
     let mut rows = BTreeMap::new();
-    for cause in corrections.iter().flat_map(|correction| correction.causes.keys()) {
+    for cause in corrections.iter().flat_map(|correction| correction.causes.names()) {
         *rows.entry(cause.name()).or_default() += 1;
     }
     rows

@@ -86,7 +86,7 @@ fn text(job: &Job, plan: &Plan, periods_differing: u64, findings: &[Finding]) ->
         let shown = |values: Option<crate::model::aggregate::Values>| {
             values.map_or_else(|| "nothing".to_owned(), |v| format!("quantity {} cost {}", v.quantity, v.cost))
         };
-        let causes: Vec<_> = correction.causes.keys().map(|cause| cause.name()).collect();
+        let causes: Vec<_> = correction.causes.names().map(|cause| cause.name()).collect();
         let (stored, should) = (shown(correction.before), shown(correction.after));
         writeln!(out, "  {}: stored {stored}, should be {should} ({})", describe(&correction.key), causes.join(", "))?;
     }

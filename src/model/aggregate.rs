@@ -1,11 +1,13 @@
 //! The rows of the store, and the corrections between what it was and what it is.
 
-use std::collections::BTreeMap;
+use std::cmp::Ordering;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use super::causes::Causes;
 use super::decimal::Decimal;
+use super::digest::SetDigest;
 use super::timestamp::Timestamp;
 use super::window::Span;
 
@@ -24,6 +26,35 @@ mod text {
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<str>, D::Error> {
         String::deserialize(deserializer).map(Arc::from)
+    }
+}
+
+/// What rows share, in saved plans and in the ledger.
+mod shared {
+    use std::sync::Arc;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<T: Serialize, S: Serializer>(value: &Arc<T>, serializer: S) -> Result<S::Ok, S::Error> {
+        value.as_ref().serialize(serializer)
+    }
+
+    pub fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<T>, D::Error> {
+        T::deserialize(deserializer).map(Arc::new)
+    }
+}
+
+mod shared_option {
+    use std::sync::Arc;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<T: Serialize, S: Serializer>(value: &Option<Arc<T>>, serializer: S) -> Result<S::Ok, S::Error> {
+        value.as_deref().serialize(serializer)
+    }
+
+    pub fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<T>>, D::Error> {
+        Option::deserialize(deserializer).map(|value| value.map(Arc::new))
     }
 }
 
@@ -46,11 +77,26 @@ pub struct PeriodKey {
     pub period_start: Timestamp,
 }
 
-/// The key of an aggregate.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// The key of an aggregate. The windows of a period share its key.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct WindowKey {
-    pub period: PeriodKey,
+    #[serde(with = "shared")]
+    pub period: Arc<PeriodKey>,
     pub window_start: Timestamp,
+}
+
+impl Ord for WindowKey {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let is_same = Arc::ptr_eq(&self.period, &other.period);
+        let periods = if is_same { Ordering::Equal } else { self.period.cmp(&other.period) };
+        periods.then(self.window_start.cmp(&other.window_start))
+    }
+}
+
+impl PartialOrd for WindowKey {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 /// One row of `usage_windows`: an aggregate.
@@ -67,8 +113,9 @@ pub struct WindowRow {
     #[serde(with = "text")]
     pub currency: Text,
     /// Of the events counted, in any order.
-    pub events_digest: String,
-    pub basis: Basis,
+    pub events_digest: SetDigest,
+    #[serde(with = "shared")]
+    pub basis: Arc<Basis>,
 }
 
 /// Digests of the definitions that a row was computed with. They tell why a row
@@ -114,7 +161,7 @@ impl WindowRow {
 /// A row of `usage_windows` as the store has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredWindow {
-    pub row: WindowRow,
+    pub row: Arc<WindowRow>,
     pub version: i64,
     pub run_id: Text,
 }
@@ -207,9 +254,6 @@ impl Cause {
     }
 }
 
-/// Causes with how often each applies: events, or 1 for a changed definition.
-pub type Causes = BTreeMap<Cause, u64>;
-
 /// The values of an aggregate, as far as a correction tells them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Values {
@@ -221,6 +265,12 @@ pub struct Values {
 impl From<&WindowRow> for Values {
     fn from(row: &WindowRow) -> Self {
         Values { quantity: row.quantity, cost: row.cost, event_count: row.event_count }
+    }
+}
+
+impl From<&Arc<WindowRow>> for Values {
+    fn from(row: &Arc<WindowRow>) -> Self {
+        Values::from(&**row)
     }
 }
 
@@ -237,7 +287,8 @@ pub struct Correction {
     pub before: Option<Values>,
     pub after: Option<Values>,
     /// The row that was written over or taken away, so that it can be restored.
-    pub replaced: Option<Box<WindowRow>>,
+    #[serde(with = "shared_option")]
+    pub replaced: Option<Arc<WindowRow>>,
 }
 
 /// One change to one row of `usage_periods`.

@@ -1,5 +1,8 @@
 //! Digests: xxh3 for what must be compared, never for what must be secret.
 
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 /// A digest over a sequence of texts, each with its length, so that no two
@@ -50,13 +53,60 @@ impl SetDigest {
         self.0 = self.0.wrapping_add(other.0);
     }
 
+    /// 32 hexadecimal digits.
     pub fn hex(self) -> String {
         hex(self.0)
+    }
+
+    /// Hands 32 hexadecimal digits to `each`.
+    pub fn with_hex<T>(self, each: impl FnOnce(&str) -> T) -> T {
+        each(std::str::from_utf8(&hex_digits(self.0)).unwrap_or_default())
+    }
+}
+
+/// A text that is no digest.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("not 32 hexadecimal digits")]
+pub struct DigestError;
+
+impl FromStr for SetDigest {
+    type Err = DigestError;
+
+    fn from_str(text: &str) -> Result<Self, DigestError> {
+        let digit = |byte: u8| match byte {
+            b'0'..=b'9' => Ok(byte - b'0'),
+            b'a'..=b'f' => Ok(byte - b'a' + 10),
+            _ => Err(DigestError),
+        };
+        if text.len() != 32 {
+            return Err(DigestError);
+        }
+        text.bytes().try_fold(0, |number, byte| Ok(number << 4 | u128::from(digit(byte)?))).map(SetDigest)
+    }
+}
+
+impl Serialize for SetDigest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.with_hex(|hex| serializer.serialize_str(hex))
+    }
+}
+
+impl<'de> Deserialize<'de> for SetDigest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
 /// 32 hexadecimal digits, many times faster than formatting.
 fn hex(number: u128) -> String {
-    let digit = |value: u8| char::from(if value < 10 { b'0' + value } else { b'a' + value - 10 });
-    number.to_be_bytes().into_iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
+    hex_digits(number).into_iter().map(char::from).collect()
+}
+
+fn hex_digits(number: u128) -> [u8; 32] {
+    let digit = |value: u8| if value < 10 { b'0' + value } else { b'a' + value - 10 };
+    let mut digits = [0; 32];
+    for (pair, byte) in digits.chunks_exact_mut(2).zip(number.to_be_bytes()) {
+        pair.copy_from_slice(&[digit(byte >> 4), digit(byte & 15)]);
+    }
+    digits
 }

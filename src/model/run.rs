@@ -7,8 +7,9 @@ use sha2::{Digest as _, Sha256};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::aggregate::{Causes, Correction, PeriodCorrection, PeriodRow, Values};
+use super::decimal::DecimalText;
 use super::digest::frame;
-use super::timestamp::Timestamp;
+use super::timestamp::{Timestamp, TimestampText};
 use super::window::Span;
 use crate::pipeline::enrich::Scope;
 use crate::reference::ReferenceDigests;
@@ -170,8 +171,8 @@ impl LedgerChain {
     }
 
     /// Adds a correction, in the order of its sequence.
-    pub fn add(&mut self, correction: &LedgerLine<'_>) {
-        self.0.update(correction.text().as_bytes());
+    pub fn add(&mut self, correction: &LedgerText) {
+        self.0.update(correction.line.as_bytes());
     }
 
     pub fn finish(self) -> String {
@@ -189,67 +190,135 @@ pub struct LedgerLine<'a> {
     pub after: Option<Values>,
 }
 
-impl LedgerLine<'_> {
-    fn text(&self) -> String {
-        let mut line = String::from("\n");
-        for text in self.texts {
-            let _ = write!(line, "{}:{text}|", text.len());
+/// The line of one correction after the other, all in one buffer.
+#[derive(Default)]
+pub struct LedgerText {
+    line: String,
+    number: DecimalText,
+    frame: Vec<u8>,
+}
+
+impl LedgerText {
+    /// Takes the place of the line before.
+    pub fn set(&mut self, line: &LedgerLine<'_>) {
+        self.line.clear();
+        self.line.push('\n');
+        for text in line.texts {
+            push_number(&mut self.line, text.len() as u64);
+            self.line.push(':');
+            self.line.push_str(text);
+            self.line.push('|');
         }
-        for values in [&self.before, &self.after] {
-            let _ = match values {
-                Some(v) => write!(line, "{} {} {}|", v.quantity, v.cost, v.event_count),
-                None => write!(line, "-|"),
-            };
+        for values in [line.before, line.after] {
+            match values {
+                Some(values) => {
+                    for number in [values.quantity, values.cost] {
+                        self.line.push_str(self.number.of(number));
+                        self.line.push(' ');
+                    }
+                    push_number(&mut self.line, values.event_count);
+                    self.line.push('|');
+                }
+                None => self.line.push_str("-|"),
+            }
         }
-        line
     }
 
     /// The digest that is kept in the row: it tells which row was altered.
-    pub fn row_digest(&self) -> i64 {
-        row_digest(&[&self.text()])
+    pub fn row_digest(&mut self) -> i64 {
+        digest_of(&[&self.line], &mut self.frame)
     }
+}
+
+/// Adds digits to a text, faster than formatting.
+fn push_number(text: &mut String, number: u64) {
+    let mut digits = [0; 20];
+    let mut rest = number;
+    let mut length = 0;
+    for place in digits.iter_mut().rev() {
+        *place = b'0' + u8::try_from(rest % 10).unwrap_or_default();
+        rest /= 10;
+        length += 1;
+        if rest == 0 {
+            break;
+        }
+    }
+    text.extend(digits.iter().skip(digits.len() - length).copied().map(char::from));
 }
 
 /// The digest of a row by the texts of its columns.
 pub fn row_digest(texts: &[&str]) -> i64 {
-    let mut bytes = Vec::with_capacity(256);
-    texts.iter().for_each(|text| frame(&mut bytes, Some(text.as_bytes())));
-    i64::from_le_bytes(xxh3_64(&bytes).to_le_bytes())
+    digest_of(texts, &mut Vec::with_capacity(256))
 }
 
-/// Hands the line of a correction to `each`.
-pub fn with_ledger_line<T>(correction: &Correction, each: impl FnOnce(&LedgerLine<'_>) -> T) -> T {
-    let key = &correction.key;
-    let (period_start, window_start) = (key.period.period_start.to_string(), key.window_start.to_string());
-    each(&LedgerLine {
-        texts: [
-            &key.period.tenant_id,
-            &key.period.subscription_id,
-            &key.period.meter_id,
-            &key.period.price_id,
-            &key.period.dimensions,
-            &period_start,
-            &window_start,
-            &correction.customer_id,
-            &correction.currency,
-            correction.kind.name(),
-            &causes_json(&correction.causes),
-            &replaced_json(correction),
-        ],
-        before: correction.before,
-        after: correction.after,
-    })
+fn digest_of(texts: &[&str], buffer: &mut Vec<u8>) -> i64 {
+    buffer.clear();
+    texts.iter().for_each(|text| frame(buffer, Some(text.as_bytes())));
+    i64::from_le_bytes(xxh3_64(buffer).to_le_bytes())
+}
+
+/// The lines of corrections in memory, one after the other.
+#[derive(Default)]
+pub struct LedgerLines {
+    text: LedgerText,
+    period_start: TimestampText,
+    window_start: TimestampText,
+    causes: String,
+}
+
+impl LedgerLines {
+    pub fn of(&mut self, correction: &Correction) -> &mut LedgerText {
+        let key = &correction.key;
+        self.causes.clear();
+        write_causes(&correction.causes, &mut self.causes);
+        self.text.set(&LedgerLine {
+            texts: [
+                &key.period.tenant_id,
+                &key.period.subscription_id,
+                &key.period.meter_id,
+                &key.period.price_id,
+                &key.period.dimensions,
+                self.period_start.of(key.period.period_start),
+                self.window_start.of(key.window_start),
+                &correction.customer_id,
+                &correction.currency,
+                correction.kind.name(),
+                &self.causes,
+                &replaced_json(correction),
+            ],
+            before: correction.before,
+            after: correction.after,
+        });
+        &mut self.text
+    }
 }
 
 /// The causes of a correction as the ledger stores them: `{"late_event":3}`.
 pub fn causes_json(causes: &Causes) -> String {
-    let causes: serde_json::Map<_, _> = causes.iter().map(|(cause, count)| (cause.name().to_owned(), (*count).into())).collect();
-    serde_json::Value::from(causes).to_string()
+    let mut json = String::new();
+    write_causes(causes, &mut json);
+    json
+}
+
+/// Adds the causes, by name.
+pub fn write_causes(causes: &Causes, json: &mut String) {
+    let mut named: Vec<_> = causes.iter().map(|(cause, count)| (cause.name(), count)).collect();
+    named.sort_unstable();
+    let mut separator = '{';
+    for (name, count) in named {
+        json.push(separator);
+        json.push('"');
+        json.push_str(name);
+        json.push_str("\":");
+        push_number(json, count);
+        separator = ',';
+    }
+    json.push_str(if separator == '{' { "{}" } else { "}" });
 }
 
 /// The row that a correction replaced, as the ledger stores it; empty where there is none.
 pub fn replaced_json(correction: &Correction) -> String {
-    correction.replaced.as_ref().map_or_else(String::new, |row| serde_json::to_string(row).unwrap_or_default())
+    correction.replaced.as_deref().map_or_else(String::new, |row| serde_json::to_string(row).unwrap_or_default())
 }
 
 /// A row of `usage_periods` as the ledger stores it; empty where there is none.
@@ -257,12 +326,24 @@ pub fn period_json(row: Option<&PeriodRow>) -> String {
     row.map_or_else(String::new, |row| serde_json::to_string(row).unwrap_or_default())
 }
 
-/// The ledger digest after `run` with its corrections, in their order.
-pub fn ledger_digest(previous: &str, run: &RunRecord, corrections: &[Correction], periods: &[PeriodCorrection]) -> String {
+/// The ledger digest after `run` with its corrections, in their order; and the digest of
+/// each correction's row.
+pub fn ledger_digests(
+    previous: &str,
+    run: &RunRecord,
+    corrections: &[Correction],
+    periods: &[PeriodCorrection],
+) -> (String, Vec<i64>) {
     let mut chain = LedgerChain::new(previous, run);
-    corrections.iter().for_each(|correction| with_ledger_line(correction, |line| chain.add(line)));
+    let mut lines = LedgerLines::default();
+    let mut digests = Vec::with_capacity(corrections.len());
+    for correction in corrections {
+        let line = lines.of(correction);
+        chain.add(line);
+        digests.push(line.row_digest());
+    }
     for correction in periods {
         chain.texts(&[&period_json(correction.before.as_ref()), &period_json(correction.after.as_ref())]);
     }
-    chain.finish()
+    (chain.finish(), digests)
 }

@@ -1,6 +1,7 @@
 //! Changes that nobody computes: closing billing periods, taking a run back.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
@@ -197,12 +198,14 @@ fn period_changes(store: &dyn AggregateStore, job: &str, run_id: &str) -> Result
     Ok(changes)
 }
 
-fn restore_window(draft: &mut Draft, rows: &mut RowCounts, current: Option<WindowRow>, change: &Change) -> Result<()> {
+fn restore_window(draft: &mut Draft, rows: &mut RowCounts, current: Option<Arc<WindowRow>>, change: &Change) -> Result<()> {
     let restored = match &change.before {
         None => None,
-        Some((_, replaced)) => {
-            Some(serde_json::from_str::<WindowRow>(replaced).context("the ledger does not hold the row as it was before")?)
-        }
+        Some((_, replaced)) => Some(
+            serde_json::from_str::<WindowRow>(replaced)
+                .map(Arc::new)
+                .context("the ledger does not hold the row as it was before")?,
+        ),
     };
     let Some(row) = restored.as_ref().or(current.as_ref()) else { return Ok(()) };
     let kind = match (&current, &restored) {
@@ -216,9 +219,9 @@ fn restore_window(draft: &mut Draft, rows: &mut RowCounts, current: Option<Windo
         currency: row.currency.clone(),
         kind,
         causes: Causes::from([(Cause::ManualRevert, 1)]),
-        before: current.as_ref().map(Values::from),
-        after: restored.as_ref().map(Values::from),
-        replaced: current.clone().map(Box::new),
+        before: current.as_deref().map(Values::from),
+        after: restored.as_deref().map(Values::from),
+        replaced: current.clone(),
     });
     match (kind, restored) {
         (CorrectionKind::Insert, Some(row)) => {
@@ -231,7 +234,7 @@ fn restore_window(draft: &mut Draft, rows: &mut RowCounts, current: Option<Windo
         }
         (_, None) => {
             rows.retracted += 1;
-            draft.retractions.extend(current.map(|row| row.key));
+            draft.retractions.extend(current.map(|row| row.key.clone()));
         }
     }
     Ok(())

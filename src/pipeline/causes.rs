@@ -1,6 +1,8 @@
 //! Why a row differs: from stored digests and versions, from what is new among its
 //! events, from what earlier runs covered; never guessed.
 
+use std::sync::Arc;
+
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::price::PricedWindow;
@@ -42,8 +44,14 @@ pub struct KnownBasis {
 impl KnownBasis {
     pub fn of(stored: &[StoredWindow]) -> Self {
         let mut known = KnownBasis::default();
+        let mut last: Option<&WindowRow> = None;
         for StoredWindow { row, .. } in stored {
-            let Basis { meter, price, subscription, customer } = &row.basis;
+            let is_known =
+                |last: &WindowRow| Arc::ptr_eq(&last.key.period, &row.key.period) && Arc::ptr_eq(&last.basis, &row.basis);
+            if last.replace(row).is_some_and(is_known) {
+                continue;
+            }
+            let Basis { meter, price, subscription, customer } = &*row.basis;
             known.prices.entry(row.key.period.price_id.clone()).or_default().insert(price.clone());
             known.meters.entry(row.key.period.meter_id.clone()).or_default().insert(meter.clone());
             let key = (row.key.period.tenant_id.clone(), row.key.period.subscription_id.clone());
@@ -58,7 +66,7 @@ pub struct Judge<'j> {
     pub evidence: &'j Evidence<'j>,
     pub known: &'j KnownBasis,
     /// Billing periods in which a window's usage is not what is stored.
-    pub moved: &'j FxHashSet<PeriodKey>,
+    pub moved: &'j FxHashSet<Arc<PeriodKey>>,
     /// Places where a price gives way to another.
     pub replaced: &'j FxHashSet<Slot>,
 }
@@ -125,7 +133,7 @@ impl Judge<'_> {
             return (Causes::from([(Cause::FirstComputation, after.row.event_count)]), true);
         };
         let mut causes = self.news(key, after.news);
-        if causes.values().sum::<u64>() >= after.row.event_count {
+        if causes.total() >= after.row.event_count {
             return (causes, true);
         }
         let basis = &after.row.basis;
@@ -147,7 +155,7 @@ impl Judge<'_> {
     pub fn retract(&self, before: &StoredWindow) -> (Causes, bool) {
         let key = &before.row.key;
         let mut causes = self.news(key, News::default());
-        if causes.values().sum::<u64>() >= before.row.event_count {
+        if causes.total() >= before.row.event_count {
             return (causes, true);
         }
         let was = &before.row.basis;

@@ -1,16 +1,34 @@
 //! What a run will write, before it has an id: made by a plan, kept in a file, or
 //! made by hand (closing a period, taking a run back).
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::clock::now;
 use crate::model::aggregate::{
     Correction, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, WindowKey, WindowRow,
 };
-use crate::model::run::{Origin, RunBasis, RunInput, RunMode, RunRecord, ledger_digest};
+use crate::model::run::{Origin, RunBasis, RunInput, RunMode, RunRecord, ledger_digests};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::store::{Publication, next_run_id, next_version};
+
+mod shared_rows {
+    use std::sync::Arc;
+
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    use crate::model::aggregate::WindowRow;
+
+    pub fn serialize<S: Serializer>(rows: &[Arc<WindowRow>], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(rows.iter().map(|row| &**row))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Arc<WindowRow>>, D::Error> {
+        Ok(Vec::deserialize(deserializer)?.into_iter().map(Arc::new).collect())
+    }
+}
 
 /// A publication without id and version.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -23,7 +41,8 @@ pub struct Draft {
     pub counts: serde_json::Value,
     pub input: RunInput,
     pub basis: RunBasis,
-    pub upserts: Vec<WindowRow>,
+    #[serde(with = "shared_rows")]
+    pub upserts: Vec<Arc<WindowRow>>,
     pub retractions: Vec<WindowKey>,
     pub corrections: Vec<Correction>,
     pub period_upserts: Vec<PeriodRow>,
@@ -83,13 +102,15 @@ impl Draft {
             ledger_digest: String::new(),
         };
         let before = previous.last().map_or("", |run| run.ledger_digest.as_str());
-        run.ledger_digest = ledger_digest(before, &run, &self.corrections, &self.period_corrections);
+        let (ledger_digest, correction_digests) = ledger_digests(before, &run, &self.corrections, &self.period_corrections);
+        run.ledger_digest = ledger_digest;
         Publication {
             previous_run_id: self.previous_run_id,
             run,
             upserts: self.upserts,
             retractions: self.retractions,
             corrections: self.corrections,
+            correction_digests,
             period_upserts: self.period_upserts,
             period_deletions: self.period_deletions,
             period_corrections: self.period_corrections,

@@ -15,7 +15,7 @@ use crate::model::decimal::{Decimal, DecimalError};
 /// # Errors
 /// A guard fault (exit code 8) that names the limit and the customers, or an overflow.
 pub fn check(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliation) -> Result<()> {
-    let counts = |c: &&Correction| c.kind != CorrectionKind::Adjust && !c.causes.contains_key(&Cause::FirstComputation);
+    let counts = |c: &&Correction| c.kind != CorrectionKind::Adjust && !c.causes.hold(Cause::FirstComputation);
     let corrections: Vec<_> = changes.corrections.iter().filter(counts).collect();
     if corrections.is_empty() {
         return Ok(());

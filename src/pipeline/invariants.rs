@@ -1,13 +1,13 @@
 //! The promises as named predicates: production checks them before it publishes,
 //! tests check them on everything they make up.
 
-use rustc_hash::{FxHashMap, FxHashSet};
+use std::cmp::Ordering;
 
 use super::closed::ClosedPeriods;
 use super::price::Priced;
 use super::reconcile::Reconciliation;
 use crate::fault::{FaultKind, fault};
-use crate::model::aggregate::{Correction, CorrectionKind, PeriodKey, StoredWindow, Values, WindowKey, WindowRow};
+use crate::model::aggregate::{Correction, CorrectionKind, StoredWindow, Values, WindowKey};
 use crate::model::counts::{EventCounts, UsageCounts};
 use crate::model::decimal::DecimalSum;
 use crate::model::window::Span;
@@ -65,42 +65,73 @@ pub fn conservation(events: &EventCounts, usage: &UsageCounts) -> anyhow::Result
 /// # Errors
 /// Where window costs do not sum to their period's cost.
 pub fn telescoping_cost(priced: &Priced) -> anyhow::Result<()> {
-    let mut sums: FxHashMap<&PeriodKey, DecimalSum> = FxHashMap::default();
-    for window in &priced.windows {
-        sums.entry(&window.row.key.period).or_default().add(window.row.cost);
-    }
-    for period in &priced.periods {
+    let mut periods = Walk::new(&priced.periods, |period| &period.key);
+    for windows in priced.windows.chunk_by(|a, b| a.row.key.period == b.row.key.period) {
+        let Some(key) = windows.first().map(|window| &window.row.key.period) else { continue };
+        let mut sum = DecimalSum::default();
+        windows.iter().for_each(|window| sum.add(window.row.cost));
         // Periods without usage have no windows.
-        let Some(sum) = sums.remove(&period.key) else { continue };
+        let Some(period) = periods.find(key) else {
+            return Err(Invariant::TelescopingCost.broken(format!("{key:?} has windows, but no period")));
+        };
         if sum.total() != Ok(period.cost) {
             return Err(Invariant::TelescopingCost.broken(format!(
-                "{:?} costs {}, its windows {:?}",
-                period.key,
+                "{key:?} costs {}, its windows {:?}",
                 period.cost,
                 sum.total()
             )));
         }
     }
-    match sums.keys().next() {
-        Some(key) => Err(Invariant::TelescopingCost.broken(format!("{key:?} has windows, but no period"))),
-        None => Ok(()),
+    Ok(())
+}
+
+/// Looks keys up in rows sorted by key, one after the other and in order: no table of
+/// a million texts is needed. Rows out of order are not found, which breaks the promise.
+struct Walk<'r, T, K> {
+    rest: &'r [T],
+    key: fn(&T) -> &K,
+}
+
+impl<'r, T, K: Ord> Walk<'r, T, K> {
+    fn new(rows: &'r [T], key: fn(&T) -> &K) -> Self {
+        Walk { rest: rows, key }
+    }
+
+    /// The first row of `key`.
+    fn find(&mut self, key: &K) -> Option<&'r T> {
+        while let Some((first, rest)) = self.rest.split_first() {
+            match (self.key)(first).cmp(key) {
+                Ordering::Less => self.rest = rest,
+                Ordering::Equal => return Some(first),
+                Ordering::Greater => return None,
+            }
+        }
+        None
+    }
+
+    /// Takes the next row if it is of `key`.
+    fn next_of(&mut self, key: &K) -> Option<&'r T> {
+        let (first, rest) = self.rest.split_first()?;
+        if (self.key)(first) != key {
+            return None;
+        }
+        self.rest = rest;
+        Some(first)
+    }
+
+    fn next_key(&self) -> Option<&'r K> {
+        self.rest.first().map(self.key)
     }
 }
 
-/// Applies corrections to rows by key.
-pub fn replay<'c>(rows: &mut FxHashMap<WindowKey, Values>, corrections: impl IntoIterator<Item = &'c Correction>) {
-    for correction in corrections {
-        match (correction.kind, correction.after) {
-            (CorrectionKind::Insert | CorrectionKind::Update, Some(after)) => {
-                rows.insert(correction.key.clone(), after);
-            }
-            // What is closed stays as it was invoiced.
-            (CorrectionKind::Adjust, _) => {}
-            (CorrectionKind::Retract, _) | (_, None) => {
-                rows.remove(&correction.key);
-            }
-        }
-    }
+/// The values of a row after its corrections, in their order.
+fn replay<'c>(before: Option<Values>, corrections: impl Iterator<Item = &'c Correction>) -> Option<Values> {
+    corrections.fold(before, |known, correction| match correction.kind {
+        CorrectionKind::Insert | CorrectionKind::Update => correction.after,
+        // What is closed stays as it was invoiced.
+        CorrectionKind::Adjust => known,
+        CorrectionKind::Retract => None,
+    })
 }
 
 /// # Errors
@@ -112,43 +143,45 @@ pub fn ledger_replay(
     range: Span,
     closed: &ClosedPeriods,
 ) -> anyhow::Result<()> {
-    let mut rows = stored.iter().map(|stored| (stored.row.key.clone(), Values::from(&stored.row))).collect();
-    replay(&mut rows, &changes.corrections);
-    // A row that reaches out of the range, before or after, is left as it is.
-    let stored_outside: FxHashSet<_> =
-        stored.iter().filter(|stored| !range.covers(stored.row.window())).map(|stored| &stored.row.key).collect();
-    let computed_outside: FxHashSet<_> =
-        priced.windows.iter().filter(|window| !range.covers(window.row.window())).map(|window| &window.row.key).collect();
-    let is_open = |key: &WindowKey| !closed.hold(&key.period);
-    let covered = priced.windows.iter().filter(|window| range.covers(window.row.window()) && is_open(&window.row.key));
-    for window in covered.filter(|window| !stored_outside.contains(&window.row.key)) {
-        if rows.remove(&window.row.key) != Some(Values::from(&window.row)) {
-            return Err(Invariant::LedgerReplay.broken(format!("{:?} is not what the ledger gives", window.row.key)));
+    let broken = |key: &WindowKey, problem: &str| Err(Invariant::LedgerReplay.broken(format!("{key:?} {problem}")));
+    let mut stored = Walk::new(stored, |stored| &stored.row.key);
+    let mut computed = Walk::new(&priced.windows, |window| &window.row.key);
+    let mut corrections = Walk::new(&changes.corrections, |correction| &correction.key);
+    // Everything is sorted by key: the least of the three comes next.
+    while let Some(key) = [stored.next_key(), computed.next_key(), corrections.next_key()].into_iter().flatten().min() {
+        let (stored, computed) = (stored.next_of(key), computed.next_of(key));
+        let left = replay(stored.map(|stored| Values::from(&stored.row)), std::iter::from_fn(|| corrections.next_of(key)));
+        // A row that reaches out of the range, before or after, is left as it is.
+        let windows = [stored.map(|stored| stored.row.window()), computed.map(|window| window.row.window())];
+        if closed.hold(&key.period) || windows.into_iter().flatten().any(|window| !range.covers(window)) {
+            continue;
+        }
+        match computed {
+            Some(window) if left != Some(Values::from(&window.row)) => return broken(key, "is not what the ledger gives"),
+            None if left.is_some() => return broken(key, "is in the ledger, but not computed"),
+            Some(_) | None => {}
         }
     }
-    let left = stored.iter().filter(|stored| range.covers(stored.row.window()) && !computed_outside.contains(&stored.row.key));
-    match left.map(|stored| &stored.row.key).find(|key| is_open(key) && rows.contains_key(key)) {
-        Some(key) => Err(Invariant::LedgerReplay.broken(format!("{key:?} is stored, but not computed"))),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// # Errors
 /// Where a correction reaches further than it may.
 pub fn nothing_outside_the_range(stored: &[StoredWindow], changes: &Reconciliation, range: Span) -> anyhow::Result<()> {
-    let stored: FxHashMap<_, _> = stored.iter().map(|stored| (&stored.row.key, &stored.row)).collect();
-    let reaches_out = |row: &&WindowRow| {
-        !range.covers(row.window()) || stored.get(&row.key).is_some_and(|before| !range.covers(before.window()))
-    };
-    for row in changes.upserts.iter().filter(reaches_out) {
-        let keeps_usage = stored.get(&row.key).is_some_and(|before| before.quantity == row.quantity);
-        if !keeps_usage || !row.period().overlaps(range) {
+    let mut before = Walk::new(stored, |stored| &stored.row.key);
+    for row in &changes.upserts {
+        let before = before.find(&row.key).map(|stored| &stored.row);
+        let is_inside = range.covers(row.window()) && before.is_none_or(|before| range.covers(before.window()));
+        let keeps_usage = before.is_some_and(|before| before.quantity == row.quantity) && row.period().overlaps(range);
+        if !is_inside && !keeps_usage {
             return Err(Invariant::NothingOutsideTheRange.broken(format!("{:?} would change", row.key)));
         }
     }
-    let retracted_outside = |key: &&WindowKey| !stored.get(key).is_some_and(|before| range.covers(before.window()));
-    match changes.retractions.iter().find(retracted_outside) {
-        Some(key) => Err(Invariant::NothingOutsideTheRange.broken(format!("{key:?} would be retracted"))),
-        None => Ok(()),
+    let mut before = Walk::new(stored, |stored| &stored.row.key);
+    for key in &changes.retractions {
+        if !before.find(key).is_some_and(|before| range.covers(before.row.window())) {
+            return Err(Invariant::NothingOutsideTheRange.broken(format!("{key:?} would be retracted")));
+        }
     }
+    Ok(())
 }

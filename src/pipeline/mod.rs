@@ -276,7 +276,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             sessions: SessionChanges::find(&stored.windows, &priced.windows, &withdrawn, is_session),
             current: current_digests(reference),
         };
-        let changes = reconcile::reconcile(stored.windows.clone(), &priced.windows, range, &closed, &evidence);
+        let changes = reconcile::reconcile(&stored.windows, &priced.windows, range, &closed, &evidence);
         Ok((changes, stored.windows.len() as u64))
     })?;
     if let Some(store) = store.filter(|_| changes.asks_the_ledger()) {

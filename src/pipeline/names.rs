@@ -29,7 +29,7 @@ struct SubscriptionNames {
 pub struct RowNames {
     pub customer: Text,
     pub currency: Text,
-    pub basis: Basis,
+    pub basis: Arc<Basis>,
 }
 
 impl Names {
@@ -69,7 +69,7 @@ impl Names {
 
     /// The key of a window whose events were withdrawn.
     pub fn window_key(&self, key: &StateKey, dimensions: &Interner) -> WindowKey {
-        WindowKey { period: self.period_key(key, dimensions), window_start: key.window_start }
+        WindowKey { period: Arc::new(self.period_key(key, dimensions)), window_start: key.window_start }
     }
 
     fn price(&self, price: u32) -> (Text, Text) {
@@ -83,12 +83,12 @@ impl Names {
         RowNames {
             customer: subscription.map_or_else(none, |s| s.customer.clone()),
             currency: subscription.map_or_else(none, |s| s.currency.clone()),
-            basis: Basis {
+            basis: Arc::new(Basis {
                 meter: self.meters.get(key.meter as usize).map_or_else(none, |(_, digest)| digest.clone()),
                 price: self.price(key.price).1,
                 subscription: subscription.map_or_else(none, |s| s.digest.clone()),
                 customer: subscription.map_or_else(none, |s| s.customer_digest.clone()),
-            },
+            }),
         }
     }
 }

@@ -184,11 +184,11 @@ impl Past {
         let closed = ClosedPeriods::of(&periods);
         let is_marked = |key: &PeriodKey, period: Span| marks.is_none_or(|marks| marks.hold_row(key, period));
         // A row that is computed now is compared whoever it belonged to.
-        let window_keys: FxHashSet<_> = priced.windows.iter().map(|window| &window.row.key).collect();
+        let is_computed = |key: &WindowKey| priced.windows.binary_search_by(|window| window.row.key.cmp(key)).is_ok();
         windows.retain(|StoredWindow { row, .. }| {
             let in_scope = scope.holds(&row.key.period.tenant_id, &row.customer_id, &row.key.period.meter_id);
             let in_scope = in_scope && is_marked(&row.key.period, row.period());
-            row.period().overlaps(range) && (in_scope || window_keys.contains(&row.key))
+            row.period().overlaps(range) && (in_scope || is_computed(&row.key))
         });
         let period_keys: FxHashSet<_> = priced.periods.iter().map(|period| &period.key).collect();
         periods.retain(|row| {

@@ -2,6 +2,8 @@
 //! its billing period to date, so that the windows of a period always sum to the
 //! price of the period's quantity.
 
+use std::sync::Arc;
+
 use anyhow::{Context as _, Result};
 
 use super::accumulator::{Accumulator, Measure};
@@ -9,7 +11,7 @@ use super::hopping;
 use super::names::Names;
 use super::state::{Interner, News, StateKey, WindowState};
 use super::windows::Windows;
-use crate::model::aggregate::{PeriodRow, WindowKey, WindowRow};
+use crate::model::aggregate::{PeriodKey, PeriodRow, WindowKey, WindowRow};
 use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
 use crate::model::meter::{ChargeOn, Meter};
 use crate::model::percentage::Fees;
@@ -28,7 +30,8 @@ pub struct Priced {
 /// An aggregate, and what was new about its events.
 #[derive(Debug)]
 pub struct PricedWindow {
-    pub row: WindowRow,
+    /// Shared with what is written.
+    pub row: Arc<WindowRow>,
     pub news: News,
 }
 
@@ -217,13 +220,13 @@ impl PeriodPricing<'_> {
     fn price(&self, names: &Names, dimensions: &Interner, priced: &mut Priced) -> Result<()> {
         let Some((first, first_state)) = self.states.first() else { return Ok(()) };
         let period = Span { start: first.period_start, end: first_state.period_end };
-        let key = names.period_key(first, dimensions);
+        let key = Arc::new(names.period_key(first, dimensions));
         let names = names.of(first);
         let mut accumulation = Accumulation::new(self.parts, period);
         let mut emit = |window_start: Timestamp, state: &WindowState, quantity: Decimal, cost: Decimal| {
             priced.windows.push(PricedWindow {
-                row: WindowRow {
-                    key: WindowKey { period: key.clone(), window_start },
+                row: Arc::new(WindowRow {
+                    key: WindowKey { period: Arc::clone(&key), window_start },
                     customer_id: names.customer.clone(),
                     window_end: state.window_end,
                     period_end: state.period_end,
@@ -231,9 +234,9 @@ impl PeriodPricing<'_> {
                     event_count: state.event_count,
                     cost,
                     currency: names.currency.clone(),
-                    events_digest: state.events_digest.hex(),
-                    basis: names.basis.clone(),
-                },
+                    events_digest: state.events_digest,
+                    basis: Arc::clone(&names.basis),
+                }),
                 news: state.news(),
             });
         };
@@ -270,7 +273,7 @@ impl PeriodPricing<'_> {
             amount: amount.with_context(describe)?,
             currency: names.currency,
             closed_at: None,
-            key,
+            key: PeriodKey::clone(&key),
         });
         Ok(())
     }

@@ -2,10 +2,10 @@
 //! each difference came about.
 
 use std::collections::BTreeMap;
+use std::iter::Peekable;
+use std::sync::Arc;
 
 use anyhow::Context as _;
-use std::iter::Peekable;
-
 use rustc_hash::FxHashSet;
 
 use super::causes::{Evidence, Judge, KnownBasis, Slot};
@@ -13,7 +13,8 @@ use super::closed::{ClosedDifference, ClosedPeriods};
 use super::price::PricedWindow;
 use super::session_changes::SessionChanges;
 use crate::model::aggregate::{
-    Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Text, WindowKey, WindowRow,
+    Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Text, Values, WindowKey,
+    WindowRow,
 };
 use crate::model::counts::RowCounts;
 use crate::model::decimal::DecimalSum;
@@ -24,7 +25,8 @@ use crate::model::window::Span;
 pub struct Reconciliation {
     /// In the order of their keys, as all lists here.
     pub corrections: Vec<Correction>,
-    pub upserts: Vec<WindowRow>,
+    /// Shared with what was computed.
+    pub upserts: Vec<Arc<WindowRow>>,
     pub retractions: Vec<WindowKey>,
     pub rows: RowCounts,
     pub totals: BTreeMap<Text, Totals>,
@@ -47,9 +49,10 @@ pub struct Totals {
 }
 
 /// One row on either side.
+#[derive(Clone, Copy)]
 enum Pair<'a> {
-    Both(StoredWindow, &'a PricedWindow),
-    Stored(StoredWindow),
+    Both(&'a StoredWindow, &'a PricedWindow),
+    Stored(&'a StoredWindow),
     Computed(&'a PricedWindow),
 }
 
@@ -58,14 +61,14 @@ enum Pair<'a> {
 ///
 /// Differences in `closed` periods are set aside.
 pub fn reconcile(
-    stored: Vec<StoredWindow>,
+    stored: &[StoredWindow],
     computed: &[PricedWindow],
     range: Span,
     closed: &ClosedPeriods,
     evidence: &Evidence<'_>,
 ) -> Reconciliation {
-    let known = KnownBasis::of(&stored);
-    let pairs = Pairs { stored: stored.into_iter().peekable(), computed: computed.iter().peekable() };
+    let known = KnownBasis::of(stored);
+    let pairs = Pairs { stored: stored.iter().peekable(), computed: computed.iter().peekable() };
     let pairs: Vec<_> = pairs.flat_map(|pair| pair.unless_rebuilt(&evidence.sessions)).collect();
     let moved = moved_periods(&pairs);
     let mut out = Reconciliation::default();
@@ -83,7 +86,7 @@ pub fn reconcile(
                     }
                 } else if covered || before.row.same_usage(&after.row) {
                     out.rows.updated += 1;
-                    out.correct(Some(&before.row), Some(&after.row), judge.update(&before, after));
+                    out.correct(Some(&before.row), Some(&after.row), judge.update(before, after));
                 } else {
                     out.stale_outside += 1;
                 }
@@ -96,7 +99,7 @@ pub fn reconcile(
             }
             Pair::Stored(before) if range.covers(before.row.window()) => {
                 out.rows.retracted += 1;
-                let (causes, proved) = judge.retract(&before);
+                let (causes, proved) = judge.retract(before);
                 out.correct(Some(&before.row), None, causes);
                 out.unproved.extend((!proved).then(|| out.corrections.len() - 1));
             }
@@ -108,7 +111,7 @@ pub fn reconcile(
 }
 
 impl Pair<'_> {
-    fn period(&self) -> &PeriodKey {
+    fn period(&self) -> &Arc<PeriodKey> {
         match self {
             Pair::Stored(before) => &before.row.key.period,
             Pair::Both(_, after) | Pair::Computed(after) => &after.row.key.period,
@@ -138,20 +141,16 @@ impl Reconciliation {
                     self.total(Some(&before.row), Some(&before.row));
                 }
                 // It may have been adjusted, and be right again.
-                (Some(before.row), Some(after.row.clone()), Causes::new())
+                (Some(&before.row), Some(&after.row), Causes::new())
             }
-            Pair::Both(before, after) => {
-                let causes = judge.update(&before, after);
-                (Some(before.row), Some(after.row.clone()), causes)
-            }
-            Pair::Computed(after) => (None, Some(after.row.clone()), judge.insert(after).0),
-            Pair::Stored(before) => {
-                let causes = judge.retract(&before).0;
-                (Some(before.row), None, causes)
-            }
+            Pair::Both(before, after) => (Some(&before.row), Some(&after.row), judge.update(before, after)),
+            Pair::Computed(after) => (None, Some(&after.row), judge.insert(after).0),
+            Pair::Stored(before) => (Some(&before.row), None, judge.retract(before).0),
         };
-        let Some(row) = after.as_ref().or(before.as_ref()) else { return };
+        let Some(row) = after.or(before) else { return };
         if range.covers(row.window()) || (before.is_some() && after.is_some()) {
+            let copy = |row: Option<&Arc<WindowRow>>| row.map(|row| WindowRow::clone(row));
+            let (before, after) = (copy(before), copy(after));
             self.closed.push(ClosedDifference { before, after, causes });
         }
     }
@@ -210,8 +209,8 @@ impl Reconciliation {
         }
     }
 
-    fn correct(&mut self, before: Option<&WindowRow>, after: Option<&WindowRow>, causes: Causes) {
-        self.total(before, after);
+    fn correct(&mut self, before: Option<&Arc<WindowRow>>, after: Option<&Arc<WindowRow>>, causes: Causes) {
+        self.total(before.map(|row| &**row), after.map(|row| &**row));
         let kind = match (before, after) {
             (None, _) => CorrectionKind::Insert,
             (Some(_), Some(_)) => CorrectionKind::Update,
@@ -224,12 +223,12 @@ impl Reconciliation {
             currency: row.currency.clone(),
             kind,
             causes,
-            before: before.map(Into::into),
-            after: after.map(Into::into),
-            replaced: before.map(|row| Box::new(row.clone())),
+            before: before.map(Values::from),
+            after: after.map(Values::from),
+            replaced: before.map(Arc::clone),
         });
         match after {
-            Some(row) => self.upserts.push(row.clone()),
+            Some(row) => self.upserts.push(Arc::clone(row)),
             None => self.retractions.push(row.key.clone()),
         }
     }
@@ -237,7 +236,7 @@ impl Reconciliation {
 
 /// Merges two sorted sides.
 struct Pairs<'a> {
-    stored: Peekable<std::vec::IntoIter<StoredWindow>>,
+    stored: Peekable<std::slice::Iter<'a, StoredWindow>>,
     computed: Peekable<std::slice::Iter<'a, PricedWindow>>,
 }
 
@@ -259,13 +258,15 @@ impl<'a> Iterator for Pairs<'a> {
 }
 
 /// Billing periods in which a window's usage is not what is stored.
-fn moved_periods(pairs: &[Pair<'_>]) -> FxHashSet<PeriodKey> {
-    let moved = |pair: &Pair<'_>| match pair {
-        Pair::Both(before, after) => (!before.row.same_usage(&after.row)).then(|| after.row.key.period.clone()),
-        Pair::Stored(before) => Some(before.row.key.period.clone()),
-        Pair::Computed(after) => Some(after.row.key.period.clone()),
+fn moved_periods(pairs: &[Pair<'_>]) -> FxHashSet<Arc<PeriodKey>> {
+    let has_moved = |pair: &&Pair<'_>| match pair {
+        Pair::Both(before, after) => !before.row.same_usage(&after.row),
+        Pair::Stored(_) | Pair::Computed(_) => true,
     };
-    pairs.iter().filter_map(moved).collect()
+    let mut moved: Vec<_> = pairs.iter().filter(has_moved).map(Pair::period).collect();
+    // The windows of a period follow each other.
+    moved.dedup();
+    moved.into_iter().cloned().collect()
 }
 
 /// Places where a price gives way to another: one side is stored alone, the other
@@ -274,6 +275,9 @@ fn replaced_slots(pairs: &[Pair<'_>]) -> FxHashSet<Slot> {
     let stored =
         pairs.iter().filter_map(|pair| if let Pair::Stored(before) = pair { Some(Slot::of(&before.row.key)) } else { None });
     let stored: FxHashSet<_> = stored.collect();
+    if stored.is_empty() {
+        return stored;
+    }
     let computed =
         pairs.iter().filter_map(|pair| if let Pair::Computed(after) = pair { Some(Slot::of(&after.row.key)) } else { None });
     computed.filter(|slot| stored.contains(slot)).collect()

@@ -7,6 +7,7 @@
 //! holds the copies of repeated keys and the events that are listed, not all events.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -445,7 +446,7 @@ impl Answer<'_> {
                 periods.push(TracedPeriod { events: events.charged(&steps, parts), row, steps });
             }
         } else {
-            let found = priced.windows.into_iter().map(|window| window.row);
+            let found = priced.windows.into_iter().map(|window| Arc::unwrap_or_clone(window.row));
             for row in found.filter(|row| is_ours(&row.key.period) && row.window().contains(at)) {
                 let (parts, states) = self.accumulation(&row.key.period);
                 let start = row.key.window_start;

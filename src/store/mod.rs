@@ -6,6 +6,8 @@ pub mod lock;
 pub mod rows;
 pub mod sqlite;
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use rustc_hash::FxHashSet;
 
@@ -22,9 +24,11 @@ pub struct Publication {
     pub run: RunRecord,
     /// The last run when the plan was made: another one since makes it stale.
     pub previous_run_id: Option<String>,
-    pub upserts: Vec<WindowRow>,
+    pub upserts: Vec<Arc<WindowRow>>,
     pub retractions: Vec<WindowKey>,
     pub corrections: Vec<Correction>,
+    /// Of the row of each correction.
+    pub correction_digests: Vec<i64>,
     pub period_upserts: Vec<PeriodRow>,
     pub period_deletions: Vec<PeriodKey>,
     pub period_corrections: Vec<PeriodCorrection>,

@@ -66,14 +66,16 @@ fn period_key(row: &dyn Cells) -> Result<PeriodKey> {
 }
 
 fn window_key(row: &dyn Cells) -> Result<WindowKey> {
-    Ok(WindowKey { period: period_key(row)?, window_start: parsed(row, "window_start")? })
+    Ok(WindowKey { period: Arc::new(period_key(row)?), window_start: parsed(row, "window_start")? })
 }
 
 /// Reads rows of `usage_windows`. There are many: cells are found by their place, and
-/// names that repeat are shared.
+/// what repeats is shared.
 #[derive(Debug, Default)]
 pub struct WindowReader {
     texts: FxHashSet<Text>,
+    /// The row before: the next one mostly has the same key up to the window.
+    last: Option<StoredWindow>,
 }
 
 impl WindowReader {
@@ -102,34 +104,32 @@ impl WindowReader {
         "run_id",
     ];
 
+    /// The places of the digests of definitions.
+    pub const DIGESTS: std::ops::Range<usize> = 15..19;
+
     pub fn read(&mut self, row: &dyn Cells) -> Result<StoredWindow> {
         let mut cells = NextCells { row, place: 0, texts: &mut self.texts };
-        Ok(StoredWindow {
-            row: WindowRow {
-                key: WindowKey {
-                    period: PeriodKey {
-                        tenant_id: cells.text()?,
-                        subscription_id: cells.text()?,
-                        meter_id: cells.text()?,
-                        price_id: cells.text()?,
-                        dimensions: cells.text()?,
-                        period_start: cells.parsed()?,
-                    },
-                    window_start: cells.parsed()?,
-                },
-                customer_id: cells.text()?,
+        let last = self.last.as_ref();
+        let last_row = last.map(|last| &last.row);
+        let period = cells.period_key(last_row.map(|row| &row.key.period))?;
+        let read = StoredWindow {
+            row: Arc::new(WindowRow {
+                key: WindowKey { period, window_start: cells.parsed()? },
+                customer_id: cells.text(last_row.map(|row| &row.customer_id))?,
                 window_end: cells.parsed()?,
                 period_end: cells.parsed()?,
                 quantity: cells.parsed()?,
                 event_count: cells.parsed()?,
                 cost: cells.parsed()?,
-                currency: cells.text()?,
-                events_digest: cells.next()?.into_owned(),
-                basis: Basis { meter: cells.text()?, price: cells.text()?, subscription: cells.text()?, customer: cells.text()? },
-            },
+                currency: cells.text(last_row.map(|row| &row.currency))?,
+                events_digest: cells.parsed()?,
+                basis: cells.basis(last_row.map(|row| &row.basis))?,
+            }),
             version: cells.parsed()?,
-            run_id: cells.text()?,
-        })
+            run_id: cells.text(last.map(|last| &last.run_id))?,
+        };
+        self.last = Some(read.clone());
+        Ok(read)
     }
 }
 
@@ -151,14 +151,37 @@ impl<'r> NextCells<'r> {
         self.row.cell_at(place)?.with_context(|| format!("column {} is NULL", self.column()))
     }
 
-    fn text(&mut self) -> Result<Text> {
+    /// `last` is what the row before has.
+    fn text(&mut self, last: Option<&Text>) -> Result<Text> {
         let cell = self.next()?;
-        if let Some(known) = self.texts.get(&*cell) {
+        if let Some(known) = last.filter(|last| ***last == *cell).or_else(|| self.texts.get(&*cell)) {
             return Ok(Text::clone(known));
         }
         let text: Text = Arc::from(&*cell);
         self.texts.insert(Text::clone(&text));
         Ok(text)
+    }
+
+    fn period_key(&mut self, last: Option<&Arc<PeriodKey>>) -> Result<Arc<PeriodKey>> {
+        let key = PeriodKey {
+            tenant_id: self.text(last.map(|key| &key.tenant_id))?,
+            subscription_id: self.text(last.map(|key| &key.subscription_id))?,
+            meter_id: self.text(last.map(|key| &key.meter_id))?,
+            price_id: self.text(last.map(|key| &key.price_id))?,
+            dimensions: self.text(last.map(|key| &key.dimensions))?,
+            period_start: self.parsed()?,
+        };
+        Ok(last.filter(|last| ***last == key).map_or_else(|| Arc::new(key), Arc::clone))
+    }
+
+    fn basis(&mut self, last: Option<&Arc<Basis>>) -> Result<Arc<Basis>> {
+        let basis = Basis {
+            meter: self.text(last.map(|basis| &basis.meter))?,
+            price: self.text(last.map(|basis| &basis.price))?,
+            subscription: self.text(last.map(|basis| &basis.subscription))?,
+            customer: self.text(last.map(|basis| &basis.customer))?,
+        };
+        Ok(last.filter(|last| ***last == basis).map_or_else(|| Arc::new(basis), Arc::clone))
     }
 
     fn parsed<T: FromStr>(&mut self) -> Result<T>

@@ -663,7 +663,13 @@ fn sorted(mut rows: Vec<Row>) -> Vec<Row> {
 fn stored(workspace: &Workspace, table: &str) -> Vec<Row> {
     let mut rows = workspace.query(&format!("SELECT * FROM {table}"));
     for row in &mut rows {
-        row.retain(|column, _| !["sequence", "first_correction", "last_correction"].contains(&column.as_str()));
+        row.retain(|column, _| !["sequence", "number", "first_correction", "last_correction"].contains(&column.as_str()));
+        for column in ["meter_digest", "price_digest", "subscription_digest", "customer_digest"] {
+            if let Some(number) = row.get_mut(column) {
+                let digest = workspace.query(&format!("SELECT digest FROM definition_digests WHERE id = {number}"));
+                *number = digest[0]["digest"].clone();
+            }
+        }
     }
     sorted(rows)
 }

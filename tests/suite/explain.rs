@@ -43,7 +43,8 @@ impl Explained {
 
     fn rows(&self) -> (Vec<WindowRow>, Vec<PeriodRow>) {
         let store = ends::read_store(&self.job).unwrap().unwrap();
-        let windows = store.windows(&self.job.name, ALWAYS).unwrap().into_iter().map(|stored| stored.row).collect();
+        let windows =
+            store.windows(&self.job.name, ALWAYS).unwrap().into_iter().map(|stored| WindowRow::clone(&stored.row)).collect();
         (windows, store.periods(&self.job.name, ALWAYS).unwrap())
     }
 
@@ -93,7 +94,7 @@ impl Explained {
         let key = &row.key;
         let asked = asked(key.tenant_id.to_string(), &key.subscription_id, &key.meter_id, key.period_start, true);
         let answers = self.ask(&asked, 1);
-        let found = answers[0].rows.iter().find(|found| found.key.period == *key);
+        let found = answers[0].rows.iter().find(|found| *found.key.period == *key);
         let found = found.unwrap_or_else(|| panic!("{key:?} is not explained"));
         assert!(!found.differs(), "{key:?}: {:?} and {:?}", found.stored, found.computed);
         if found.price.is_none() {

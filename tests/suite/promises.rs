@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use trueup::audit::check_ledger;
 use trueup::config::{Job, Source, Store};
-use trueup::model::aggregate::{Basis, Cause, DeadLetterKey, PeriodKey, PeriodRow, WindowKey, WindowRow};
+use trueup::model::aggregate::{Cause, DeadLetterKey, PeriodKey, PeriodRow, WindowKey, WindowRow};
 use trueup::model::decimal::DecimalSum;
 use trueup::model::run::Origin;
 use trueup::model::timestamp::Timestamp;
@@ -359,7 +359,9 @@ pub fn state(workspace: &Workspace, job: &str) -> State {
     let periods = store.periods(&job.name, always).unwrap().into_iter();
     let letters = store.dead_letters(&job.name).unwrap().into_iter().filter(|stored| stored.resolved_run_id.is_none());
     State {
-        windows: windows.map(|stored| (stored.row.key.clone(), WindowRow { basis: Basis::default(), ..stored.row })).collect(),
+        windows: windows
+            .map(|stored| (stored.row.key.clone(), WindowRow { basis: Arc::default(), ..WindowRow::clone(&stored.row) }))
+            .collect(),
         periods: periods.map(|row| (row.key.clone(), row)).collect(),
         dead_letters: letters.map(|stored| stored.letter.key).collect(),
     }
@@ -531,8 +533,8 @@ proptest! {
             // Nobody else wrote to the store. After the run of a range, a cost may have
             // been computed with events outside of it that were never stored.
             ranged |= request.range.is_some();
-            let causes = published.plan.changes.corrections.iter().flat_map(|correction| correction.causes.keys());
-            let is_sound = ranged || causes.into_iter().all(|cause| *cause != Cause::StoreAltered);
+            let causes = published.plan.changes.corrections.iter().flat_map(|correction| correction.causes.names());
+            let is_sound = ranged || causes.into_iter().all(|cause| cause != Cause::StoreAltered);
             prop_assert!(is_sound, "{:?}", published.plan.changes.corrections);
         }
         run(&workspace, "trueup", &Request::default(), threads);

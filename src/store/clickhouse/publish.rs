@@ -25,8 +25,9 @@ const TARGETS: [&str; 4] = ["usage_windows", "usage_periods", "dead_letters", "j
 
 pub(super) fn publish(database: &Database, publication: &Publication, known: &[StoredDeadLetter]) -> Result<()> {
     let run = &publication.run;
-    let corrections = (1usize..).zip(&publication.corrections);
-    insert(database, "corrections", &run.run_id, corrections.map(|(at, correction)| rows::correction(run, at, correction)))?;
+    let corrections = (1usize..).zip(publication.corrections.iter().zip(&publication.correction_digests));
+    let corrections = corrections.map(|(at, (correction, digest))| rows::correction(run, at, correction, *digest));
+    insert(database, "corrections", &run.run_id, corrections)?;
     let periods = (1usize..).zip(&publication.period_corrections);
     let periods = periods.map(|(at, correction)| rows::period_correction(run, at, correction));
     insert(database, "period_corrections", &run.run_id, periods)?;

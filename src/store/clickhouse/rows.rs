@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::model::aggregate::{Correction, PeriodCorrection, PeriodKey, PeriodRow, Values, WindowKey, WindowRow};
-use crate::model::run::{RunRecord, causes_json, period_json, replaced_json, row_digest, with_ledger_line};
+use crate::model::run::{RunRecord, causes_json, period_json, replaced_json, row_digest};
 use crate::store::{Publication, StoredDeadLetter, letters};
 
 /// Columns that hold whole numbers, in any table.
@@ -98,7 +98,7 @@ pub fn removed_period(run: &RunRecord, key: &PeriodKey) -> String {
     with_key(fields, &run.job, key).to_string()
 }
 
-pub fn correction(run: &RunRecord, sequence: usize, correction: &Correction) -> String {
+pub fn correction(run: &RunRecord, sequence: usize, correction: &Correction, digest: i64) -> String {
     let Correction { key, customer_id, currency, kind, causes, before, after, .. } = correction;
     let quantity = |values: &Option<Values>| values.map(|values| values.quantity);
     let cost = |values: &Option<Values>| values.map(|values| values.cost);
@@ -118,7 +118,7 @@ pub fn correction(run: &RunRecord, sequence: usize, correction: &Correction) -> 
         "event_count_before": event_count(before),
         "event_count_after": event_count(after),
         "replaced": replaced_json(correction),
-        "row_digest": with_ledger_line(correction, |line| line.row_digest()),
+        "row_digest": digest,
         "recorded_at": run.finished_at,
     });
     with_key(fields, &run.job, &key.period).to_string()

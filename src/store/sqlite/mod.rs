@@ -1,6 +1,7 @@
 //! The embedded store: one SQLite file, one transaction a run.
 
 mod bind;
+mod digests;
 mod migrate;
 mod read;
 mod write;

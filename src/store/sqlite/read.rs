@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OptionalExtension as _, Params, Row};
 
+use super::digests::{Digests, WindowCells};
 use crate::model::aggregate::{PeriodRow, StoredWindow};
 use crate::model::run::RunRecord;
 use crate::model::timestamp::Timestamp;
@@ -35,7 +36,7 @@ fn query<T>(
     connection: &Connection,
     sql: &str,
     parameters: impl Params,
-    mut of: impl FnMut(&dyn Cells) -> Result<T>,
+    mut of: impl FnMut(&Row<'_>) -> Result<T>,
 ) -> Result<Vec<T>> {
     let mut statement = connection.prepare(sql)?;
     let mut found = statement.query(parameters)?;
@@ -47,7 +48,7 @@ fn query<T>(
 }
 
 pub(super) fn runs(connection: &Connection, job: &str) -> Result<Vec<RunRecord>> {
-    query(connection, "SELECT * FROM runs WHERE job = ?1 ORDER BY version, run_id", [job], rows::run)
+    query(connection, "SELECT * FROM runs WHERE job = ?1 ORDER BY version, run_id", [job], |row| rows::run(row))
 }
 
 pub(super) fn extent(connection: &Connection, job: &str) -> Result<Option<Span>> {
@@ -65,8 +66,12 @@ fn select_windows(condition: &str) -> String {
 /// Without the `Z`, texts sort as their instants do, with a fraction of a second or not.
 pub(super) fn windows(connection: &Connection, job: &str, span: Span) -> Result<Vec<StoredWindow>> {
     let sql = select_windows("rtrim(window_start, 'Z') < rtrim(?2, 'Z') AND rtrim(window_end, 'Z') > rtrim(?3, 'Z')");
-    let mut reader = WindowReader::default();
-    let mut windows = query(connection, &sql, [job, &span.end.to_string(), &span.start.to_string()], |row| reader.read(row))?;
+    // Digests and rows are of one state, whoever publishes meanwhile.
+    let connection = &*connection.unchecked_transaction()?;
+    let (mut reader, digests) = (WindowReader::default(), Digests::load(connection)?);
+    let mut windows = query(connection, &sql, [job, &span.end.to_string(), &span.start.to_string()], |row| {
+        reader.read(&WindowCells { row, digests: &digests })
+    })?;
     windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
     Ok(windows)
 }
@@ -74,7 +79,7 @@ pub(super) fn windows(connection: &Connection, job: &str, span: Span) -> Result<
 pub(super) fn periods(connection: &Connection, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
     let sql = "SELECT * FROM usage_periods WHERE job = ?1 \
                AND rtrim(period_start, 'Z') < rtrim(?2, 'Z') AND rtrim(period_end, 'Z') > rtrim(?3, 'Z')";
-    let mut periods = query(connection, sql, [job, &span.end.to_string(), &span.start.to_string()], rows::period)?;
+    let mut periods = query(connection, sql, [job, &span.end.to_string(), &span.start.to_string()], |row| rows::period(row))?;
     periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
     Ok(periods)
 }
@@ -85,8 +90,10 @@ pub(super) fn windows_of(connection: &Connection, job: &str, span: Span, keys: &
         "tenant_id = ?2 AND subscription_id = ?3 \
          AND rtrim(window_start, 'Z') < rtrim(?4, 'Z') AND rtrim(window_end, 'Z') > rtrim(?5, 'Z')",
     );
-    let mut reader = WindowReader::default();
-    let mut windows = query_of(connection, &sql, (job, span), keys, |row| reader.read(row))?;
+    // Digests and rows are of one state, whoever publishes meanwhile.
+    let connection = &*connection.unchecked_transaction()?;
+    let (mut reader, digests) = (WindowReader::default(), Digests::load(connection)?);
+    let mut windows = query_of(connection, &sql, (job, span), keys, |row| reader.read(&WindowCells { row, digests: &digests }))?;
     windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
     Ok(windows)
 }
@@ -95,7 +102,7 @@ pub(super) fn windows_of(connection: &Connection, job: &str, span: Span, keys: &
 pub(super) fn periods_of(connection: &Connection, job: &str, span: Span, keys: &[SubscriptionKey]) -> Result<Vec<PeriodRow>> {
     let sql = "SELECT * FROM usage_periods WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 \
                AND rtrim(period_start, 'Z') < rtrim(?4, 'Z') AND rtrim(period_end, 'Z') > rtrim(?5, 'Z')";
-    let mut periods = query_of(connection, sql, (job, span), keys, rows::period)?;
+    let mut periods = query_of(connection, sql, (job, span), keys, |row| rows::period(row))?;
     periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
     Ok(periods)
 }
@@ -106,7 +113,7 @@ fn query_of<T>(
     sql: &str,
     (job, span): (&str, Span),
     keys: &[SubscriptionKey],
-    mut of: impl FnMut(&dyn Cells) -> Result<T>,
+    mut of: impl FnMut(&Row<'_>) -> Result<T>,
 ) -> Result<Vec<T>> {
     let mut statement = connection.prepare(sql)?;
     let (start, end) = (span.start.to_string(), span.end.to_string());
@@ -128,7 +135,7 @@ pub(super) fn state(connection: &Connection, job: &str, name: &str) -> Result<Op
 pub(super) fn dead_letters(connection: &Connection, job: &str) -> Result<Vec<StoredDeadLetter>> {
     let sql =
         "SELECT * FROM dead_letters WHERE job = ?1 ORDER BY first_run_id, tenant_id, event_time, event_id, meter_id, reason";
-    query(connection, sql, [job], rows::dead_letter)
+    query(connection, sql, [job], |row| rows::dead_letter(row))
 }
 
 pub(super) fn ledger(connection: &Connection, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
@@ -143,8 +150,10 @@ pub(super) fn corrections(
 ) -> Result<()> {
     match of {
         Corrections::OfMeter { tenant_id, subscription_id, meter_id } => {
-            let sql = "SELECT * FROM corrections WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 AND meter_id = ?4 \
-                       ORDER BY sequence";
+            let sql = "SELECT corrections.* FROM correction_ranges AS ranges CROSS JOIN corrections USING \
+                       (job, tenant_id, subscription_id, meter_id) WHERE sequence BETWEEN first_sequence AND last_sequence \
+                       AND ranges.job = ?1 AND ranges.tenant_id = ?2 AND ranges.subscription_id = ?3 AND ranges.meter_id = ?4 \
+                       ORDER BY first_sequence, sequence";
             entries(connection, sql, [job, tenant_id, subscription_id, meter_id], each)
         }
         Corrections::OfRun(run_id) => {
@@ -180,21 +189,29 @@ pub(super) fn period_ledger(connection: &Connection, job: &str, each: &mut dyn F
 }
 
 /// Columns of this store alone: they say where the rows of its ledger lie.
-const INTERNAL: [&str; 3] = ["sequence", "first_correction", "last_correction"];
+const INTERNAL: [&str; 4] = ["sequence", "number", "first_correction", "last_correction"];
 
 pub(super) fn export(connection: &Connection, job: &str, table: Table, each: RowSink<'_>) -> Result<Vec<String>> {
+    let connection = &*connection.unchecked_transaction()?;
     let sql = format!("SELECT * FROM {} WHERE job = ?1 ORDER BY {}", table.name(), table.key());
     let mut statement = connection.prepare(&sql)?;
     let shown = |(_, name): &(usize, &str)| !INTERNAL.contains(name);
+    let digests = Digests::load(connection)?;
+    let is_digest = |name: &str| {
+        let mut digests = WindowReader::COLUMNS.get(WindowReader::DIGESTS).into_iter().flatten();
+        table == Table::UsageWindows && digests.any(|digest| *digest == name)
+    };
     let (places, names): (Vec<_>, Vec<_>) =
         statement.column_names().enumerate().filter(shown).map(|(place, name)| (place, name.to_owned())).unzip();
+    let are_digests: Vec<_> = names.iter().map(|name: &String| is_digest(name)).collect();
     let mut found = statement.query([job])?;
     let mut cells = Vec::with_capacity(names.len());
     while let Some(row) = found.next()? {
         cells.clear();
-        for place in &places {
+        for (place, is_digest) in places.iter().zip(&are_digests) {
             cells.push(match row.get_ref(*place)? {
                 ValueRef::Null => Cell::Null,
+                ValueRef::Integer(number) if *is_digest => Cell::Text(digests.text(number)?.to_owned()),
                 ValueRef::Integer(value) => Cell::Integer(value),
                 other => Cell::Text(other.as_str()?.to_owned()),
             });

@@ -1,11 +1,14 @@
 //! Publishing: one transaction for aggregates, ledger, dead letters and the run.
 
+use std::sync::Arc;
+
 use anyhow::{Result, bail};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
 
 use super::bind::Rows;
+use super::digests::Numbers;
 use crate::model::aggregate::{Correction, PeriodKey, WindowKey};
-use crate::model::run::{causes_json, period_json, replaced_json, row_digest, with_ledger_line};
+use crate::model::run::{period_json, replaced_json, row_digest, write_causes};
 use crate::store::{Publication, letters};
 
 pub(super) fn publish(connection: &mut Connection, publication: &Publication) -> Result<()> {
@@ -39,7 +42,7 @@ fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Re
          AND price_id = ?5 AND dimensions = ?6 AND period_start = ?7 AND window_start = ?8",
     )?;
     for WindowKey { period, window_start } in &publication.retractions {
-        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = period;
+        let PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } = &**period;
         delete.execute(params![
             run.job,
             tenant_id,
@@ -77,6 +80,7 @@ fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Re
         "updated_at",
     ];
     let mut rows = Rows::insert(transaction, "INSERT OR REPLACE INTO usage_windows", &columns)?;
+    let mut digests = Numbers::load(transaction)?;
     for row in &publication.upserts {
         rows.text(&run.job)?;
         rows.period_key(&row.key.period)?;
@@ -88,9 +92,9 @@ fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Re
         rows.count(row.event_count)?;
         rows.decimal(row.cost)?;
         rows.text(&row.currency)?;
-        rows.text(&row.events_digest)?;
-        for digest in [&row.basis.meter, &row.basis.price, &row.basis.subscription, &row.basis.customer] {
-            rows.text(digest)?;
+        row.events_digest.with_hex(|digest| rows.text(digest))?;
+        for number in digests.of(&row.basis)? {
+            rows.integer(number)?;
         }
         rows.integer(run.version)?;
         rows.text(&run.run_id)?;
@@ -155,7 +159,8 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
     let before: i64 = transaction.query_row(last, [], |row| row.get(0))?;
     let run = &publication.run;
     let columns = [
-        "correction_id",
+        "sequence",
+        "number",
         "run_id",
         "job",
         "tenant_id",
@@ -180,9 +185,12 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
         "recorded_at",
     ];
     let mut rows = Rows::insert(transaction, "INSERT INTO corrections", &columns)?;
-    for (sequence, correction) in (1u64..).zip(&publication.corrections) {
-        let Correction { key, customer_id, currency, kind, causes, before, after, .. } = correction;
-        rows.text(&format!("{}-{sequence:09}", run.run_id))?;
+    let mut causes_json = String::new();
+    let corrections = publication.corrections.iter().zip(&publication.correction_digests);
+    for (number, (correction, digest)) in (1..).zip(corrections) {
+        let Correction { key, customer_id, currency, kind, causes, before: old, after: new, .. } = correction;
+        rows.integer(before + number)?;
+        rows.integer(number)?;
         rows.text(&run.run_id)?;
         rows.text(&run.job)?;
         rows.period_key(&key.period)?;
@@ -190,22 +198,47 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
         rows.text(customer_id)?;
         rows.text(currency)?;
         rows.text(kind.name())?;
-        rows.text(&causes_json(causes))?;
-        for values in [before, after] {
+        causes_json.clear();
+        write_causes(causes, &mut causes_json);
+        rows.text(&causes_json)?;
+        for values in [old, new] {
             rows.optional(values.map(|values| values.quantity), Rows::decimal)?;
         }
-        for values in [before, after] {
+        for values in [old, new] {
             rows.optional(values.map(|values| values.cost), Rows::decimal)?;
         }
-        for values in [before, after] {
+        for values in [old, new] {
             rows.optional(values.map(|values| values.event_count), Rows::count)?;
         }
         rows.text(&replaced_json(correction))?;
-        rows.integer(with_ledger_line(correction, |line| line.row_digest()))?;
+        rows.integer(*digest)?;
         rows.instant(run.finished_at)?;
         rows.write()?;
     }
-    Ok((before + 1, transaction.query_row(last, [], |row| row.get(0))?))
+    write_ranges(transaction, publication, before + 1)?;
+    Ok((before + 1, before + i64::try_from(publication.corrections.len())?))
+}
+
+/// Where the corrections of each meter of a subscription lie.
+fn write_ranges(transaction: &Transaction<'_>, publication: &Publication, mut first: i64) -> Result<()> {
+    let columns = ["job", "tenant_id", "subscription_id", "meter_id", "first_sequence", "last_sequence"];
+    let mut rows = Rows::insert(transaction, "INSERT INTO correction_ranges", &columns)?;
+    let of = |correction: &Correction| {
+        let PeriodKey { tenant_id, subscription_id, meter_id, .. } = &*correction.key.period;
+        [tenant_id.clone(), subscription_id.clone(), meter_id.clone()]
+    };
+    for range in publication.corrections.chunk_by(|a, b| Arc::ptr_eq(&a.key.period, &b.key.period) || of(a) == of(b)) {
+        let next = first + i64::try_from(range.len())?;
+        rows.text(&publication.run.job)?;
+        for name in range.first().map(of).iter().flatten() {
+            rows.text(name)?;
+        }
+        rows.integer(first)?;
+        rows.integer(next - 1)?;
+        rows.write()?;
+        first = next;
+    }
+    Ok(())
 }
 
 fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
