@@ -53,6 +53,11 @@ impl SetDigest {
         self.0 = self.0.wrapping_add(other.0);
     }
 
+    /// As it is stored; a text that is none was altered, and is the digest of nothing else.
+    pub fn stored(text: &str) -> SetDigest {
+        text.parse().unwrap_or_else(|_| SetDigest(xxh3_128(text.as_bytes())))
+    }
+
     /// 32 hexadecimal digits.
     pub fn hex(self) -> String {
         hex(self.0)

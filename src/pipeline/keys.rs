@@ -29,6 +29,10 @@ impl KeyHashes {
         KeyHashes { ends, lows }
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     pub fn len(&self) -> usize {
         self.lows.len()
     }

@@ -12,6 +12,7 @@ use super::{LedgerEntry, PeriodEntry, StoredDeadLetter};
 use crate::model::aggregate::{
     Basis, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, Reason, StoredWindow, Text, Values, WindowKey, WindowRow,
 };
+use crate::model::digest::SetDigest;
 use crate::model::run::{Origin, RunMode, RunRecord};
 use crate::model::window::Span;
 
@@ -122,7 +123,7 @@ impl WindowReader {
                 event_count: cells.parsed()?,
                 cost: cells.parsed()?,
                 currency: cells.text(last_row.map(|row| &row.currency))?,
-                events_digest: cells.parsed()?,
+                events_digest: cells.events_digest()?,
                 basis: cells.basis(last_row.map(|row| &row.basis))?,
             }),
             version: cells.parsed()?,
@@ -182,6 +183,10 @@ impl<'r> NextCells<'r> {
             customer: self.text(last.map(|basis| &basis.customer))?,
         };
         Ok(last.filter(|last| ***last == basis).map_or_else(|| Arc::new(basis), Arc::clone))
+    }
+
+    fn events_digest(&mut self) -> Result<SetDigest> {
+        Ok(SetDigest::stored(&self.next()?))
     }
 
     fn parsed<T: FromStr>(&mut self) -> Result<T>

@@ -375,6 +375,10 @@ fn an_altered_row_is_found_and_named() {
         named.iter().for_each(|name| assert!(verified.stdout.contains(name), "{sql}: {}", verified.stdout));
     };
     let window = "t / s1 / calls / p / 2026-01-05T00:00:00Z";
+    altered(
+        "UPDATE usage_windows SET events_digest = 'x' WHERE window_start LIKE '2026-01-05%' AND subscription_id = 's1'",
+        &[window],
+    );
     altered("UPDATE usage_windows SET cost = '0.1' WHERE window_start LIKE '2026-01-05%' AND subscription_id = 's1'", &[window]);
     altered("UPDATE usage_windows SET version = version + 1 WHERE window_start LIKE '2026-01-05%'", &[window, "version"]);
     altered("UPDATE usage_windows SET customer_id = 'c2' WHERE window_start LIKE '2026-01-05%'", &[window]);
