@@ -64,7 +64,10 @@ impl Distinct {
 
     fn merge(&mut self, other: &Distinct) {
         self.values.extend_from_slice(&other.values);
-        self.settle();
+        // Each value is sorted a few times, however many small lists are merged.
+        if self.values.len() > 2 * self.settled {
+            self.settle();
+        }
     }
 
     /// Sorts, and leaves each value once. Two sorted parts are merged in linear time.
@@ -80,12 +83,11 @@ impl Distinct {
     }
 
     fn count(&self) -> usize {
-        if self.settled == self.values.len() {
-            return self.settled;
-        }
-        let mut all = self.clone();
-        all.settle();
-        all.settled
+        let Some((settled, new)) = self.values.split_at_checked(self.settled) else { return 0 };
+        let mut new = new.to_vec();
+        new.sort_unstable();
+        new.dedup();
+        settled.len() + new.iter().filter(|value| settled.binary_search(value).is_err()).count()
     }
 }
 

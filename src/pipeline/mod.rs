@@ -180,7 +180,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let asked = match request.range {
         None => None,
         Some(_) => {
-            let range = range::resolve(request, job, reference, None, None)?;
+            let range = range::resolve(request, job, reference, None)?;
             let range = range.map(|range| sessions::widen(inputs, request, &past, range, &mut timeline)).transpose()?;
             range.and_then(|range| lateness.settled(range))
         }
@@ -199,7 +199,14 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     inputs.keys.keep(&job.deduplicate.key, &splits, &keys.splits, keys.repeated.iter());
     let whole = match asked {
         Some(range) => Some(range),
-        None => range::resolve(request, job, reference, keys.extent, past.extent)?.and_then(|range| lateness.settled(range)),
+        None => {
+            let of_events = range::resolve(request, job, reference, keys.extent)?;
+            // Stored windows are whole already: widening them again would reach further each time.
+            // A full run finds rows that nobody wrote too; a run that skips does not look for them.
+            let is_all = baseline.is_ok() && past.is_within(of_events);
+            let stored = store.filter(|_| !is_all).map(|store| store.extent(&job.name)).transpose()?.flatten();
+            [of_events, stored].into_iter().flatten().reduce(Span::union).and_then(|range| lateness.settled(range))
+        }
     };
     // Rows without a time may be all there is: they are still accounted for.
     let mut range = whole.unwrap_or(EMPTY);

@@ -22,7 +22,6 @@ use crate::store::{AggregateStore, StoredDeadLetter};
 /// What earlier runs left in the store.
 pub struct Past {
     pub runs: Vec<RunRecord>,
-    pub extent: Option<Span>,
     pub dead_letters: Vec<StoredDeadLetter>,
 }
 
@@ -93,9 +92,14 @@ impl Known {
 impl Past {
     pub fn load(store: Option<&dyn AggregateStore>, job: &Job) -> Result<Past> {
         let Some(store) = store else {
-            return Ok(Past { runs: Vec::new(), extent: None, dead_letters: Vec::new() });
+            return Ok(Past { runs: Vec::new(), dead_letters: Vec::new() });
         };
-        Ok(Past { runs: store.runs(&job.name)?, extent: store.extent(&job.name)?, dead_letters: store.dead_letters(&job.name)? })
+        Ok(Past { runs: store.runs(&job.name)?, dead_letters: store.dead_letters(&job.name)? })
+    }
+
+    /// Whether all rows that runs wrote lie in `range`.
+    pub fn is_within(&self, range: Option<Span>) -> bool {
+        self.runs.iter().filter_map(|run| run.range).all(|of_run| range.is_some_and(|range| range.covers(of_run)))
     }
 
     pub fn ingested_until(&self) -> Option<Timestamp> {

@@ -39,8 +39,7 @@ pub enum Completeness {
     Full,
 }
 
-/// The range of whole windows for a request. Without one, it covers every event
-/// and every stored row.
+/// The range of whole windows for a request. Without one, it covers every event.
 ///
 /// # Errors
 /// Where the scope names what does not exist.
@@ -49,7 +48,6 @@ pub(super) fn resolve(
     job: &Job,
     reference: &Reference,
     events: Option<(Timestamp, Timestamp)>,
-    stored: Option<Span>,
 ) -> Result<Option<Span>> {
     let scope = &request.scope;
     if let Some(meter) = scope.meter.as_ref().filter(|wanted| !reference.meters.iter().any(|meter| meter.id == **wanted)) {
@@ -66,8 +64,7 @@ pub(super) fn resolve(
     };
     Ok(match request.range {
         Some(asked) => Some(widen(asked)),
-        // Stored windows are whole already: widening them again would reach further each time.
-        None => [events.and_then(around), stored].into_iter().flatten().reduce(Span::union),
+        None => events.and_then(around),
     })
 }
 
