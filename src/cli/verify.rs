@@ -43,7 +43,12 @@ pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
     let progress = Progress::new(session.quiet);
     let (plan, store) = ends::preview(&job, &request, session.threads, &progress)?;
     drop(progress);
-    let findings = store.as_deref().map_or(Ok(Vec::new()), |store| check_ledger(store, &job.name))?;
+    let mut findings = store.as_deref().map_or(Ok(Vec::new()), |store| check_ledger(store, &job.name))?;
+    findings.extend(plan.foreign_definitions.iter().map(|key| Finding {
+        table: "usage_windows",
+        row: describe(key),
+        problem: "names definitions that it was not computed with".to_owned(),
+    }));
     let periods_differing = plan.periods.changed();
     let sound = plan.changes.rows.changed() == 0 && periods_differing == 0 && findings.is_empty();
     match session.format {

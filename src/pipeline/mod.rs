@@ -100,6 +100,8 @@ pub struct Plan {
     pub steps: Vec<Step>,
     pub warnings: Vec<String>,
     pub coverage: Coverage,
+    /// Rows that name definitions which they were not computed with.
+    pub foreign_definitions: Vec<WindowKey>,
     /// The job's policy for late events, at the time of this plan.
     pub lateness: Lateness,
     /// What was asked for, with how far the job looks back.
@@ -301,6 +303,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         changes.adjust_closed(adjustments::recorded(store, &job.name, wants)?);
     }
     changes.check_totals()?;
+    let foreign_definitions = past.foreign_definitions(&stored.windows, &priced.windows, &basis);
     invariants::ledger_replay(&stored.windows, &changes, &priced, range, &closed)?;
     invariants::nothing_outside_the_range(&stored.windows, &changes, range)?;
     let periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods), &closed);
@@ -337,6 +340,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         steps: timeline.steps,
         warnings: reference.warnings.clone(),
         coverage,
+        foreign_definitions,
         lateness,
         request: request.clone(),
         states: if is_part { Vec::new() } else { vec![(STATE.to_owned(), snapshot.encode()?)] },

@@ -9,10 +9,10 @@ use super::closed::ClosedPeriods;
 use super::enrich::Scope;
 use super::incremental::marks::Marks;
 use super::letters::{OpenDeadLetters, VisitedLetters};
-use super::price::Priced;
+use super::price::{Priced, PricedWindow};
 use crate::config::Job;
 use crate::model::aggregate::{CorrectionKind, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, WindowKey};
-use crate::model::run::RunRecord;
+use crate::model::run::{RunBasis, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 use crate::reference::Reference;
@@ -120,6 +120,25 @@ impl Past {
             coverage.push(Coverage { range, files, ingested_until: run.input.ingested_until });
         }
         coverage
+    }
+
+    /// Rows that are as they should be, but name definitions that they were not computed
+    /// with: nothing that a definition can come from changed since their run.
+    pub fn foreign_definitions(&self, stored: &[StoredWindow], computed: &[PricedWindow], now: &RunBasis) -> Vec<WindowKey> {
+        let is_same = |run: &&RunRecord| {
+            run.mode.computes()
+                && run.basis.reference == now.reference
+                && run.basis.job_digest == now.job_digest
+                && run.basis.trueup_version == now.trueup_version
+        };
+        let same: FxHashSet<&str> = self.runs.iter().filter(is_same).map(|run| run.run_id.as_str()).collect();
+        let mut computed = computed.iter().peekable();
+        let is_foreign = |stored: &&StoredWindow| {
+            while computed.next_if(|window| window.row.key < stored.row.key).is_some() {}
+            let now = computed.peek().filter(|window| window.row.key == stored.row.key);
+            now.is_some_and(|now| now.row.basis != stored.row.basis) && same.contains(&*stored.run_id)
+        };
+        stored.iter().filter(is_foreign).map(|stored| stored.row.key.clone()).collect()
     }
 
     pub fn open_dead_letters(&self, reference: &Reference) -> OpenDeadLetters {

@@ -375,6 +375,10 @@ fn an_altered_row_is_found_and_named() {
         named.iter().for_each(|name| assert!(verified.stdout.contains(name), "{sql}: {}", verified.stdout));
     };
     let window = "t / s1 / calls / p / 2026-01-05T00:00:00Z";
+    for digest in ["meter_digest = 999", "price_digest = 'x'", "subscription_digest = meter_digest", "customer_digest = ''"] {
+        let sql = format!("UPDATE usage_windows SET {digest} WHERE window_start LIKE '2026-01-05%' AND subscription_id = 's1'");
+        altered(&sql, &[window, "names definitions"]);
+    }
     altered(
         "UPDATE usage_windows SET events_digest = 'x' WHERE window_start LIKE '2026-01-05%' AND subscription_id = 's1'",
         &[window],

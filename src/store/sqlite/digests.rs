@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Row, Statement, Transaction};
 use rustc_hash::FxHashMap;
@@ -24,8 +24,9 @@ impl Digests {
         Ok(Digests(digests.collect::<rusqlite::Result<_>>()?))
     }
 
-    pub fn text(&self, number: i64) -> Result<&str> {
-        self.0.get(&number).map(String::as_str).with_context(|| format!("definition_digests has no row {number}"))
+    /// A number that is of none was altered; `verify` names its row.
+    pub fn text(&self, number: i64) -> Cow<'_, str> {
+        self.0.get(&number).map_or_else(|| Cow::Owned(format!("no digest {number}")), |digest| Cow::Borrowed(digest.as_str()))
     }
 }
 
@@ -42,9 +43,7 @@ impl Cells for WindowCells<'_> {
 
     fn cell_at(&self, place: usize) -> Result<Option<Cow<'_, str>>> {
         match self.row.get_ref(place)? {
-            ValueRef::Integer(number) if WindowReader::DIGESTS.contains(&place) => {
-                self.digests.text(number).map(|digest| Some(Cow::Borrowed(digest)))
-            }
+            ValueRef::Integer(number) if WindowReader::DIGESTS.contains(&place) => Ok(Some(self.digests.text(number))),
             _ => self.row.cell_at(place),
         }
     }

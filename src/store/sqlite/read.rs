@@ -211,7 +211,7 @@ pub(super) fn export(connection: &Connection, job: &str, table: Table, each: Row
         for (place, is_digest) in places.iter().zip(&are_digests) {
             cells.push(match row.get_ref(*place)? {
                 ValueRef::Null => Cell::Null,
-                ValueRef::Integer(number) if *is_digest => Cell::Text(digests.text(number)?.to_owned()),
+                ValueRef::Integer(number) if *is_digest => Cell::Text(digests.text(number).into_owned()),
                 ValueRef::Integer(value) => Cell::Integer(value),
                 other => Cell::Text(other.as_str()?.to_owned()),
             });
