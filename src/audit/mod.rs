@@ -124,6 +124,8 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
     compare_with_table(store, job, rows, &versions, &mut findings)?;
     compare_periods(store, job, periods, &mut findings)?;
     check_dead_letters(store, job, runs.last(), &mut findings)?;
+    let lost = store.lost_corrections(job)?.into_iter();
+    findings.extend(lost.map(|(table, row)| Finding { table, row, problem: "does not lead to its corrections".to_owned() }));
     Ok(findings)
 }
 

@@ -170,6 +170,15 @@ pub trait AggregateStore {
     /// Finished runs of a job, oldest first.
     fn runs(&self, job: &str) -> Result<Vec<RunRecord>>;
 
+    /// Corrections that the store would not find: the table that should lead to them, and
+    /// the row that leads nowhere.
+    ///
+    /// # Errors
+    /// Where the store cannot be read.
+    fn lost_corrections(&self, _job: &str) -> Result<Vec<(&'static str, String)>> {
+        Ok(Vec::new())
+    }
+
     /// From the start of the first to the end of the last stored window.
     fn extent(&self, job: &str) -> Result<Option<Span>>;
 

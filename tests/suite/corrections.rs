@@ -375,6 +375,9 @@ fn an_altered_row_is_found_and_named() {
         named.iter().for_each(|name| assert!(verified.stdout.contains(name), "{sql}: {}", verified.stdout));
     };
     let window = "t / s1 / calls / p / 2026-01-05T00:00:00Z";
+    altered("DELETE FROM correction_ranges WHERE subscription_id = 's1'", &["correction_ranges", "does not lead"]);
+    altered("UPDATE correction_ranges SET last_sequence = first_sequence - 1", &["correction_ranges", "does not lead"]);
+    altered("UPDATE runs SET first_correction = first_correction + 1", &["runs", "does not lead"]);
     for digest in ["meter_digest = 999", "price_digest = 'x'", "subscription_digest = meter_digest", "customer_digest = ''"] {
         let sql = format!("UPDATE usage_windows SET {digest} WHERE window_start LIKE '2026-01-05%' AND subscription_id = 's1'");
         altered(&sql, &[window, "names definitions"]);

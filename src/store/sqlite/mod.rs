@@ -136,6 +136,10 @@ impl AggregateStore for SqliteStore {
         read::runs(&self.connection, job).context("reading runs")
     }
 
+    fn lost_corrections(&self, job: &str) -> Result<Vec<(&'static str, String)>> {
+        read::lost_corrections(&self.connection, job).context("reading where corrections lie")
+    }
+
     fn extent(&self, job: &str) -> Result<Option<Span>> {
         read::extent(&self.connection, job).context("reading the extent of usage_windows")
     }

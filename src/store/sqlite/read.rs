@@ -165,6 +165,24 @@ pub(super) fn corrections(
     }
 }
 
+/// Corrections that neither their meter's ranges nor their run leads to.
+pub(super) fn lost_corrections(connection: &Connection, job: &str) -> Result<Vec<(&'static str, String)>> {
+    let by_meter = "SELECT correction_id FROM corrections AS c WHERE job = ?1 AND NOT EXISTS (SELECT 1 FROM correction_ranges AS r \
+                    WHERE r.job = c.job AND r.tenant_id = c.tenant_id AND r.subscription_id = c.subscription_id \
+                    AND r.meter_id = c.meter_id AND c.sequence BETWEEN r.first_sequence AND r.last_sequence) ORDER BY sequence";
+    let by_run = "SELECT runs.run_id FROM runs JOIN (SELECT run_id, min(sequence) AS first, max(sequence) AS last FROM corrections \
+                  WHERE job = ?1 GROUP BY run_id) AS of_run USING (run_id) WHERE first_correction > first OR last_correction < last";
+    let mut lost = Vec::new();
+    for (table, sql) in [("correction_ranges", by_meter), ("runs", by_run)] {
+        let mut statement = connection.prepare(sql)?;
+        let rows = statement.query_map([job], |row| row.get::<_, String>(0))?;
+        for row in rows {
+            lost.push((table, row?));
+        }
+    }
+    Ok(lost)
+}
+
 fn entries(
     connection: &Connection,
     sql: &str,
