@@ -172,7 +172,7 @@ fn row(period: &Arc<PeriodKey>, window: (Timestamp, Timestamp), period_end: Time
 }
 
 fn computed(rows: &[Arc<WindowRow>]) -> Vec<PricedWindow> {
-    rows.iter().map(|row| PricedWindow { row: Arc::clone(row), news: News { late: 9, ..News::default() } }).collect()
+    rows.iter().map(|row| PricedWindow { row: Arc::clone(row), news: News { late: 9, ..News::default() }.into() }).collect()
 }
 
 fn compare(stored: &[StoredWindow], computed: &[PricedWindow]) -> Reconciliation {

@@ -207,7 +207,7 @@ fn compare_with_table(
     let everything = store.extent(job)?.unwrap_or(everything);
     for stored in store.windows(job, everything)? {
         let problem = match replayed.remove(&stored.row.key) {
-            Some((values, run)) if values == Values::from(&stored.row) => {
+            Some((values, run)) if values == Values::from(&*stored.row) => {
                 if *run == *stored.run_id && versions.get(run.as_str()) == Some(&stored.version) {
                     continue;
                 }

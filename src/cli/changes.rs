@@ -53,8 +53,8 @@ pub fn by_customer_and_meter(corrections: &[Correction], style: Style, out: &mut
         let key = (&*period.tenant_id, &*correction.customer_id, &*period.meter_id, &*correction.currency);
         let group = groups.entry(key).or_default();
         *group.rows.entry(correction.kind).or_default() += 1;
-        group.before.add(cost(correction.before));
-        group.after.add(cost(correction.after));
+        group.before.add(cost(correction.values_before()));
+        group.after.add(cost(correction.values_after()));
         for cause in correction.causes.names() {
             *group.causes.entry(cause.name()).or_default() += 1;
         }
@@ -88,7 +88,7 @@ pub fn by_customer_and_meter(corrections: &[Correction], style: Style, out: &mut
 pub fn largest(corrections: &[Correction], style: Style, out: &mut String) -> Result<()> {
     let mut changes = Vec::new();
     for correction in corrections {
-        changes.push((cost(correction.after).checked_sub(cost(correction.before))?, correction));
+        changes.push((cost(correction.values_after()).checked_sub(cost(correction.values_before()))?, correction));
     }
     changes.sort_by(|(a, left), (b, right)| b.abs().cmp(&a.abs()).then_with(|| left.key.cmp(&right.key)));
     let quantity = |values: Option<Values>| values.map_or_else(|| "-".to_owned(), |values| values.quantity.to_string());
@@ -98,8 +98,8 @@ pub fn largest(corrections: &[Correction], style: Style, out: &mut String) -> Re
             format!("  {}", symbol(correction.kind)),
             correction.customer_id.to_string(),
             describe(&correction.key),
-            quantity(correction.before),
-            quantity(correction.after),
+            quantity(correction.values_before()),
+            quantity(correction.values_after()),
             format!("{change} {}", correction.currency),
             causes.join(", "),
         ];

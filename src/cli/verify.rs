@@ -92,7 +92,7 @@ fn text(job: &Job, plan: &Plan, periods_differing: u64, findings: &[Finding]) ->
             values.map_or_else(|| "nothing".to_owned(), |v| format!("quantity {} cost {}", v.quantity, v.cost))
         };
         let causes: Vec<_> = correction.causes.names().map(|cause| cause.name()).collect();
-        let (stored, should) = (shown(correction.before), shown(correction.after));
+        let (stored, should) = (shown(correction.values_before()), shown(correction.values_after()));
         writeln!(out, "  {}: stored {stored}, should be {should} ({})", describe(&correction.key), causes.join(", "))?;
     }
     for finding in findings.iter().take(SHOWN) {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 pub use super::causes::Causes;
 use super::decimal::Decimal;
 use super::digest::SetDigest;
+use super::recorded::Recorded;
 use super::timestamp::Timestamp;
 use super::window::Span;
 
@@ -268,12 +269,6 @@ impl From<&WindowRow> for Values {
     }
 }
 
-impl From<&Arc<WindowRow>> for Values {
-    fn from(row: &Arc<WindowRow>) -> Self {
-        Values::from(&**row)
-    }
-}
-
 /// One change to one aggregate.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Correction {
@@ -284,11 +279,21 @@ pub struct Correction {
     pub currency: Text,
     pub kind: CorrectionKind,
     pub causes: Causes,
-    pub before: Option<Values>,
-    pub after: Option<Values>,
+    pub before: Option<Recorded>,
+    pub after: Option<Recorded>,
     /// The row that was written over or taken away, so that it can be restored.
     #[serde(with = "shared_option")]
     pub replaced: Option<Arc<WindowRow>>,
+}
+
+impl Correction {
+    pub fn values_before(&self) -> Option<Values> {
+        self.before.as_ref().map(Recorded::values)
+    }
+
+    pub fn values_after(&self) -> Option<Values> {
+        self.after.as_ref().map(Recorded::values)
+    }
 }
 
 /// One change to one row of `usage_periods`.

@@ -8,24 +8,44 @@ use super::aggregate::Cause;
 
 /// Causes with how often each applies: events, or 1 for a changed definition. Most
 /// corrections have one, and there are many corrections: a map would be ten times as large.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Causes(Vec<(Cause, u64)>);
+#[derive(Debug, Clone, Default)]
+pub struct Causes(Held);
+
+#[derive(Debug, Clone, Default)]
+enum Held {
+    #[default]
+    None,
+    One((Cause, u64)),
+    /// Sorted.
+    Several(Box<Vec<(Cause, u64)>>),
+}
 
 impl Causes {
     pub fn new() -> Self {
         Causes::default()
     }
 
+    fn as_slice(&self) -> &[(Cause, u64)] {
+        match &self.0 {
+            Held::None => &[],
+            Held::One(cause) => std::slice::from_ref(cause),
+            Held::Several(causes) => causes,
+        }
+    }
+
     /// Sets how often a cause applies.
     pub fn insert(&mut self, cause: Cause, count: u64) {
-        match self.0.binary_search_by_key(&cause, |(known, _)| *known) {
-            Ok(at) => self.0.iter_mut().skip(at).take(1).for_each(|(_, known)| *known = count),
-            Err(at) => {
-                // Doubling would make room for four.
-                self.0.reserve_exact(1);
-                self.0.insert(at, (cause, count));
-            }
+        let mut causes = match std::mem::take(&mut self.0) {
+            Held::None => return self.0 = Held::One((cause, count)),
+            Held::One((known, _)) if known == cause => return self.0 = Held::One((cause, count)),
+            Held::One(known) => Box::new(vec![known]),
+            Held::Several(causes) => causes,
+        };
+        match causes.binary_search_by_key(&cause, |(known, _)| *known) {
+            Ok(at) => causes.iter_mut().skip(at).take(1).for_each(|(_, known)| *known = count),
+            Err(at) => causes.insert(at, (cause, count)),
         }
+        self.0 = Held::Several(causes);
     }
 
     pub fn hold(&self, cause: Cause) -> bool {
@@ -33,11 +53,11 @@ impl Causes {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.as_slice().is_empty()
     }
 
     pub fn clear(&mut self) {
-        self.0.clear();
+        self.0 = Held::None;
     }
 
     /// How often all of them apply.
@@ -47,7 +67,7 @@ impl Causes {
 
     /// In the order of [`Cause`].
     pub fn iter(&self) -> impl Iterator<Item = (Cause, u64)> {
-        self.0.iter().copied()
+        self.as_slice().iter().copied()
     }
 
     /// The causes without their counts.
@@ -56,12 +76,20 @@ impl Causes {
     }
 }
 
+impl PartialEq for Causes {
+    fn eq(&self, other: &Causes) -> bool {
+        self.as_slice() == other.as_slice()
+    }
+}
+
+impl Eq for Causes {}
+
 impl IntoIterator for Causes {
     type Item = (Cause, u64);
     type IntoIter = std::vec::IntoIter<(Cause, u64)>;
 
     fn into_iter(self) -> Self::IntoIter {
-        self.0.into_iter()
+        self.as_slice().to_vec().into_iter()
     }
 }
 

@@ -166,9 +166,14 @@ impl Decimal {
         Self::from_units(divide_half_away(self.0, step) * step)
     }
 
-    /// Little-endian bytes for digests.
+    /// Little-endian bytes, for digests and for [`Decimal::from_le_bytes`].
     pub fn to_le_bytes(self) -> [u8; 16] {
         self.0.to_le_bytes()
+    }
+
+    /// A number from its little-endian bytes.
+    pub fn from_le_bytes(bytes: [u8; 16]) -> Self {
+        Decimal(i128::from_le_bytes(bytes))
     }
 }
 

@@ -45,8 +45,9 @@ pub fn frame(buffer: &mut Vec<u8>, field: Option<&[u8]>) {
 pub struct SetDigest(u128);
 
 impl SetDigest {
-    pub fn add(&mut self, element: &[u8]) {
-        self.0 = self.0.wrapping_add(xxh3_128(element));
+    /// Adds an element by its hash.
+    pub fn add(&mut self, hash: u128) {
+        self.0 = self.0.wrapping_add(hash);
     }
 
     pub fn merge(&mut self, other: SetDigest) {

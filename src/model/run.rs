@@ -286,8 +286,8 @@ impl LedgerLines {
                 &self.causes,
                 &replaced_json(correction),
             ],
-            before: correction.before,
-            after: correction.after,
+            before: correction.values_before(),
+            after: correction.values_after(),
         });
         &mut self.text
     }

@@ -172,8 +172,37 @@ pub struct Latest {
     value: Decimal,
 }
 
+/// What an aggregation needs of an event's value.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Measured<'a> {
+    /// The event itself counts.
+    Event,
+    Number(Decimal),
+    /// The hash of a distinct value.
+    Distinct(u128),
+    /// A distinct value of a sketch, which has a hash of its own.
+    Text(&'a str),
+    /// The hash of a distinct value that is added or removed.
+    Operation {
+        value: u128,
+        is_add: bool,
+    },
+}
+
+impl<'a> Measured<'a> {
+    pub fn of(value: &'a Value<'_>, aggregation: Aggregation) -> Self {
+        match value {
+            Value::Event => Measured::Event,
+            Value::Number(number) => Measured::Number(*number),
+            Value::Distinct(text) if aggregation == Aggregation::CountUniqueApprox => Measured::Text(text),
+            Value::Distinct(text) => Measured::Distinct(xxh3_128(text.as_bytes())),
+            Value::Operation { text, is_add } => Measured::Operation { value: xxh3_128(text.as_bytes()), is_add: *is_add },
+        }
+    }
+}
+
 /// What of an event an accumulator may need beside the value.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Moment<'a> {
     pub timestamp: Timestamp,
     pub ingested_at: Timestamp,
@@ -199,19 +228,21 @@ impl Accumulator {
     }
 
     /// Adds the value of one event.
-    pub fn add(&mut self, value: &Value<'_>, moment: Moment<'_>) {
+    pub fn add(&mut self, value: &Measured<'_>, moment: Moment<'_>) {
         match (self, value) {
             (Accumulator::Count(count), _) => *count += 1,
-            (Accumulator::Sum(sum), Value::Number(number)) => sum.add(*number),
-            (Accumulator::Avg(sum, count), Value::Number(number)) => {
+            (Accumulator::Sum(sum), Measured::Number(number)) => sum.add(*number),
+            (Accumulator::Avg(sum, count), Measured::Number(number)) => {
                 sum.add(*number);
                 *count += 1;
             }
-            (Accumulator::Min(least), Value::Number(number)) => *least = Some(least.map_or(*number, |least| least.min(*number))),
-            (Accumulator::Max(greatest), Value::Number(number)) => {
+            (Accumulator::Min(least), Measured::Number(number)) => {
+                *least = Some(least.map_or(*number, |least| least.min(*number)))
+            }
+            (Accumulator::Max(greatest), Measured::Number(number)) => {
                 *greatest = Some(greatest.map_or(*number, |greatest| greatest.max(*number)));
             }
-            (Accumulator::Latest(latest), Value::Number(number)) => {
+            (Accumulator::Latest(latest), Measured::Number(number)) => {
                 let Moment { timestamp, ingested_at, id, .. } = moment;
                 let newer = latest.as_ref().is_none_or(|last| {
                     (last.timestamp, last.ingested_at, &*last.id, last.value) < (timestamp, ingested_at, id, *number)
@@ -220,16 +251,14 @@ impl Accumulator {
                     *latest = Some(Box::new(Latest { timestamp, ingested_at, id: id.into(), value: *number }));
                 }
             }
-            (Accumulator::CountUnique(values), Value::Distinct(text)) => {
-                values.add(xxh3_128(text.as_bytes()));
-            }
-            (Accumulator::AddedUnique(values), Value::Operation { text, is_add }) => {
+            (Accumulator::CountUnique(values), Measured::Distinct(value)) => values.add(*value),
+            (Accumulator::AddedUnique(values), Measured::Operation { value, is_add }) => {
                 let Moment { timestamp, ingested_at, id, .. } = moment;
                 let operation = Operation { timestamp, ingested_at, id: id.into(), is_add: *is_add };
-                values.note(xxh3_128(text.as_bytes()), operation);
+                values.note(*value, operation);
             }
-            (Accumulator::CountUniqueApprox(sketch), Value::Distinct(text)) => sketch.add(text),
-            (Accumulator::WeightedSum(of), Value::Number(number)) => {
+            (Accumulator::CountUniqueApprox(sketch), Measured::Text(text)) => sketch.add(text),
+            (Accumulator::WeightedSum(of), Measured::Number(number)) => {
                 let mut level = DecimalSum::default();
                 level.add(*number);
                 let until = Timestamp::from_nanos(moment.timestamp.nanos().saturating_add(moment.remaining));
@@ -237,7 +266,7 @@ impl Accumulator {
                 of.weighted.add_weighted(level, moment.remaining);
             }
             // The value always fits: both are chosen by the meter's aggregation.
-            (_, Value::Event | Value::Number(_) | Value::Distinct(_) | Value::Operation { .. }) => {}
+            (_, _) => {}
         }
     }
 

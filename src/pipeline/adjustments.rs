@@ -8,6 +8,7 @@ use anyhow::Result;
 
 use super::reconcile::Reconciliation;
 use crate::model::aggregate::{Cause, Causes, Correction, CorrectionKind, Text, Values, WindowKey};
+use crate::model::recorded::Recorded;
 use crate::store::AggregateStore;
 
 /// What the ledger says of a window of a closed period.
@@ -58,6 +59,7 @@ impl Reconciliation {
         };
         self.rows.adjusted += 1;
         let kind = CorrectionKind::Adjust;
+        let (before, after) = (before.map(Recorded::from), after.map(Recorded::from));
         self.corrections.push(Correction { key, customer_id, currency, kind, causes, before, after, replaced: None });
     }
 }

@@ -1,29 +1,26 @@
-//! Aggregation: every event ends in a bucket, every counted value in a window.
+//! Enrichment: every event ends in a bucket, every value that counts in a match.
 //!
-//! Each thread has an [`Aggregator`]; merging them gives the same whatever event
-//! went to which. Only window-level state stays in memory.
+//! Each thread has a [`Matcher`]; merging them gives the same whatever event went to which.
 
 use anyhow::Result;
 use rustc_hash::FxHashMap;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::accumulator::Moment;
+use super::accumulate::{AllMatches, Shard};
+use super::accumulator::{Measured, Moment};
 use super::deduplicate::{Copies, RepeatedKeys, key_hash, write_key};
-use super::enrich::{Enricher, EventPlan, MeterPlan, Rejection, Value};
-use super::event_forms::{contribution, event_json};
+use super::enrich::{Enricher, EventPlan, MeterPlan, Rejection};
+use super::event_forms::{event_json, identity};
 use super::held::{self, Held};
 use super::incremental::marks::Marks;
 use super::letters::{OpenDeadLetters, VisitedLetters};
-use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, Sessions, StateKey, WindowCache, WindowState, index};
+use super::matches::{Match, Matches, NO_WINDOW, Partitioning};
+use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, StateKey, WindowCache, index};
 use super::text_memo::TextMemo;
-use super::windows::Windows;
 use crate::config::Deduplicate;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
 use crate::model::counts::{EventCounts, UsageCounts};
-use crate::model::decimal::DecimalError;
 use crate::model::meter::Aggregation;
-use crate::model::percentage::Percentage;
-use crate::model::price::Price;
 use crate::model::properties::Property;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
@@ -41,6 +38,7 @@ pub struct Context<'r> {
     /// The billing periods that the range touches lie in here: usage outside of
     /// the range, but inside of it, is needed for pricing.
     pub reach: Span,
+    pub parts: Partitioning,
     pub repeated: RepeatedKeys,
     pub open_dead_letters: OpenDeadLetters,
     /// What is computed, where it is not everything.
@@ -85,11 +83,11 @@ enum Loss {
 }
 
 /// What one thread has seen.
-pub struct Aggregator<'c, 'r> {
+pub struct Matcher<'c, 'r> {
     context: &'c Context<'r>,
-    pub windows: Windows,
-    /// By accumulation: their window starts with the billing period.
-    sessions: FxHashMap<StateKey, Sessions>,
+    matches: Matches,
+    /// What other threads matched.
+    shards: Vec<Shard>,
     /// News of windows that lost events.
     pub withdrawn: FxHashMap<StateKey, News>,
     pub dimensions: Interner,
@@ -127,16 +125,34 @@ struct Scratch {
     bytes: Vec<u8>,
     windows: WindowCache,
     /// By meter: its window that was found last.
-    last_windows: Vec<Option<Span>>,
-    periods: Vec<Option<Span>>,
+    last_windows: Vec<Option<Numbered>>,
+    /// By subscription: its billing period that was found last.
+    periods: Vec<Option<Numbered>>,
 }
 
-impl<'c, 'r> Aggregator<'c, 'r> {
+/// An event, its subscription, and its place in time.
+struct At<'e> {
+    event: &'e EventRef<'e>,
+    t: Timestamp,
+    identity: u128,
+    subscription: usize,
+    window: Numbered,
+    period: Numbered,
+}
+
+/// A span and its number.
+#[derive(Debug, Clone, Copy)]
+struct Numbered {
+    span: Span,
+    number: u32,
+}
+
+impl<'c, 'r> Matcher<'c, 'r> {
     pub fn new(context: &'c Context<'r>) -> Self {
-        Aggregator {
+        Matcher {
             context,
-            windows: Windows::new(context.enricher.reference.subscriptions.len(), context.enricher.reference.meters.len()),
-            sessions: FxHashMap::default(),
+            matches: Matches::new(&context.parts),
+            shards: Vec::new(),
             withdrawn: FxHashMap::default(),
             dimensions: Interner::starting_with("{}"),
             dead_letters: Vec::new(),
@@ -168,10 +184,10 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         batch.rows().try_for_each(|event| self.visit_event(&event, &is_known, &mut slots))
     }
 
-    /// As [`Aggregator::visit`], for the rows that `choice` wants: the others are not read.
+    /// As [`Matcher::visit`], for the rows that `choice` wants: the others are not read.
     ///
     /// # Errors
-    /// As [`Aggregator::visit`].
+    /// As [`Matcher::visit`].
     pub fn visit_chosen(
         &mut self,
         batch: &EventBatch,
@@ -209,19 +225,18 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             }
         }
         let arrival = if known { Arrival::Known } else { Arrival::Late };
-        self.take(event, Purpose::Count(arrival), slots);
-        Ok(())
+        self.take(event, Purpose::Count(arrival), slots)
     }
 
     /// Decides about the copies of keys that repeat in one part of what was set aside.
     ///
     /// # Errors
-    /// Where the part is damaged.
+    /// Where the part is damaged, or matches cannot be set aside.
     pub fn settle(&mut self, part: &[u8]) -> Result<()> {
         let problems = held::problems(part)?;
         for copies in held::by_key(part, &problems, self.context.rules)? {
             if let Some(copies) = Copies::of(&copies, self.context.rules.keep, |time| self.lose(time)) {
-                self.resolve(&copies);
+                self.resolve(&copies)?;
             }
         }
         Ok(())
@@ -235,7 +250,10 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     }
 
     /// Takes an event of which several copies were read.
-    pub fn resolve(&mut self, copies: &Copies<'_>) {
+    ///
+    /// # Errors
+    /// Where matches cannot be set aside.
+    pub fn resolve(&mut self, copies: &Copies<'_>) -> Result<()> {
         self.memo.begin_batch();
         let keep = self.context.rules.keep;
         let before = copies.counted_before(keep);
@@ -249,33 +267,56 @@ impl<'c, 'r> Aggregator<'c, 'r> {
                 false if before.says_the_same(&copies.kept) => Loss::Duplicate,
                 false => Loss::Amended,
             };
-            self.take(&before.event, Purpose::Withdraw(loss), &mut slots);
+            self.take(&before.event, Purpose::Withdraw(loss), &mut slots)?;
         }
         if is_void {
-            return self.void(&copies.kept.event);
+            self.void(&copies.kept.event);
+            return Ok(());
         }
         let arrival = match (copies.kept.known, replaces) {
             (true, _) => Arrival::Known,
             (false, true) => Arrival::Amended,
             (false, false) => Arrival::Late,
         };
-        self.take(&copies.kept.event, Purpose::Count(arrival), &mut slots);
+        self.take(&copies.kept.event, Purpose::Count(arrival), &mut slots)
     }
 
     /// Takes an event of which only one copy was read, as it was there before.
-    pub fn take_single(&mut self, event: &EventRef<'_>) {
+    ///
+    /// # Errors
+    /// Where matches cannot be set aside.
+    pub fn take_single(&mut self, event: &EventRef<'_>) -> Result<()> {
         self.memo.begin_batch();
-        self.take(event, Purpose::Count(Arrival::Known), &mut Vec::new());
+        self.take(event, Purpose::Count(Arrival::Known), &mut Vec::new())
     }
 
     /// What became of the events taken since the last call. Sessions are not closed:
     /// their keys name the billing period.
-    pub fn take_outcome(&mut self) -> Outcome {
-        let windows = std::mem::take(&mut self.windows).into_states().map(|(key, _)| key);
-        let counted = windows.chain(std::mem::take(&mut self.sessions).into_keys()).collect();
+    ///
+    /// # Errors
+    /// Where what was set aside cannot be read.
+    pub fn take_outcome(&mut self) -> Result<Outcome> {
         let skipped = std::mem::take(&mut self.usage).skipped;
         (self.events, self.withdrawn) = (EventCounts::default(), FxHashMap::default());
-        Outcome { counted, rejected: std::mem::take(&mut self.dead_letters), skipped }
+        let mut found = Vec::new();
+        self.matches.drain(|of| {
+            let key = StateKey {
+                subscription: of.subscription,
+                meter: of.meter,
+                price: of.price,
+                dimensions: of.dimensions,
+                period_start: Timestamp::MIN,
+                window_start: Timestamp::MIN,
+            };
+            let is_session = of.window == NO_WINDOW;
+            found.push((key, of.period, if is_session { of.period } else { of.window }));
+        })?;
+        let spans = &self.matches.spans;
+        let start = |number: u32| Some(spans.span(number)?.start);
+        let counted = found.into_iter().filter_map(|(key, period, window)| {
+            Some(StateKey { period_start: start(period)?, window_start: start(window)?, ..key })
+        });
+        Ok(Outcome { counted: counted.collect(), rejected: std::mem::take(&mut self.dead_letters), skipped })
     }
 
     fn wants_tenant(&self, event: &EventRef<'_>) -> bool {
@@ -299,12 +340,13 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         }
     }
 
-    /// One event, from its fields to its windows.
-    fn take<'e>(&mut self, event: &EventRef<'e>, purpose: Purpose, slots: &mut Vec<Property<'e>>) {
+    /// One event, from its fields to its matches.
+    fn take<'e>(&mut self, event: &EventRef<'e>, purpose: Purpose, slots: &mut Vec<Property<'e>>) -> Result<()> {
         let context = self.context;
         let counting = matches!(purpose, Purpose::Count(_));
         if event.deleted && event.problem.is_none() && event.missing_field().is_none() {
-            return self.void(event);
+            self.void(event);
+            return Ok(());
         }
         if counting {
             self.note_visit(event);
@@ -315,16 +357,18 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             .or_else(|| event.missing_field().map(|field| format!("`{field}` is missing")));
         if let Some(detail) = problem {
             let outside = event.timestamp.is_some_and(|t| !context.range.contains(t));
-            return self.reject_event(event, counting, !outside, &Rejection { reason: Reason::MalformedEvent, detail });
+            self.reject_event(event, counting, !outside, &Rejection { reason: Reason::MalformedEvent, detail });
+            return Ok(());
         }
         let (Some(tenant), Some(name), Some(external_id), Some(t)) =
             (event.tenant_id, event.event_name, event.external_customer_id, event.timestamp)
         else {
-            return;
+            return Ok(());
         };
         if Timestamp::in_range(t.nanos()).is_none() {
             let detail = format!("timestamp {t} is outside of the years 1700 to 2199");
-            return self.reject_event(event, counting, true, &Rejection { reason: Reason::MalformedEvent, detail });
+            self.reject_event(event, counting, true, &Rejection { reason: Reason::MalformedEvent, detail });
+            return Ok(());
         }
         let in_range = context.range.contains(t);
         // A level reaches from any earlier event into the range.
@@ -332,48 +376,57 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         let only_levels = !is_needed && context.enricher.has_levels() && t < context.reach.end;
         if !(is_needed || only_levels) || !context.enricher.wants_tenant(tenant) {
             self.events.out_of_range += u64::from(counting);
-            return;
+            return Ok(());
         }
         let Some(plan) = self.memo.plans.get([name], || context.enricher.plan(name)) else {
-            return self.count_event(counting, in_range, |events| &mut events.unmatched);
+            self.count_event(counting, in_range, |events| &mut events.unmatched);
+            return Ok(());
         };
         if let Err(error) = plan.properties.read(event.properties, slots) {
             let detail = format!("properties are no JSON object: {error}");
-            return self.reject_event(event, counting, in_range, &Rejection { reason: Reason::MalformedEvent, detail });
+            self.reject_event(event, counting, in_range, &Rejection { reason: Reason::MalformedEvent, detail });
+            return Ok(());
         }
         let slots = slots.as_slice();
         if !plan.meters.iter().any(|meter| meter.accepts(slots)) {
             let in_range = in_range && !plan.known_outside;
-            return self.count_event(counting, in_range, |events| &mut events.unmatched);
+            self.count_event(counting, in_range, |events| &mut events.unmatched);
+            return Ok(());
         }
         let customer =
             self.memo.customers.get([tenant, external_id], || context.enricher.reference.customer(tenant, external_id));
         let subscription = context.enricher.subscription_of(customer, external_id, t);
         let found = subscription.as_ref().ok().and_then(|index| context.enricher.reference.subscriptions.get(*index));
         if !context.enricher.wants_customer(found) {
-            return self.count_event(counting, false, |events| &mut events.metered);
+            self.count_event(counting, false, |events| &mut events.metered);
+            return Ok(());
         }
         let subscription = match subscription {
             Ok(subscription) => subscription,
-            Err(rejection) => return self.reject_event(event, counting, in_range, &rejection),
+            Err(rejection) => {
+                self.reject_event(event, counting, in_range, &rejection);
+                return Ok(());
+            }
         };
         let was_open = |meter: Option<usize>| counting && context.open_dead_letters.holds(event, meter);
         let event_was_open = was_open(None);
+        let identity = identity(event, t, &mut self.scratch.bytes);
         let (mut usable, mut rejected) = (false, false);
         for meter in plan.meters.iter().filter(|meter| meter.accepts(slots)) {
             if only_levels && meter.meter.aggregation != Aggregation::WeightedSum {
                 continue;
             }
             let Some((window, period)) = self.place(t, subscription, meter) else { continue };
-            if context.marks.as_ref().is_some_and(|marks| !marks.hold(subscription, meter.index, period)) {
+            if context.marks.as_ref().is_some_and(|marks| !marks.hold(subscription, meter.index, period.span)) {
                 self.visited.leave_out(&context.open_dead_letters, event, meter.index);
                 continue;
             }
             let resolved = event_was_open || was_open(Some(meter.index));
-            let outcome = self.take_match(event, subscription, meter, slots, (window, period), purpose, resolved);
+            let at = At { event, t, identity, subscription, window, period };
+            let outcome = self.take_match(&at, meter, slots, purpose, resolved)?;
             // A longer window can reach out of the range: its match is for another run.
             let is_session = matches!(meter.meter.window, WindowKind::Session { .. });
-            if !counting || !in_range || !(is_session || context.range.covers(window)) {
+            if !counting || !in_range || !(is_session || context.range.covers(window.span)) {
                 continue;
             }
             self.usage.matches += 1;
@@ -389,6 +442,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
         self.count_event(counting, in_range && (usable || rejected), |events| {
             if usable { &mut events.metered } else { &mut events.dead_lettered }
         });
+        Ok(())
     }
 
     fn count_event(&mut self, counting: bool, in_range: bool, bucket: impl Fn(&mut EventCounts) -> &mut u64) {
@@ -407,27 +461,29 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     /// One match of an event with a meter. False where it is skipped.
     fn take_match(
         &mut self,
-        event: &EventRef<'_>,
-        subscription: usize,
+        at: &At<'_>,
         plan: &MeterPlan<'r>,
         slots: &[Property<'_>],
-        (window, period): (Span, Span),
         purpose: Purpose,
         resolved: bool,
-    ) -> Result<bool, Rejection> {
-        let Some(value) = plan.value(slots)? else { return Ok(false) };
-        let Some(t) = event.timestamp else { return Ok(false) };
-        let price_index = self.context.enricher.price(subscription, plan, t, slots)?;
+    ) -> Result<Result<bool, Rejection>> {
+        let (value, price) = match self.context.enricher.charge(at.subscription, plan, at.t, slots) {
+            Ok(Some(charged)) => charged,
+            Ok(None) => return Ok(Ok(false)),
+            Err(rejection) => return Ok(Err(rejection)),
+        };
         let is_level = plan.meter.aggregation == Aggregation::WeightedSum;
+        let (window, period) = (at.window.span, at.period.span);
         let reaches_range = is_level && period.start < self.context.range.end;
         if !period.overlaps(self.context.range) && !reaches_range {
             // Another subscription's longer period made this event be read.
-            return Ok(true);
+            return Ok(Ok(true));
         }
+        let is_session = matches!(plan.meter.window, WindowKind::Session { .. });
         let key = StateKey {
-            subscription: index(subscription),
+            subscription: index(at.subscription),
             meter: index(plan.index),
-            price: price_index.map_or(NO_PRICE, index),
+            price: price.map_or(NO_PRICE, index),
             dimensions: self.dimensions_of(plan, slots),
             period_start: period.start,
             window_start: window.start,
@@ -442,7 +498,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
                     Loss::Duplicate => &mut news.duplicates,
                 } += 1;
                 self.replaced.push(key);
-                return Ok(true);
+                return Ok(Ok(true));
             }
         };
         let news = News {
@@ -453,30 +509,27 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             duplicates: 0,
             resolved: u64::from(resolved),
         };
-        let reference = self.context.enricher.reference;
-        let price = price_index.and_then(|index| reference.prices.get(index));
-        let moment = Moment {
-            timestamp: t,
-            ingested_at: event.ingested_at.unwrap_or(t),
-            id: event.id.unwrap_or_default(),
-            remaining: if is_level { self.remaining(subscription, plan, slots, t, period) } else { 0 },
+        let by_moment = plan.needs_moment || price.is_some_and(|price| self.context.enricher.needs_transactions(price));
+        let moment = by_moment.then(|| Moment {
+            timestamp: at.t,
+            ingested_at: at.event.ingested_at.unwrap_or(at.t),
+            id: at.event.id.unwrap_or_default(),
+            remaining: if is_level { self.remaining(at.subscription, plan, slots, at.t, period) } else { 0 },
+        });
+        let found = Match {
+            subscription: key.subscription,
+            meter: key.meter,
+            price: key.price,
+            dimensions: key.dimensions,
+            window: if is_session { NO_WINDOW } else { at.window.number },
+            period: at.period.number,
+            identity: at.identity,
+            value: Measured::of(&value, plan.meter.aggregation),
+            moment,
+            news,
         };
-        let percentage = price.and_then(Price::transactions);
-        // Before a window is made for it.
-        if let (Some(percentage), Value::Number(value)) = (percentage, &value) {
-            percentage.check(*value).map_err(fee_error)?;
-        }
-        let contribution = contribution(event, t, &value, &mut self.scratch.bytes);
-        let count = |state: &mut WindowState| state.count(&value, moment, percentage, contribution, news).map_err(fee_error);
-        if let WindowKind::Session { gap_nanos } = plan.meter.window {
-            let mut state = WindowState::new(plan.meter, price, window, period);
-            count(&mut state)?;
-            let key = StateKey { window_start: period.start, ..key };
-            self.sessions.entry(key).or_default().add(t, t, state, gap_nanos, percentage);
-        } else {
-            self.windows.change(key, || WindowState::new(plan.meter, price, window, period), count)?;
-        }
-        Ok(true)
+        self.matches.write(self.context.parts.part(key.subscription), &found)?;
+        Ok(Ok(true))
     }
 
     /// The number of an event's dimensions.
@@ -498,17 +551,27 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     }
 
     /// The window and the billing period of an instant.
-    fn place(&mut self, t: Timestamp, subscription: usize, meter: &MeterPlan<'_>) -> Option<(Span, Span)> {
-        let is_shared = !matches!(meter.meter.window, WindowKind::Session { .. });
-        let window = match self.scratch.last_windows.get_mut(meter.index)? {
-            Some(window) if is_shared && window.contains(t) => *window,
-            last => *last.insert(self.scratch.windows.window(meter.meter.window, t, self.context.timezone)),
+    fn place(&mut self, t: Timestamp, subscription: usize, meter: &MeterPlan<'_>) -> Option<(Numbered, Numbered)> {
+        let spans = &mut self.matches.spans;
+        let window = if matches!(meter.meter.window, WindowKind::Session { .. }) {
+            let span = self.scratch.windows.window(meter.meter.window, t, self.context.timezone);
+            Numbered { span, number: NO_WINDOW }
+        } else {
+            match self.scratch.last_windows.get_mut(meter.index)? {
+                Some(window) if window.span.contains(t) => *window,
+                last => {
+                    let span = self.scratch.windows.window(meter.meter.window, t, self.context.timezone);
+                    *last.insert(Numbered { span, number: spans.number(span) })
+                }
+            }
         };
         let cycle = &self.context.enricher.reference.subscriptions.get(subscription)?.cycle;
-        let cached = self.scratch.periods.get_mut(subscription)?;
-        let period = match cached {
-            Some(period) if period.contains(t) => *period,
-            _ => *cached.insert(cycle.period(t)),
+        let period = match self.scratch.periods.get_mut(subscription)? {
+            Some(period) if period.span.contains(t) => *period,
+            last => {
+                let span = cycle.period(t);
+                *last.insert(Numbered { span, number: spans.number(span) })
+            }
         };
         Some((window, period))
     }
@@ -535,20 +598,17 @@ impl<'c, 'r> Aggregator<'c, 'r> {
     }
 
     /// Adds what another thread has seen.
-    pub fn merge(&mut self, other: Aggregator<'c, 'r>) {
+    pub fn merge(&mut self, other: Matcher<'c, 'r>) {
         let renamed: Vec<u32> = other.dimensions.texts().iter().map(|text| self.dimensions.intern(text)).collect();
-        let rename =
-            |key: StateKey| StateKey { dimensions: renamed.get(key.dimensions as usize).copied().unwrap_or_default(), ..key };
-        for (key, theirs) in other.windows.into_states() {
-            self.windows.add(rename(key), theirs, percentage(self.context, &key));
-        }
-        for (key, theirs) in other.sessions {
-            let gap = session_gap(self.context, &key);
-            self.sessions.entry(rename(key)).or_default().merge(theirs, gap, percentage(self.context, &key));
-        }
+        let rename = |number: u32| renamed.get(number as usize).copied().unwrap_or_default();
         for (key, news) in other.withdrawn {
-            self.withdrawn.entry(rename(key)).or_default().merge(news);
+            self.withdrawn.entry(StateKey { dimensions: rename(key.dimensions), ..key }).or_default().merge(news);
         }
+        for shard in other.shards {
+            let dimensions = shard.dimensions.into_iter().map(rename).collect();
+            self.shards.push(Shard { dimensions, ..shard });
+        }
+        self.shards.push(Shard { matches: other.matches, dimensions: renamed });
         self.dead_letters.extend(other.dead_letters);
         self.events.merge(&other.events);
         self.usage.merge(&other.usage);
@@ -559,30 +619,12 @@ impl<'c, 'r> Aggregator<'c, 'r> {
             *self.copies.entry(hash).or_default() += count;
         }
     }
-}
 
-impl<'c, 'r> Aggregator<'c, 'r> {
-    /// Makes windows of sessions, once everything is merged.
-    pub fn close_sessions(&mut self) {
-        for (key, sessions) in std::mem::take(&mut self.sessions) {
-            let windows = sessions.into_windows(session_gap(self.context, &key));
-            windows.for_each(|(window_start, state)| self.windows.add(StateKey { window_start, ..key }, state, None));
-        }
-    }
-}
-
-fn fee_error(error: DecimalError) -> Rejection {
-    Rejection { reason: Reason::ValueOutOfRange, detail: format!("the fee of the event: {error}") }
-}
-
-/// The price of a state, where it must know events one by one.
-fn percentage<'r>(context: &Context<'r>, key: &StateKey) -> Option<&'r Percentage> {
-    context.enricher.reference.prices.get(key.price as usize).and_then(Price::transactions)
-}
-
-fn session_gap(context: &Context<'_>, key: &StateKey) -> i64 {
-    match context.enricher.reference.meters.get(key.meter as usize).map(|meter| meter.window) {
-        Some(WindowKind::Session { gap_nanos }) => gap_nanos,
-        _ => 0,
+    /// All matches, once everything is read.
+    pub fn take_matches(&mut self) -> AllMatches<'c, 'r> {
+        let mut shards = std::mem::take(&mut self.shards);
+        let own = std::mem::replace(&mut self.matches, Matches::new(&self.context.parts));
+        shards.push(Shard { matches: own, dimensions: (0..index(self.dimensions.texts().len())).collect() });
+        AllMatches::new(self.context, shards)
     }
 }

@@ -13,6 +13,7 @@ use crate::model::aggregate::{
     Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Values, WindowKey, WindowRow,
 };
 use crate::model::counts::RowCounts;
+use crate::model::recorded::Recorded;
 use crate::model::run::{RunMode, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
@@ -219,8 +220,8 @@ fn restore_window(draft: &mut Draft, rows: &mut RowCounts, current: Option<Arc<W
         currency: row.currency.clone(),
         kind,
         causes: Causes::from([(Cause::ManualRevert, 1)]),
-        before: current.as_deref().map(Values::from),
-        after: restored.as_deref().map(Values::from),
+        before: current.as_ref().map(Recorded::from),
+        after: restored.as_ref().map(Recorded::from),
         replaced: current.clone(),
     });
     match (kind, restored) {

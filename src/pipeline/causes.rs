@@ -74,7 +74,7 @@ pub struct Judge<'j> {
 impl Judge<'_> {
     pub fn update(&self, before: &StoredWindow, after: &PricedWindow) -> Causes {
         let (was, is) = (&before.row, &after.row);
-        let mut causes = self.news(&is.key, after.news);
+        let mut causes = self.news(&is.key, after.news.all());
         let usage_changed = !was.same_usage(is);
         if !usage_changed {
             // News that left the usage as it was explain nothing.
@@ -132,7 +132,7 @@ impl Judge<'_> {
         let Some(run) = self.covering_run(&after.row) else {
             return (Causes::from([(Cause::FirstComputation, after.row.event_count)]), true);
         };
-        let mut causes = self.news(key, after.news);
+        let mut causes = self.news(key, after.news.all());
         if causes.total() >= after.row.event_count {
             return (causes, true);
         }

@@ -9,9 +9,12 @@ use serde::{Deserialize, Serialize};
 use crate::model::aggregate::Reason;
 use crate::model::decimal::{Decimal, DecimalError};
 use crate::model::expression::ExpressionError;
-use crate::model::meter::{FilterTest, Input, Meter};
+use crate::model::meter::{Aggregation, FilterTest, Input, Meter};
+use crate::model::percentage::Percentage;
+use crate::model::price::Price;
 use crate::model::properties::{Property, PropertyPlan, write_json_text};
 use crate::model::timestamp::Timestamp;
+use crate::model::window::WindowKind;
 use crate::reference::{ExternalCustomer, Reference, Subscription, Unbound, Unpriced};
 
 /// What part of a job is computed.
@@ -71,6 +74,8 @@ pub struct MeterPlan<'r> {
     /// The slots of the metered property, or of the expression's.
     inputs: Vec<usize>,
     operation: Option<usize>,
+    /// Whether the aggregation depends on when an event was.
+    pub needs_moment: bool,
     /// Slot, name, and `{"name":` or `,"name":`.
     dimensions: Vec<(usize, &'r str, String)>,
 }
@@ -205,6 +210,36 @@ impl<'r> Enricher<'r> {
         })
     }
 
+    /// The value of a match and its price, which its meter may go without; `None` where the
+    /// property is absent or null.
+    ///
+    /// # Errors
+    /// The reason for a dead letter where it cannot count, or its fee overflows.
+    pub fn charge<'s>(
+        &self,
+        subscription: usize,
+        plan: &MeterPlan<'r>,
+        t: Timestamp,
+        slots: &'s [Property<'_>],
+    ) -> Result<Option<(Value<'s>, Option<usize>)>, Rejection> {
+        let Some(value) = plan.value(slots)? else { return Ok(None) };
+        let price = self.price(subscription, plan, t, slots)?;
+        if let (Some(percentage), Value::Number(value)) = (price.and_then(|price| self.transactions(price)), &value) {
+            let fee_error = |error| Rejection::new(Reason::ValueOutOfRange, format!("the fee of the event: {error}"));
+            percentage.check(*value).map_err(fee_error)?;
+        }
+        Ok(Some((value, price)))
+    }
+
+    /// Whether a price must know events one by one.
+    pub fn needs_transactions(&self, price: usize) -> bool {
+        self.transactions(price).is_some()
+    }
+
+    fn transactions(&self, price: usize) -> Option<&'r Percentage> {
+        self.reference.prices.get(price).and_then(Price::transactions)
+    }
+
     /// The price of a match; `None` where its meter may go without.
     ///
     /// # Errors
@@ -279,6 +314,9 @@ impl<'r> MeterPlan<'r> {
                     expression.properties().iter().map(|property| properties.slot(property)).collect()
                 }
             },
+            needs_moment: meter.operation_property.is_some()
+                || matches!(meter.aggregation, Aggregation::Latest | Aggregation::WeightedSum)
+                || matches!(meter.window, WindowKind::Session { .. }),
             operation: meter.operation_property.as_ref().map(|property| properties.slot(property)),
             dimensions,
         }

@@ -1,28 +1,39 @@
 //! An event in other forms: as bytes for digests, as JSON for people.
 
-use super::enrich::Value;
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::accumulator::Measured;
 use crate::model::digest::frame;
 use crate::model::properties::write_json_text;
 use crate::model::timestamp::Timestamp;
 use crate::source::EventRef;
 
-/// What an event contributes to a window, for the window's digest: which event,
-/// when, and the value. A re-sent copy that changes none of them changes nothing.
-pub fn contribution<'b>(event: &EventRef<'_>, t: Timestamp, value: &Value<'_>, bytes: &'b mut Vec<u8>) -> &'b [u8] {
-    bytes.clear();
-    frame(bytes, event.tenant_id.map(str::as_bytes));
-    frame(bytes, event.id.map(str::as_bytes));
-    bytes.extend_from_slice(&t.nanos().to_le_bytes());
-    match value {
-        Value::Event => bytes.push(0),
-        Value::Number(number) => bytes.extend_from_slice(&number.to_le_bytes()),
-        Value::Distinct(text) => bytes.extend_from_slice(text.as_bytes()),
-        Value::Operation { text, is_add } => {
-            bytes.push(u8::from(*is_add));
-            bytes.extend_from_slice(text.as_bytes());
-        }
+/// Which event, and when: a hash.
+pub fn identity(event: &EventRef<'_>, t: Timestamp, scratch: &mut Vec<u8>) -> u128 {
+    scratch.clear();
+    frame(scratch, event.tenant_id.map(str::as_bytes));
+    frame(scratch, event.id.map(str::as_bytes));
+    scratch.extend_from_slice(&t.nanos().to_le_bytes());
+    xxh3_128(scratch)
+}
+
+/// What an event contributes to a window, for the window's digest: which event, when, and
+/// the value. A re-sent copy that changes none of them changes nothing.
+pub fn contribution(identity: u128, value: &Measured<'_>) -> u128 {
+    let with = |value: [u8; 16], kind: u8| {
+        let mut bytes = [kind; 33];
+        let (of_identity, of_value) = bytes.split_at_mut(16);
+        of_identity.copy_from_slice(&identity.to_le_bytes());
+        of_value.iter_mut().zip(value).for_each(|(to, byte)| *to = byte);
+        xxh3_128(&bytes)
+    };
+    match *value {
+        Measured::Event => identity,
+        Measured::Number(number) => with(number.to_le_bytes(), 0),
+        Measured::Distinct(value) => with(value.to_le_bytes(), 0),
+        Measured::Text(text) => with(xxh3_128(text.as_bytes()).to_le_bytes(), 0),
+        Measured::Operation { value, is_add } => with(value.to_le_bytes(), 1 + u8::from(is_add)),
     }
-    bytes
 }
 
 /// The event as JSON, for people and for retries.

@@ -77,7 +77,7 @@ fn moved_by_currency(corrections: &[&Correction]) -> Result<BTreeMap<Text, Decim
         let cost = |values: &Option<crate::model::aggregate::Values>| values.map_or(Decimal::ZERO, |values| values.cost);
         let net =
             by_customer.entry((&correction.currency, &correction.key.period.tenant_id, &correction.customer_id)).or_default();
-        *net = net.checked_add(cost(&correction.after))?.checked_sub(cost(&correction.before))?;
+        *net = net.checked_add(cost(&correction.values_after()))?.checked_sub(cost(&correction.values_before()))?;
     }
     let mut moved: BTreeMap<Text, Decimal> = BTreeMap::new();
     for ((currency, _, _), net) in by_customer {

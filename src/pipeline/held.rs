@@ -1,14 +1,10 @@
-//! Copies of events whose key repeats, set aside until all events are read: in memory
-//! up to a limit, beyond it in a temporary file. Only one part of them is taken up
-//! again at a time.
-
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+//! Copies of events whose key repeats, set aside until all events are read.
 
 use anyhow::{Context as _, Result};
 use rustc_hash::FxHashMap;
 
 use super::deduplicate::{Copy, write_key};
+use super::spill::Partitions;
 use crate::config::Deduplicate;
 use crate::model::timestamp::Timestamp;
 use crate::source::{EventRef, Problem};
@@ -19,16 +15,12 @@ pub const PARTS: usize = 64;
 /// Bytes that one thread keeps in memory.
 const MOST_IN_MEMORY: usize = 64 << 20;
 
-/// What one thread has set aside.
+/// What threads have set aside.
 #[derive(Debug)]
 pub struct Held {
-    parts: Vec<Vec<u8>>,
-    bytes: usize,
-    most_in_memory: usize,
-    /// Of this thread, and of those that it took over from.
-    spilled: Vec<Spilled>,
-    /// Whether the last of `spilled` is its own.
-    has_file: bool,
+    own: Partitions,
+    /// Of threads that it took over from.
+    others: Vec<Partitions>,
 }
 
 impl Default for Held {
@@ -37,18 +29,9 @@ impl Default for Held {
     }
 }
 
-/// Copies that were written to a file; it has no name, and is gone with the process.
-#[derive(Debug)]
-struct Spilled {
-    file: File,
-    end: u64,
-    /// For each part, where its pieces begin, and their lengths.
-    pieces: Vec<Vec<(u64, usize)>>,
-}
-
 impl Held {
     fn with_limit(most_in_memory: usize) -> Self {
-        Held { parts: vec![Vec::new(); PARTS], bytes: 0, most_in_memory, spilled: Vec::new(), has_file: false }
+        Held { own: Partitions::new("copies of events", PARTS, most_in_memory), others: Vec::new() }
     }
 
     /// Sets a copy aside. `hash` is that of its key.
@@ -56,42 +39,13 @@ impl Held {
     /// # Errors
     /// Where the temporary file cannot be written.
     pub fn hold(&mut self, hash: u64, event: &EventRef<'_>, known: bool) -> Result<()> {
-        let Some(part) = self.parts.get_mut(usize::try_from(hash % PARTS as u64)?) else { return Ok(()) };
-        let before = part.len();
-        encode(event, known, part);
-        self.bytes += part.len() - before;
-        if self.bytes > self.most_in_memory {
-            let folder = std::env::temp_dir();
-            self.spill()
-                .with_context(|| format!("setting copies of events aside in {} (TMPDIR names another)", folder.display()))?;
-        }
-        Ok(())
-    }
-
-    fn spill(&mut self) -> io::Result<()> {
-        if !self.has_file {
-            self.spilled.push(Spilled { file: tempfile::tempfile()?, end: 0, pieces: vec![Vec::new(); PARTS] });
-            self.has_file = true;
-        }
-        let Some(spilled) = self.spilled.last_mut() else { return Ok(()) };
-        for (part, pieces) in self.parts.iter_mut().zip(&mut spilled.pieces) {
-            spilled.file.write_all(part)?;
-            pieces.push((spilled.end, part.len()));
-            spilled.end += part.len() as u64;
-            part.clear();
-        }
-        self.bytes = 0;
-        Ok(())
+        self.own.append(usize::try_from(hash % PARTS as u64)?, |part| encode(event, known, part))
     }
 
     /// Takes over what another thread has set aside.
-    pub fn merge(&mut self, mut other: Held) {
-        for (ours, theirs) in self.parts.iter_mut().zip(&mut other.parts) {
-            ours.append(&mut std::mem::take(theirs));
-        }
-        self.bytes += other.bytes;
-        // What is its own stays the last.
-        self.spilled.splice(0..0, other.spilled);
+    pub fn merge(&mut self, other: Held) {
+        self.others.push(other.own);
+        self.others.extend(other.others);
     }
 
     /// Appends one part to `out`.
@@ -99,17 +53,8 @@ impl Held {
     /// # Errors
     /// Where the temporary file cannot be read.
     pub fn take_part(&mut self, at: usize, out: &mut Vec<u8>) -> Result<()> {
-        for spilled in &mut self.spilled {
-            for (start, length) in spilled.pieces.get(at).into_iter().flatten() {
-                spilled.file.seek(SeekFrom::Start(*start))?;
-                let read = (&mut spilled.file).take(*length as u64).read_to_end(out)?;
-                anyhow::ensure!(read == *length, "the temporary file of copies broke off");
-            }
-        }
-        if let Some(part) = self.parts.get_mut(at) {
-            out.append(&mut std::mem::take(part));
-        }
-        Ok(())
+        let mut all = std::iter::once(&mut self.own).chain(&mut self.others);
+        all.try_for_each(|partitions| partitions.take(at, out))
     }
 }
 
@@ -249,7 +194,7 @@ mod tests {
                 };
                 held.hold(xxhash_rust::xxh3::xxh3_64(id.as_bytes()), &event, number % 2 == 0).unwrap();
             }
-            assert_eq!(held.spilled.is_empty(), limit > 10_000);
+            assert_eq!(held.own.has_spilled(), limit <= 10_000);
             let (mut kept, mut lost) = (Vec::new(), 0);
             for part in 0..PARTS {
                 let mut bytes = Vec::new();

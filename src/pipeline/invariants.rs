@@ -127,7 +127,7 @@ impl<'r, T, K: Ord> Walk<'r, T, K> {
 /// The values of a row after its corrections, in their order.
 fn replay<'c>(before: Option<Values>, corrections: impl Iterator<Item = &'c Correction>) -> Option<Values> {
     corrections.fold(before, |known, correction| match correction.kind {
-        CorrectionKind::Insert | CorrectionKind::Update => correction.after,
+        CorrectionKind::Insert | CorrectionKind::Update => correction.values_after(),
         // What is closed stays as it was invoiced.
         CorrectionKind::Adjust => known,
         CorrectionKind::Retract => None,
@@ -150,14 +150,14 @@ pub fn ledger_replay(
     // Everything is sorted by key: the least of the three comes next.
     while let Some(key) = [stored.next_key(), computed.next_key(), corrections.next_key()].into_iter().flatten().min() {
         let (stored, computed) = (stored.next_of(key), computed.next_of(key));
-        let left = replay(stored.map(|stored| Values::from(&stored.row)), std::iter::from_fn(|| corrections.next_of(key)));
+        let left = replay(stored.map(|stored| Values::from(&*stored.row)), std::iter::from_fn(|| corrections.next_of(key)));
         // A row that reaches out of the range, before or after, is left as it is.
         let windows = [stored.map(|stored| stored.row.window()), computed.map(|window| window.row.window())];
         if closed.hold(&key.period) || windows.into_iter().flatten().any(|window| !range.covers(window)) {
             continue;
         }
         match computed {
-            Some(window) if left != Some(Values::from(&window.row)) => return broken(key, "is not what the ledger gives"),
+            Some(window) if left != Some(Values::from(&*window.row)) => return broken(key, "is not what the ledger gives"),
             None if left.is_some() => return broken(key, "is in the ledger, but not computed"),
             Some(_) | None => {}
         }

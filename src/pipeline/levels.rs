@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, btree_map};
 use std::iter::Peekable;
 
 use rustc_hash::FxHashMap;
+use xxhash_rust::xxh3::xxh3_128;
 
 use super::state::{Interner, NO_PRICE, News, StateKey, WindowState, index};
 use super::windows::Windows;
@@ -55,7 +56,7 @@ pub fn carry_in(
             changes.entry(change.until).or_default().level.merge(change.level);
         }
         if let Some(first) = state.accumulator.level_changes().iter().map(|change| change.until).min() {
-            changes.entry(first).or_default().news.merge(state.news());
+            changes.entry(first).or_default().news.merge(state.news.all());
         }
     }
     let start = |(key, changes)| Walk::new(key, changes, reference, &dimensions.text(key.dimensions), timezone);
@@ -145,8 +146,8 @@ impl<'w> Walk<'w> {
         let new = || WindowState::new(self.meter, of_price, window, period);
         windows.change(key, new, |state| {
             state.accumulator.carry_in(carried.level, until.nanos().saturating_sub(at.nanos()));
-            state.events_digest.add(&contribution);
-            state.add_news(carried.news);
+            state.events_digest.add(xxh3_128(&contribution));
+            state.news.add(carried.news);
         });
         window.end
     }

@@ -6,6 +6,7 @@
 //!
 //! Everything between reading and publishing is a function of its arguments.
 
+mod accumulate;
 mod accumulator;
 mod adjustments;
 mod aggregate;
@@ -26,6 +27,7 @@ pub mod keys;
 mod lateness;
 mod letters;
 mod levels;
+mod matches;
 mod names;
 mod past;
 pub mod price;
@@ -36,6 +38,7 @@ pub mod saved;
 mod scan;
 pub mod session_changes;
 mod sessions;
+mod spill;
 pub mod state;
 mod text_memo;
 pub mod trace;
@@ -60,7 +63,7 @@ use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
 use crate::source::{EventSource, Selection, Split, Wanted};
 use crate::store::AggregateStore;
-use aggregate::{Aggregator, Context};
+use aggregate::{Context, Matcher};
 use causes::{CurrentDigests, Evidence};
 use closed::ClosedPeriods;
 use deduplicate::RepeatedKeys;
@@ -72,8 +75,10 @@ pub use key_cache::KeyCache;
 use keys::{KeyHashes, KeyReader, SplitKeys};
 use lateness::Horizon;
 pub use lateness::Lateness;
+use matches::Partitioning;
 use names::Names;
 use past::{Knowledge, Past, ledger_rows};
+use price::Priced;
 pub use range::{Completeness, Request};
 pub use reconcile::Totals;
 use reconcile::{PeriodChanges, Reconciliation};
@@ -220,47 +225,53 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), &mut timeline)).transpose()?;
     let (marks, mut skipping) = marked.unzip();
 
-    // read -> enrich -> aggregate
+    // read -> enrich
     let context = Context {
         enricher: Enricher::new(reference, request.scope.clone()),
         rules: &job.deduplicate,
         timezone: job.timezone,
         range,
         reach,
+        parts: Partitioning::of(reference),
         repeated: keys.repeated,
         open_dead_letters: past.open_dead_letters(reference),
         marks,
     };
     let coverage = past.coverage(reach);
     let mut seen = match (&passes, &mut skipping, &context.marks) {
-        (Some(passes), Some(skipping), Some(marks)) => timeline.step("aggregate", None, || {
+        (Some(passes), Some(skipping), Some(marks)) => timeline.step("enrich", None, || {
             let choice = marks.choice(reference);
             let seen = resolve(&context, passes.aggregate(&context, &coverage, &choice, skipping)?, threads)?;
             let read = seen.events.read;
             Ok((seen, read))
         }),
-        _ => aggregate_all(inputs, &context, (&splits, &keys.splits), &coverage, &mut timeline),
+        _ => enrich_all(inputs, &context, (&splits, &keys.splits), &coverage, &mut timeline),
     }?;
     invariants::conservation(&seen.events, &seen.usage)?;
 
-    // price
+    // aggregate -> price
     let names = Names::new(reference);
     let withdrawn: FxHashMap<WindowKey, News> =
         seen.withdrawn.iter().map(|(key, news)| (names.window_key(key, &seen.dimensions), *news)).collect();
-    let mut windows = std::mem::take(&mut seen.windows);
-    let mut priced = timeline.step("price", None, || {
-        if levels {
+    let matches = seen.take_matches();
+    let mut priced = timeline.step("aggregate and price", None, || {
+        let dimensions = &seen.dimensions;
+        let price = |windows, range| price::price(windows, dimensions, reference, &names, range, job.timezone);
+        let mut priced = if levels {
+            let mut windows = matches.all()?;
             // Where nobody asked for an end, what a level costs later in its period belongs to the range.
             let open = request.range.is_none() && lateness.settled_until.is_none();
-            levels::carry_in(&mut windows, &seen.dimensions, reference, &mut range, open, job.timezone);
-        }
-        let rows = windows.len() as u64;
-        let mut priced = price::price(windows, &seen.dimensions, reference, &names, range, job.timezone)?;
+            levels::carry_in(&mut windows, dimensions, reference, &mut range, open, job.timezone);
+            price(windows, range)?
+        } else {
+            Priced::of_parts(matches.each(threads, |windows| price(windows, range))?)
+        };
         let wants = |(at, subscription): (usize, &Subscription), (meter, price): (usize, &Price), period: Span| {
             request.scope.holds(&subscription.tenant_id, &subscription.customer_id, &price.meter_id)
                 && context.marks.as_ref().is_none_or(|marks| marks.hold(at, meter, period))
         };
         unused::add_periods(&mut priced.periods, reference, &names, range, wants)?;
+        let rows = priced.windows.len() as u64;
         Ok((priced, rows))
     })?;
     invariants::telescoping_cost(&priced)?;
@@ -483,23 +494,23 @@ fn known_keys(inputs: &Inputs<'_>, splits: &[Split], is_new: &[bool], timeline: 
     })
 }
 
-/// Aggregates all events.
-fn aggregate_all<'c, 'r>(
+/// Matches all events with their meters.
+fn enrich_all<'c, 'r>(
     inputs: &Inputs<'_>,
     context: &'c Context<'r>,
     (splits, keys): (&[Split], &[SplitKeys]),
     coverage: &[past::Coverage<'_>],
     timeline: &mut Timeline<'_>,
-) -> Result<Aggregator<'c, 'r>> {
+) -> Result<Matcher<'c, 'r>> {
     let Inputs { source, threads, progress, .. } = *inputs;
     let expected: Vec<_> = keys.iter().map(|keys| keys.rows).collect();
     let total = expected.iter().sum();
-    timeline.step("aggregate", Some(total), || {
-        let visit = |aggregator: &mut Aggregator<'_, '_>, index: usize, batch: &crate::source::EventBatch| {
+    timeline.step("enrich", Some(total), || {
+        let visit = |matcher: &mut Matcher<'_, '_>, index: usize, batch: &crate::source::EventBatch| {
             let knowledge = splits.get(index).map_or_else(Knowledge::default, |split| Knowledge::of(split, coverage));
-            aggregator.visit(batch, |time, ingested_at| knowledge.holds(time, ingested_at))
+            matcher.visit(batch, |time, ingested_at| knowledge.holds(time, ingested_at))
         };
-        let (new_worker, count_rows) = (|| Aggregator::new(context), |rows| progress.rows(rows));
+        let (new_worker, count_rows) = (|| Matcher::new(context), |rows| progress.rows(rows));
         let (workers, rows) = scan::scan(source, splits, Wanted::Whole, threads, &count_rows, new_worker, visit)?;
         check_stable(splits, &expected, &rows)?;
         Ok((resolve(context, merge_workers(context, workers), threads)?, total))
@@ -507,19 +518,19 @@ fn aggregate_all<'c, 'r>(
 }
 
 /// Merges the threads' work.
-fn merge_workers<'c, 'r>(context: &'c Context<'r>, workers: Vec<Aggregator<'c, 'r>>) -> Aggregator<'c, 'r> {
+fn merge_workers<'c, 'r>(context: &'c Context<'r>, workers: Vec<Matcher<'c, 'r>>) -> Matcher<'c, 'r> {
     let mut workers = workers.into_iter();
-    let mut seen = workers.next().unwrap_or_else(|| Aggregator::new(context));
+    let mut seen = workers.next().unwrap_or_else(|| Matcher::new(context));
     workers.for_each(|worker| seen.merge(worker));
     seen
 }
 
 /// Decides about keys of several copies, once all of them are read.
-fn resolve<'c, 'r>(context: &'c Context<'r>, mut seen: Aggregator<'c, 'r>, threads: usize) -> Result<Aggregator<'c, 'r>> {
+fn resolve<'c, 'r>(context: &'c Context<'r>, mut seen: Matcher<'c, 'r>, threads: usize) -> Result<Matcher<'c, 'r>> {
     let held = Mutex::new(std::mem::take(&mut seen.held));
     let next = AtomicUsize::new(0);
-    let work = || -> Result<Aggregator<'c, 'r>> {
-        let mut worker = Aggregator::new(context);
+    let work = || -> Result<Matcher<'c, 'r>> {
+        let mut worker = Matcher::new(context);
         let mut part = Vec::new();
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
@@ -538,7 +549,6 @@ fn resolve<'c, 'r>(context: &'c Context<'r>, mut seen: Aggregator<'c, 'r>, threa
     for worker in workers {
         seen.merge(worker.map_err(|_| anyhow::anyhow!("a thread that deduplicates panicked: this is a bug in trueup"))??);
     }
-    seen.close_sessions();
     seen.dead_letters.sort_by(|a, b| (&a.key, a.event_time, &a.detail).cmp(&(&b.key, b.event_time, &b.detail)));
     Ok(seen)
 }

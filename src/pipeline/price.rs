@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use super::accumulator::{Accumulator, Measure};
 use super::hopping;
 use super::names::Names;
-use super::state::{Interner, News, StateKey, WindowState};
+use super::state::{Interner, KeptNews, StateKey, WindowState};
 use super::windows::Windows;
 use crate::model::aggregate::{PeriodKey, PeriodRow, WindowKey, WindowRow};
 use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
@@ -32,7 +32,21 @@ pub struct Priced {
 pub struct PricedWindow {
     /// Shared with what is written.
     pub row: Arc<WindowRow>,
-    pub news: News,
+    pub news: KeptNews,
+}
+
+impl Priced {
+    /// Those of parts that follow each other in the order of keys.
+    pub fn of_parts(parts: Vec<Priced>) -> Priced {
+        let mut all = Priced::default();
+        all.windows.reserve_exact(parts.iter().map(|part| part.windows.len()).sum());
+        for part in parts {
+            all.windows.extend(part.windows);
+            all.periods.extend(part.periods);
+        }
+        debug_assert!(all.windows.is_sorted_by(|a, b| a.row.key < b.row.key));
+        all
+    }
 }
 
 /// Prices all windows of the billing periods that `range` touches.
@@ -99,7 +113,8 @@ impl Ranks {
     }
 }
 
-fn ranks<T: Ord>(names: impl Iterator<Item = T>) -> Vec<u32> {
+/// The place of each name among all of them, from zero.
+pub fn ranks<T: Ord>(names: impl Iterator<Item = T>) -> Vec<u32> {
     let mut order: Vec<_> = names.enumerate().map(|(at, name)| (name, at)).collect();
     order.sort_unstable();
     let mut ranks = vec![0; order.len()];
@@ -237,7 +252,7 @@ impl PeriodPricing<'_> {
                     events_digest: state.events_digest,
                     basis: Arc::clone(&names.basis),
                 }),
-                news: state.news(),
+                news: state.news.clone(),
             });
         };
         for (state_key, state) in self.states {

@@ -13,11 +13,11 @@ use super::closed::{ClosedDifference, ClosedPeriods};
 use super::price::PricedWindow;
 use super::session_changes::SessionChanges;
 use crate::model::aggregate::{
-    Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Text, Values, WindowKey,
-    WindowRow,
+    Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Text, WindowKey, WindowRow,
 };
 use crate::model::counts::RowCounts;
 use crate::model::decimal::DecimalSum;
+use crate::model::recorded::Recorded;
 use crate::model::window::Span;
 
 /// What must change in the store, and why.
@@ -71,7 +71,11 @@ pub fn reconcile(
     let pairs = Pairs { stored: stored.iter().peekable(), computed: computed.iter().peekable() };
     let pairs: Vec<_> = pairs.flat_map(|pair| pair.unless_rebuilt(&evidence.sessions)).collect();
     let moved = moved_periods(&pairs);
-    let mut out = Reconciliation::default();
+    let is_new = |pair: &&Pair<'_>| matches!(pair, Pair::Computed(_));
+    let new = pairs.iter().filter(is_new).count();
+    // Doubling would hold half of them twice.
+    let mut out =
+        Reconciliation { corrections: Vec::with_capacity(new), upserts: Vec::with_capacity(new), ..Reconciliation::default() };
     let replaced = replaced_slots(&pairs);
     let judge = Judge { evidence, known: &known, moved: &moved, replaced: &replaced };
     for pair in pairs {
@@ -189,7 +193,7 @@ impl Reconciliation {
             let Some(correction) = self.corrections.get_mut(at) else { continue };
             let known = in_ledger(&correction.key);
             self.vanished += u64::from(correction.after.is_none() && known);
-            let (cause, values) = match (correction.after, correction.before) {
+            let (cause, values) = match (correction.values_after(), correction.values_before()) {
                 (Some(after), _) if known => (Cause::StoreAltered, Some(after)),
                 (Some(after), _) => (Cause::LateEvent, Some(after)),
                 (None, before) if known => (Cause::EventVoided, before),
@@ -223,8 +227,8 @@ impl Reconciliation {
             currency: row.currency.clone(),
             kind,
             causes,
-            before: before.map(Values::from),
-            after: after.map(Values::from),
+            before: before.map(Recorded::from),
+            after: after.map(Recorded::from),
             replaced: before.map(Arc::clone),
         });
         match after {

@@ -107,7 +107,7 @@ impl SavedPlan {
         }
         let Some(extent) = store.extent(job)? else { return Ok(None) };
         let rows = store.windows(job, extent)?;
-        let rows: FxHashMap<_, _> = rows.iter().map(|stored| (&stored.row.key, Values::from(&stored.row))).collect();
+        let rows: FxHashMap<_, _> = rows.iter().map(|stored| (&stored.row.key, Values::from(&*stored.row))).collect();
         // A session that is rebuilt is retracted and inserted under one key.
         let mut seen = rustc_hash::FxHashSet::default();
         let mut first = self
@@ -115,7 +115,7 @@ impl SavedPlan {
             .corrections
             .iter()
             .filter(|correction| correction.kind != CorrectionKind::Adjust && seen.insert(&correction.key));
-        let other = first.find(|correction| rows.get(&correction.key).copied() != correction.before);
+        let other = first.find(|correction| rows.get(&correction.key).copied() != correction.values_before());
         Ok(other.map(|correction| {
             let key = crate::audit::describe(&correction.key);
             format!("the stored row {key} is not what the plan saw")

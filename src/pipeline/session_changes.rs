@@ -40,7 +40,7 @@ impl SessionChanges {
             items.push(Item { period: &row.key.period, span: row.window(), session, news: News::default() });
         }
         for PricedWindow { row, news } in computed.iter().filter(|computed| is_session(&computed.row.key.period)) {
-            items.push(Item { period: &row.key.period, span: row.window(), session: Some((&row.key, false)), news: *news });
+            items.push(Item { period: &row.key.period, span: row.window(), session: Some((&row.key, false)), news: news.all() });
         }
         for (key, news) in withdrawn.iter().filter(|(key, _)| is_session(&key.period)) {
             let end = Timestamp::from_nanos(key.window_start.nanos().saturating_add(1));

@@ -2,9 +2,10 @@
 
 use anyhow::Result;
 
-use super::aggregate::{Aggregator, Context};
+use super::aggregate::{Context, Matcher};
 use super::enrich::Enricher;
 use super::letters::OpenDeadLetters;
+use super::matches::Partitioning;
 use super::past::Past;
 use super::{Inputs, Request, Timeline, merge_workers, range, read_keys, resolve, scan};
 use crate::model::aggregate::StoredWindow;
@@ -40,19 +41,19 @@ pub fn widen(inputs: &Inputs<'_>, request: &Request, past: &Past, range: Span, t
             timezone: job.timezone,
             range: reach,
             reach,
+            parts: Partitioning::default(),
             repeated: keys.repeated,
             open_dead_letters: OpenDeadLetters::default(),
             marks: None,
         };
-        let seen = timeline.step("find sessions", None, || {
-            let visit = |aggregator: &mut Aggregator<'_, '_>, _: usize, batch: &crate::source::EventBatch| {
-                aggregator.visit(batch, |_, _| true)
-            };
-            let (workers, rows) =
-                scan::scan(source, &splits, Wanted::Whole, threads, &|_| {}, || Aggregator::new(&context), visit)?;
-            Ok((resolve(&context, merge_workers(&context, workers), threads)?, rows.iter().sum()))
+        let windows = timeline.step("find sessions", None, || {
+            let visit =
+                |matcher: &mut Matcher<'_, '_>, _: usize, batch: &crate::source::EventBatch| matcher.visit(batch, |_, _| true);
+            let (workers, rows) = scan::scan(source, &splits, Wanted::Whole, threads, &|_| {}, || Matcher::new(&context), visit)?;
+            let mut seen = resolve(&context, merge_workers(&context, workers), threads)?;
+            Ok((seen.take_matches().all()?, rows.iter().sum()))
         })?;
-        let computed = seen.windows.iter().map(|(key, state)| Span { start: key.window_start, end: state.window_end });
+        let computed = windows.iter().map(|(key, state)| Span { start: key.window_start, end: state.window_end });
         let stored = past.windows(store, job, reach)?;
         let of_sessions = |row: &&StoredWindow| {
             reference.meters.iter().any(|meter| *meter.id == *row.row.key.period.meter_id && is_session(meter))

@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
-use super::accumulator::{Accumulator, Moment};
-use super::enrich::Value;
+use super::accumulator::{Accumulator, Measured, Moment};
 use crate::model::aggregate::Text;
 use crate::model::decimal::DecimalError;
 use crate::model::digest::SetDigest;
@@ -46,9 +45,7 @@ pub struct WindowState {
     pub accumulator: Accumulator,
     /// Of prices that must know events one by one.
     pub transactions: Option<Box<Transactions>>,
-    late: u64,
-    /// Seldom is anything but late news.
-    other_news: Option<Box<News>>,
+    pub news: KeptNews,
 }
 
 impl WindowState {
@@ -60,20 +57,7 @@ impl WindowState {
             events_digest: SetDigest::default(),
             accumulator: Accumulator::new(meter),
             transactions: price.and_then(Price::transactions).map(|_| Box::default()),
-            late: 0,
-            other_news: None,
-        }
-    }
-
-    pub fn news(&self) -> News {
-        let other = self.other_news.as_deref().copied().unwrap_or_default();
-        News { late: self.late, ..other }
-    }
-
-    pub fn add_news(&mut self, news: News) {
-        self.late += news.late;
-        if (News { late: 0, ..news }) != News::default() {
-            self.other_news.get_or_insert_default().merge(News { late: 0, ..news });
+            news: KeptNews::default(),
         }
     }
 
@@ -83,20 +67,20 @@ impl WindowState {
     /// [`DecimalError::Overflow`] where the event's fee overflows: it is not counted.
     pub fn count(
         &mut self,
-        value: &Value<'_>,
+        value: &Measured<'_>,
         moment: Moment<'_>,
         price: Option<&Percentage>,
-        contribution: &[u8],
+        contribution: u128,
         news: News,
     ) -> Result<(), DecimalError> {
-        if let (Some(transactions), Some(price), Value::Number(value)) = (&mut self.transactions, price, value) {
+        if let (Some(transactions), Some(price), Measured::Number(value)) = (&mut self.transactions, price, value) {
             let Moment { timestamp, ingested_at, id, .. } = moment;
             transactions.add(Transaction { timestamp, ingested_at, id: id.into(), value: *value }, price)?;
         }
         self.accumulator.add(value, moment);
         self.event_count += 1;
         self.events_digest.add(contribution);
-        self.add_news(news);
+        self.news.add(news);
         Ok(())
     }
 
@@ -106,7 +90,7 @@ impl WindowState {
         self.event_count += other.event_count;
         self.events_digest.merge(other.events_digest);
         self.accumulator.merge(&other.accumulator);
-        self.add_news(other.news());
+        self.news.add(other.news.all());
         if let (Some(ours), Some(theirs), Some(price)) = (&mut self.transactions, &other.transactions, price) {
             // Every event was checked before: no fee overflows now.
             let _ = ours.merge(theirs, price);
@@ -132,6 +116,35 @@ impl News {
         self.voided += other.voided;
         self.duplicates += other.duplicates;
         self.resolved += other.resolved;
+    }
+}
+
+/// News in little memory: seldom is anything but late news.
+#[derive(Debug, Clone, Default)]
+pub struct KeptNews {
+    late: u64,
+    other: Option<Box<News>>,
+}
+
+impl KeptNews {
+    pub fn all(&self) -> News {
+        News { late: self.late, ..self.other.as_deref().copied().unwrap_or_default() }
+    }
+
+    pub fn add(&mut self, news: News) {
+        self.late += news.late;
+        let other = News { late: 0, ..news };
+        if other != News::default() {
+            self.other.get_or_insert_default().merge(other);
+        }
+    }
+}
+
+impl From<News> for KeptNews {
+    fn from(news: News) -> Self {
+        let mut kept = KeptNews::default();
+        kept.add(news);
+        kept
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! A first scan finds which events are candidates and which of their keys repeat; a
 //! second one reads all copies of those. Every event then goes the way that it goes in a
-//! run: through the same deduplication, [`Aggregator`], [`levels`] and [`price`]. Memory
+//! run: through the same deduplication, [`Matcher`], [`levels`] and [`price`]. Memory
 //! holds the copies of repeated keys and the events that are listed, not all events.
 
 use std::collections::BTreeMap;
@@ -12,12 +12,13 @@ use std::sync::Arc;
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::aggregate::{Aggregator, Context, Outcome};
+use super::aggregate::{Context, Matcher, Outcome};
 use super::deduplicate::{Copies, Copy, RepeatedKeys, key_hash, write_key};
 use super::enrich::{Enricher, Scope};
 use super::held::{self, Held};
 use super::keys::KeyHashes;
 use super::letters::OpenDeadLetters;
+use super::matches::Partitioning;
 use super::names::Names;
 use super::price::{Parts, Priced};
 use super::price_steps::{self, PriceSteps};
@@ -213,6 +214,7 @@ pub fn trace(inputs: &Inputs<'_>, question: Question) -> Result<Option<Trace>> {
         timezone: job.timezone,
         range: search.range,
         reach: search.range,
+        parts: Partitioning::default(),
         repeated,
         open_dead_letters: OpenDeadLetters::default(),
         marks: None,
@@ -225,7 +227,6 @@ pub fn trace(inputs: &Inputs<'_>, question: Question) -> Result<Option<Trace>> {
     let mut traced = tracers.next().unwrap_or_else(|| Tracer::new(&search, &context));
     tracers.for_each(|other| traced.merge(other));
     traced.settle_repeated()?;
-    traced.total.close_sessions();
     traced.finish(job.timezone).map(Some)
 }
 
@@ -251,9 +252,9 @@ struct Tracer<'c, 'r> {
     search: &'c Search<'r>,
     context: &'c Context<'r>,
     /// Computes the numbers.
-    total: Aggregator<'c, 'r>,
+    total: Matcher<'c, 'r>,
     /// Sees each event alone.
-    single: Aggregator<'c, 'r>,
+    single: Matcher<'c, 'r>,
     counted: BTreeMap<ListingKey, Listing<CountedEvent>>,
     set_aside: Listing<SetAside>,
     held: Held,
@@ -264,8 +265,8 @@ impl<'c, 'r> Tracer<'c, 'r> {
         Tracer {
             search,
             context,
-            total: Aggregator::new(context),
-            single: Aggregator::new(context),
+            total: Matcher::new(context),
+            single: Matcher::new(context),
             counted: BTreeMap::new(),
             set_aside: Listing::new(search.limit()),
             held: Held::default(),
@@ -279,9 +280,9 @@ impl<'c, 'r> Tracer<'c, 'r> {
             if let Some(hash) = hash.filter(|hash| self.context.repeated.contains(*hash)) {
                 self.held.hold(hash, &event, true)?;
             } else if self.search.is_candidate(&event) {
-                self.total.take_single(&event);
-                self.single.take_single(&event);
-                self.note(&event);
+                self.total.take_single(&event)?;
+                self.single.take_single(&event)?;
+                self.note(&event)?;
             }
         }
         Ok(())
@@ -309,9 +310,9 @@ impl<'c, 'r> Tracer<'c, 'r> {
                     continue;
                 }
                 let Some(kept) = Copies::of(&copies, self.context.rules.keep, |_| ()) else { continue };
-                self.total.resolve(&kept);
-                self.single.resolve(&kept);
-                self.note_copies(&copies, &kept);
+                self.total.resolve(&kept)?;
+                self.single.resolve(&kept)?;
+                self.note_copies(&copies, &kept)?;
             }
         }
         Ok(())
@@ -319,7 +320,7 @@ impl<'c, 'r> Tracer<'c, 'r> {
 
     /// Notes what became of the copies of one key; the one that is kept went through
     /// `single` just before.
-    fn note_copies(&mut self, copies: &[Copy<'_>], kept: &Copies<'_>) {
+    fn note_copies(&mut self, copies: &[Copy<'_>], kept: &Copies<'_>) -> Result<()> {
         let is_void = kept.is_void(self.context.rules.keep);
         let mut kept_is_left = !is_void;
         let mut outcome_is_noted = false;
@@ -328,7 +329,7 @@ impl<'c, 'r> Tracer<'c, 'r> {
             if kept_is_left && copy.is_repetition_of(&kept.kept) {
                 kept_is_left = false;
                 if self.search.is_candidate(&event) {
-                    self.note(&event);
+                    self.note(&event)?;
                     outcome_is_noted = true;
                 }
                 continue;
@@ -340,8 +341,9 @@ impl<'c, 'r> Tracer<'c, 'r> {
             self.set_aside(&event, why);
         }
         if !outcome_is_noted {
-            self.single.take_outcome();
+            self.single.take_outcome()?;
         }
+        Ok(())
     }
 
     fn set_aside(&mut self, event: &EventRef<'_>, why: Why) {
@@ -351,19 +353,21 @@ impl<'c, 'r> Tracer<'c, 'r> {
     }
 
     /// Notes what became of a candidate that went through `single` just before.
-    fn note(&mut self, event: &EventRef<'_>) {
-        let Outcome { counted, rejected, skipped } = self.single.take_outcome();
-        let Some(t) = event.timestamp.filter(|t| self.search.is_about(*t)) else { return };
+    fn note(&mut self, event: &EventRef<'_>) -> Result<()> {
+        let Outcome { counted, rejected, skipped } = self.single.take_outcome()?;
+        let Some(t) = event.timestamp.filter(|t| self.search.is_about(*t)) else { return Ok(()) };
         if let Some(key) = counted.into_iter().find(|key| key.subscription == index(self.search.question.subscription)) {
-            return self.note_counted(event, t, key);
+            self.note_counted(event, t, key);
+            return Ok(());
         }
         let why = match rejected.into_iter().next() {
             Some(letter) => Why::DeadLetter { reason: letter.key.reason.name(), detail: letter.detail },
-            None if event.deleted => return,
+            None if event.deleted => return Ok(()),
             None if skipped > 0 => Why::skipped(self.search.meter),
             None => Why::filtered(self.search.meter, self.failed_filter(event)),
         };
         self.set_aside.add(SetAside::new(event, t, why));
+        Ok(())
     }
 
     /// Calls `of` with the properties of an event, as the meter reads them.
@@ -398,7 +402,7 @@ impl<'c, 'r> Tracer<'c, 'r> {
     fn finish(mut self, timezone: chrono_tz::Tz) -> Result<Trace> {
         let Search { question, reference, range, .. } = *self.search;
         let names = Names::new(reference);
-        let all = std::mem::take(&mut self.total.windows).into_states();
+        let all = self.total.take_matches().all()?.into_states();
         let mut windows = Windows::default();
         all.filter(|(key, _)| key.subscription == index(question.subscription))
             .for_each(|(key, state)| windows.add(key, state, None));

@@ -61,7 +61,7 @@ fn the_first_run_says_what_it_published() {
       cost         USD 0 -> 0.013654  +0.013654
       causes       first_computation 7
       dead letters customer_not_found 1
-      time         <seconds> s (read keys <seconds>, aggregate <seconds>, price <seconds>, reconcile <seconds>, publish <seconds>)
+      time         <seconds> s (read keys <seconds>, enrich <seconds>, aggregate and price <seconds>, reconcile <seconds>, publish <seconds>)
       run          <run>
 
       trueup dead-letters job.yaml                     # what could not count, and the remedy
@@ -82,7 +82,7 @@ fn the_second_run_says_that_nothing_changed() {
       periods      0 written, 0 removed, 5 unchanged
       cost         USD 0.013654 -> 0.013654  unchanged
       dead letters customer_not_found 1
-      time         <seconds> s (read keys <seconds>, aggregate <seconds>, price <seconds>, reconcile <seconds>, publish <seconds>)
+      time         <seconds> s (read keys <seconds>, enrich <seconds>, aggregate and price <seconds>, reconcile <seconds>, publish <seconds>)
       run          <run>
 
       trueup dead-letters job.yaml  # what could not count, and the remedy
@@ -105,7 +105,7 @@ fn a_run_of_a_range_says_how_it_was_widened() {
       cost         USD 0 -> 0.01  +0.01
       causes       first_computation 2
       outside      1 window in these billing periods, out of the range: stale, or not stored yet
-      time         <seconds> s (read keys <seconds>, aggregate <seconds>, price <seconds>, reconcile <seconds>, publish <seconds>)
+      time         <seconds> s (read keys <seconds>, enrich <seconds>, aggregate and price <seconds>, reconcile <seconds>, publish <seconds>)
       run          <run>
 
       trueup export job.yaml corrections --format csv                                        # every change and its cause
@@ -274,7 +274,7 @@ fn a_plan_says_what_would_change() {
       cost         USD 0.013654 -> 0.017308  +0.003654
       causes       price_changed 3
       dead letters customer_not_found 1
-      time         <seconds> s (read keys <seconds>, aggregate <seconds>, price <seconds>, reconcile <seconds>)
+      time         <seconds> s (read keys <seconds>, enrich <seconds>, aggregate and price <seconds>, reconcile <seconds>)
 
       customer  meter       rows  cost                         change  causes
       cus_1     bytes_sent  ~2    0.00359 -> 0.00718 USD     +0.00359  price_changed 2

@@ -10,7 +10,7 @@ use super::marks::MarkScan;
 use super::snapshot::{Differences, Snapshot};
 use super::{Baseline, Marks, Skipping};
 use crate::model::window::Span;
-use crate::pipeline::aggregate::{Aggregator, Context};
+use crate::pipeline::aggregate::{Context, Matcher};
 use crate::pipeline::enrich::{Enricher, Scope};
 use crate::pipeline::keys::{KeyHashes, SplitKeys};
 use crate::pipeline::past::{Coverage as PastCoverage, Knowledge};
@@ -113,17 +113,17 @@ impl<'p> Passes<'p> {
         past: &[PastCoverage<'_>],
         choice: &CustomerChoice,
         skipping: &mut Skipping,
-    ) -> Result<Aggregator<'c, 'r>> {
+    ) -> Result<Matcher<'c, 'r>> {
         let Inputs { source, threads, progress, .. } = *self.inputs;
         let count_rows = |rows| progress.rows(rows);
         let knowledge = |splits: &[Split], index: usize| {
             splits.get(index).map_or_else(Knowledge::default, |split| Knowledge::of(split, past))
         };
-        let new_worker = || Aggregator::new(context);
+        let new_worker = || Matcher::new(context);
         let (new, new_rows) = self.new_splits();
-        let visit = |aggregator: &mut Aggregator<'c, 'r>, index: usize, batch: &EventBatch| {
+        let visit = |matcher: &mut Matcher<'c, 'r>, index: usize, batch: &EventBatch| {
             let known = knowledge(&new, index);
-            aggregator.visit(batch, |time, ingested_at| known.holds(time, ingested_at))
+            matcher.visit(batch, |time, ingested_at| known.holds(time, ingested_at))
         };
         let (mut workers, rows) = scan::scan(source, &new, Wanted::Whole, threads, &count_rows, new_worker, visit)?;
         check_stable(&new, &new_rows, &rows)?;
@@ -131,9 +131,9 @@ impl<'p> Passes<'p> {
         let mut read_chosen = |choice: &dyn RowChoice, splits: Vec<(&'p Split, &'p SplitKeys)>| {
             skipping.count(&splits);
             let (chosen, splits) = Chosen::new(source, choice, splits.into_iter());
-            let visit = |aggregator: &mut Aggregator<'c, 'r>, index: usize, batch: &EventBatch| {
+            let visit = |matcher: &mut Matcher<'c, 'r>, index: usize, batch: &EventBatch| {
                 let known = knowledge(&splits, index);
-                aggregator.visit_chosen(batch, choice, |time, ingested_at| known.holds(time, ingested_at))
+                matcher.visit_chosen(batch, choice, |time, ingested_at| known.holds(time, ingested_at))
             };
             scan::scan(&chosen, &splits, Wanted::Whole, threads, &count_rows, new_worker, visit).map(|(workers, _)| workers)
         };

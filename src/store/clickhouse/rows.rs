@@ -99,7 +99,8 @@ pub fn removed_period(run: &RunRecord, key: &PeriodKey) -> String {
 }
 
 pub fn correction(run: &RunRecord, sequence: usize, correction: &Correction, digest: i64) -> String {
-    let Correction { key, customer_id, currency, kind, causes, before, after, .. } = correction;
+    let Correction { key, customer_id, currency, kind, causes, .. } = correction;
+    let (before, after) = (&correction.values_before(), &correction.values_after());
     let quantity = |values: &Option<Values>| values.map(|values| values.quantity);
     let cost = |values: &Option<Values>| values.map(|values| values.cost);
     let event_count = |values: &Option<Values>| values.map(|values| values.event_count);

@@ -188,7 +188,8 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
     let mut causes_json = String::new();
     let corrections = publication.corrections.iter().zip(&publication.correction_digests);
     for (number, (correction, digest)) in (1..).zip(corrections) {
-        let Correction { key, customer_id, currency, kind, causes, before: old, after: new, .. } = correction;
+        let Correction { key, customer_id, currency, kind, causes, .. } = correction;
+        let (old, new) = (correction.values_before(), correction.values_after());
         rows.integer(before + number)?;
         rows.integer(number)?;
         rows.text(&run.run_id)?;

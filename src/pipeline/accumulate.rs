@@ -1,0 +1,150 @@
+//! Aggregation: the matches of a part of the subscriptions become windows.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use anyhow::{Context as _, Result, anyhow};
+use rustc_hash::FxHashMap;
+
+use super::accumulator::Moment;
+use super::aggregate::Context;
+use super::event_forms::contribution;
+use super::matches::{self, Match, Matches};
+use super::state::{Sessions, StateKey, WindowState};
+use super::windows::Windows;
+use crate::model::price::Price;
+use crate::model::timestamp::Timestamp;
+use crate::model::window::{Span, WindowKind};
+
+/// The matches of one thread, and the numbers of its dimensions among those of all.
+#[derive(Debug)]
+pub struct Shard {
+    pub matches: Matches,
+    pub dimensions: Vec<u32>,
+}
+
+/// All matches, to be aggregated part by part.
+pub struct AllMatches<'c, 'r> {
+    context: &'c Context<'r>,
+    shards: Vec<Shard>,
+}
+
+/// What matches say that have no moment: nothing depends on it.
+const NO_MOMENT: Moment<'static> = Moment { timestamp: Timestamp::MIN, ingested_at: Timestamp::MIN, id: "", remaining: 0 };
+
+impl<'c, 'r> AllMatches<'c, 'r> {
+    pub fn new(context: &'c Context<'r>, shards: Vec<Shard>) -> Self {
+        AllMatches { context, shards }
+    }
+
+    /// The windows of all parts.
+    ///
+    /// # Errors
+    /// As [`AllMatches::part`].
+    pub fn all(&self) -> Result<Windows> {
+        let mut all = Windows::default();
+        for at in 0..self.context.parts.count() {
+            self.part(at)?.into_states().for_each(|(key, state)| all.add(key, state, None));
+        }
+        Ok(all)
+    }
+
+    /// What `of` makes of the windows of each part, in their order.
+    ///
+    /// # Errors
+    /// As [`AllMatches::part`], or where `of` fails: the first of the parts that do.
+    pub fn each<T: Send>(&self, threads: usize, of: impl Fn(Windows) -> Result<T> + Sync) -> Result<Vec<T>> {
+        let next = AtomicUsize::new(0);
+        let failed = AtomicBool::new(false);
+        let work = || {
+            let mut made = Vec::new();
+            while !failed.load(Ordering::Relaxed) {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                if at >= self.context.parts.count() {
+                    break;
+                }
+                let result = crate::interrupt::check().and_then(|()| of(self.part(at)?));
+                failed.fetch_or(result.is_err(), Ordering::Relaxed);
+                made.push((at, result));
+            }
+            made
+        };
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads.clamp(1, self.context.parts.count())).map(|_| scope.spawn(work)).collect();
+            threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
+        });
+        let mut made = Vec::new();
+        for result in results {
+            made.extend(result.map_err(|_| anyhow!("a thread that aggregates panicked: this is a bug in trueup"))?);
+        }
+        made.sort_unstable_by_key(|(at, _)| *at);
+        made.into_iter().map(|(_, result)| result).collect()
+    }
+
+    /// The windows of one part; its matches are gone then.
+    ///
+    /// # Errors
+    /// Where matches that were set aside cannot be read.
+    pub fn part(&self, at: usize) -> Result<Windows> {
+        let reference = self.context.enricher.reference;
+        let subscriptions = reference.subscriptions.len().div_ceil(self.context.parts.count());
+        let mut windows = Windows::new(subscriptions, reference.meters.len());
+        let mut sessions: FxHashMap<StateKey, Sessions> = FxHashMap::default();
+        let mut bytes = Vec::new();
+        for shard in &self.shards {
+            bytes.clear();
+            shard.matches.take(at, &mut bytes)?;
+            matches::read(&bytes, |of| self.count(of, shard, &mut windows, &mut sessions))?;
+        }
+        for (key, of) in sessions {
+            let closed = of.into_windows(self.session_gap(key.meter).unwrap_or_default());
+            closed.for_each(|(window_start, state)| windows.add(StateKey { window_start, ..key }, state, None));
+        }
+        Ok(windows)
+    }
+
+    fn count(
+        &self,
+        of: &Match<'_>,
+        shard: &Shard,
+        windows: &mut Windows,
+        sessions: &mut FxHashMap<StateKey, Sessions>,
+    ) -> Result<()> {
+        let reference = self.context.enricher.reference;
+        let damaged = || format!("a match of meter {} that was set aside is damaged", of.meter);
+        let meter = reference.meters.get(of.meter as usize).with_context(damaged)?;
+        let period = shard.matches.spans.span(of.period).with_context(damaged)?;
+        let price = reference.prices.get(of.price as usize);
+        let percentage = price.and_then(Price::transactions);
+        let contribution = contribution(of.identity, &of.value);
+        let moment = of.moment.unwrap_or(NO_MOMENT);
+        let mut key = StateKey {
+            subscription: of.subscription,
+            meter: of.meter,
+            price: of.price,
+            dimensions: shard.dimensions.get(of.dimensions as usize).copied().with_context(damaged)?,
+            period_start: period.start,
+            window_start: period.start,
+        };
+        // Enrichment has checked the fee of every event.
+        if let WindowKind::Session { gap_nanos } = meter.window {
+            let t = moment.timestamp;
+            let window = Span { start: t, end: t };
+            let mut state = WindowState::new(meter, price, window, period);
+            state.count(&of.value, moment, percentage, contribution, of.news)?;
+            sessions.entry(key).or_default().add(t, t, state, gap_nanos, percentage);
+        } else {
+            let window = shard.matches.spans.span(of.window).with_context(damaged)?;
+            key.window_start = window.start;
+            let new = || WindowState::new(meter, price, window, period);
+            windows.change(key, new, |state| state.count(&of.value, moment, percentage, contribution, of.news))?;
+        }
+        Ok(())
+    }
+
+    fn session_gap(&self, meter: u32) -> Option<i64> {
+        match self.context.enricher.reference.meters.get(meter as usize)?.window {
+            WindowKind::Session { gap_nanos } => Some(gap_nanos),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! Matches of events with meters, on the way from enrichment to aggregation: set aside by
+//! subscription, so that the windows of a part of the subscriptions can be aggregated and
+//! priced on their own, in little memory.
+
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context as _, Result};
+use rustc_hash::FxHashMap;
+
+use super::accumulator::{Measured, Moment};
+use super::spill::Partitions;
+use super::state::{NO_DIMENSIONS, News};
+use crate::model::decimal::Decimal;
+use crate::model::timestamp::Timestamp;
+use crate::model::window::Span;
+use crate::reference::Reference;
+
+/// Bytes that one thread keeps in memory.
+const MOST_IN_MEMORY: usize = 64 << 20;
+
+/// One event that a meter counts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Match<'m> {
+    pub subscription: u32,
+    pub meter: u32,
+    pub price: u32,
+    pub dimensions: u32,
+    /// Numbers of spans, see [`SpanNumbers`]. A session has no window yet.
+    pub window: u32,
+    pub period: u32,
+    /// See [`super::event_forms::identity`].
+    pub identity: u128,
+    pub value: Measured<'m>,
+    /// Where the aggregation or the price depends on it.
+    pub moment: Option<Moment<'m>>,
+    pub news: News,
+}
+
+/// The number of a window that is not known yet: that of a session.
+pub const NO_WINDOW: u32 = u32::MAX;
+
+/// Which subscriptions are aggregated together: those that are neighbours in the order of
+/// their keys.
+#[derive(Debug, Default)]
+pub struct Partitioning {
+    of: Vec<u32>,
+    count: usize,
+}
+
+impl Partitioning {
+    /// More would be too small to be worth it.
+    const MOST: usize = 256;
+
+    pub fn of(reference: &Reference) -> Self {
+        let ranks = super::price::ranks(reference.subscriptions.iter().map(|row| (&row.tenant_id, &row.id)));
+        let count = ranks.len().clamp(1, Partitioning::MOST);
+        let part = |rank: u32| u32::try_from(rank as usize * count / ranks.len().max(1)).unwrap_or_default();
+        Partitioning { of: ranks.iter().map(|rank| part(*rank)).collect(), count }
+    }
+
+    pub fn count(&self) -> usize {
+        self.count.max(1)
+    }
+
+    pub fn part(&self, subscription: u32) -> usize {
+        self.of.get(subscription as usize).map_or(0, |part| *part as usize)
+    }
+}
+
+/// Windows and billing periods by number: many matches share few of them.
+#[derive(Debug, Default)]
+pub struct SpanNumbers {
+    numbers: FxHashMap<Span, u32>,
+    spans: Vec<Span>,
+}
+
+impl SpanNumbers {
+    pub fn number(&mut self, span: Span) -> u32 {
+        *self.numbers.entry(span).or_insert_with(|| {
+            self.spans.push(span);
+            u32::try_from(self.spans.len() - 1).unwrap_or(u32::MAX)
+        })
+    }
+
+    pub fn span(&self, number: u32) -> Option<Span> {
+        self.spans.get(number as usize).copied()
+    }
+}
+
+/// What one thread has set aside.
+#[derive(Debug)]
+pub struct Matches {
+    partitions: Mutex<Partitions>,
+    /// By part: the event and the subscription that were written last.
+    last: Vec<Option<(u128, u32)>>,
+    pub spans: SpanNumbers,
+}
+
+impl Matches {
+    pub fn new(parts: &Partitioning) -> Self {
+        Matches::with_limit(parts.count(), MOST_IN_MEMORY)
+    }
+
+    fn with_limit(parts: usize, most_in_memory: usize) -> Self {
+        let partitions = Partitions::new("matches of events with meters", parts, most_in_memory);
+        Matches { partitions: Mutex::new(partitions), last: vec![None; parts], spans: SpanNumbers::default() }
+    }
+
+    /// Sets a match aside.
+    ///
+    /// # Errors
+    /// Where the temporary file cannot be written.
+    pub fn write(&mut self, part: usize, of: &Match<'_>) -> Result<()> {
+        let event = Some((of.identity, of.subscription));
+        let Some(last) = self.last.get_mut(part) else { return Ok(()) };
+        let is_same = *last == event;
+        *last = event;
+        let partitions = self.partitions.get_mut().unwrap_or_else(PoisonError::into_inner);
+        partitions.append(part, |out| encode(of, is_same, out))
+    }
+
+    /// Appends one part to `out`, to be [read]; nothing can be written to it any more.
+    ///
+    /// # Errors
+    /// Where the temporary file cannot be read.
+    pub fn take(&self, part: usize, out: &mut Vec<u8>) -> Result<()> {
+        self.partitions.lock().unwrap_or_else(PoisonError::into_inner).take(part, out)
+    }
+
+    /// Calls `each` with all matches, and forgets them.
+    ///
+    /// # Errors
+    /// As [`read`].
+    pub fn drain(&mut self, mut each: impl FnMut(&Match<'_>)) -> Result<()> {
+        let mut bytes = Vec::new();
+        for part in 0..self.last.len() {
+            bytes.clear();
+            self.take(part, &mut bytes)?;
+            read(&bytes, |of| {
+                each(of);
+                Ok(())
+            })?;
+        }
+        self.last.fill(None);
+        Ok(())
+    }
+}
+
+const SAME_EVENT: u8 = 1;
+const MOMENT: u8 = 2;
+const DIMENSIONS: u8 = 4;
+const LATE: u8 = 8;
+const OTHER_NEWS: u8 = 16;
+const KIND: u32 = 5;
+
+const AMENDED: u8 = 1;
+const RESOLVED: u8 = 2;
+
+fn encode(of: &Match<'_>, is_same: bool, out: &mut Vec<u8>) {
+    let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
+    let kind: u8 = match of.value {
+        Measured::Event => 0,
+        Measured::Number(_) => 1,
+        Measured::Distinct(_) => 2,
+        Measured::Text(_) => 3,
+        Measured::Operation { is_add: false, .. } => 4,
+        Measured::Operation { is_add: true, .. } => 5,
+    };
+    let other_news = flag(of.news.amended > 0, AMENDED) | flag(of.news.resolved > 0, RESOLVED);
+    out.push(
+        flag(is_same, SAME_EVENT)
+            | flag(of.moment.is_some(), MOMENT)
+            | flag(of.dimensions != NO_DIMENSIONS, DIMENSIONS)
+            | flag(of.news.late > 0, LATE)
+            | flag(other_news != 0, OTHER_NEWS)
+            | kind << KIND,
+    );
+    if !is_same {
+        number(of.subscription, out);
+        out.extend_from_slice(&of.identity.to_le_bytes());
+    }
+    // Without a price is the number zero.
+    for index in [of.meter, of.price.wrapping_add(1), of.window, of.period] {
+        number(index, out);
+    }
+    if of.dimensions != NO_DIMENSIONS {
+        number(of.dimensions, out);
+    }
+    if other_news != 0 {
+        out.push(other_news);
+    }
+    match of.value {
+        Measured::Event => {}
+        Measured::Number(value) => out.extend_from_slice(&value.to_le_bytes()),
+        Measured::Distinct(value) | Measured::Operation { value, .. } => out.extend_from_slice(&value.to_le_bytes()),
+        Measured::Text(value) => text(value, out),
+    }
+    if let Some(Moment { timestamp, ingested_at, id, remaining }) = of.moment {
+        for nanos in [timestamp.nanos(), ingested_at.nanos(), remaining] {
+            out.extend_from_slice(&nanos.to_le_bytes());
+        }
+        text(id, out);
+    }
+}
+
+/// Seven bits a byte, the lowest first.
+fn number(mut value: u32, out: &mut Vec<u8>) {
+    while value > 0x7f {
+        out.push(value.to_le_bytes()[0] | 0x80);
+        value >>= 7;
+    }
+    out.push(value.to_le_bytes()[0]);
+}
+
+fn text(text: &str, out: &mut Vec<u8>) {
+    out.extend_from_slice(&(text.len() as u64).to_le_bytes());
+    out.extend_from_slice(text.as_bytes());
+}
+
+/// Calls `each` with every match of a part that one thread has written.
+///
+/// # Errors
+/// Where the part is not what was written, or `each` fails.
+pub fn read<'b>(part: &'b [u8], mut each: impl FnMut(&Match<'b>) -> Result<()>) -> Result<()> {
+    let mut rest = part;
+    let (mut subscription, mut identity) = (0, 0);
+    while !rest.is_empty() {
+        let found = decode(&mut rest, &mut subscription, &mut identity);
+        each(&found.context("matches of events with meters that were set aside are damaged")?)?;
+    }
+    Ok(())
+}
+
+fn decode<'b>(rest: &mut &'b [u8], subscription: &mut u32, identity: &mut u128) -> Option<Match<'b>> {
+    let flags = take_byte(rest)?;
+    if flags & SAME_EVENT == 0 {
+        *subscription = take_number(rest)?;
+        *identity = u128::from_le_bytes(take_bytes(rest)?);
+    }
+    let (meter, price, window, period) = (take_number(rest)?, take_number(rest)?, take_number(rest)?, take_number(rest)?);
+    let dimensions = if flags & DIMENSIONS == 0 { NO_DIMENSIONS } else { take_number(rest)? };
+    let other_news = if flags & OTHER_NEWS == 0 { 0 } else { take_byte(rest)? };
+    let value = match flags >> KIND {
+        0 => Measured::Event,
+        1 => Measured::Number(Decimal::from_le_bytes(take_bytes(rest)?)),
+        2 => Measured::Distinct(u128::from_le_bytes(take_bytes(rest)?)),
+        3 => Measured::Text(take_text(rest)?),
+        kind => Measured::Operation { value: u128::from_le_bytes(take_bytes(rest)?), is_add: kind == 5 },
+    };
+    let moment = if flags & MOMENT == 0 {
+        None
+    } else {
+        let [timestamp, ingested_at, remaining] =
+            [take_bytes(rest)?, take_bytes(rest)?, take_bytes(rest)?].map(i64::from_le_bytes);
+        let [timestamp, ingested_at] = [timestamp, ingested_at].map(Timestamp::from_nanos);
+        Some(Moment { timestamp, ingested_at, id: take_text(rest)?, remaining })
+    };
+    let news = News {
+        late: u64::from(flags & LATE != 0),
+        amended: u64::from(other_news & AMENDED != 0),
+        resolved: u64::from(other_news & RESOLVED != 0),
+        ..News::default()
+    };
+    let (subscription, identity, price) = (*subscription, *identity, price.wrapping_sub(1));
+    Some(Match { subscription, meter, price, dimensions, window, period, identity, value, moment, news })
+}
+
+fn take_byte(rest: &mut &[u8]) -> Option<u8> {
+    rest.split_off_first().copied()
+}
+
+fn take_bytes<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+    let (bytes, after) = rest.split_first_chunk()?;
+    *rest = after;
+    Some(*bytes)
+}
+
+fn take_number(rest: &mut &[u8]) -> Option<u32> {
+    let mut value = 0;
+    for shift in (0..u32::BITS).step_by(7) {
+        let byte = take_byte(rest)?;
+        value |= u32::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+fn take_text<'b>(rest: &mut &'b [u8]) -> Option<&'b str> {
+    let length = usize::try_from(u64::from_le_bytes(take_bytes(rest)?)).ok()?;
+    std::str::from_utf8(rest.split_off(..length)?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::state::NO_PRICE;
+    use proptest::prelude::*;
+
+    fn measured(kind: u8, value: u128) -> Measured<'static> {
+        match kind {
+            0 => Measured::Event,
+            1 => Measured::Number(Decimal::from_le_bytes(value.to_le_bytes())),
+            2 => Measured::Distinct(value),
+            3 => Measured::Text(["", "ä", "user-1"][(value % 3) as usize]),
+            kind => Measured::Operation { value, is_add: kind == 5 },
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn matches_come_back_as_they_were_whether_spilled_or_not(
+            written in proptest::collection::vec((0u32..5, any::<u32>(), any::<u128>(), 0u8..6, any::<u8>()), 0..200),
+            limit in 0usize..20_000,
+        ) {
+            let parts = 3;
+            let matches: Vec<_> = written.iter().map(|(subscription, index, value, kind, bits)| Match {
+                subscription: *subscription,
+                meter: index >> 20,
+                price: if bits & 1 == 0 { NO_PRICE } else { *index },
+                dimensions: if bits & 2 == 0 { NO_DIMENSIONS } else { *index },
+                window: index & 0xffff,
+                period: index & 0xff,
+                // Often the same event as before.
+                identity: value & 1,
+                value: measured(*kind, *value),
+                moment: (bits & 4 != 0).then_some(Moment {
+                    timestamp: Timestamp::from_nanos(i64::from(*index)),
+                    ingested_at: Timestamp::from_nanos(-7),
+                    id: "id",
+                    remaining: 5,
+                }),
+                news: News {
+                    late: u64::from(bits >> 3 & 1),
+                    amended: u64::from(bits >> 4 & 1),
+                    resolved: u64::from(bits >> 5 & 1),
+                    ..News::default()
+                },
+            }).collect();
+            let part = |of: &Match<'_>| of.subscription as usize % parts;
+            let mut set_aside = Matches::with_limit(parts, limit);
+            matches.iter().try_for_each(|of| set_aside.write(part(of), of)).unwrap();
+            for at in 0..parts {
+                let mut bytes = Vec::new();
+                set_aside.take(at, &mut bytes).unwrap();
+                let mut found = Vec::new();
+                read(&bytes, |of| { found.push(*of); Ok(()) }).unwrap();
+                let expected: Vec<_> = matches.iter().filter(|of| part(of) == at).copied().collect();
+                prop_assert_eq!(found, expected);
+                if !bytes.is_empty() {
+                    prop_assert!(read(&bytes[..bytes.len() - 1], |_| Ok(())).is_err());
+                }
+            }
+        }
+    }
+}
