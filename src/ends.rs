@@ -106,8 +106,7 @@ pub fn apply(job: &Job, path: &Path, saved: SavedPlan, yes: bool) -> Result<RunR
         let overrides = Override::list(&[(yes, Override::Guard), (saved.request.allow_closed, Override::ClosedPeriods)]);
         let origin = Origin { started_by: started_by("apply"), overrides };
         let publication = saved.draft.into_publication(&job.name, &runs, &origin);
-        store.publish(&publication)?;
-        Ok(publication.run)
+        store.publish(&publication)
     })();
     lock.finish();
     result
@@ -140,8 +139,7 @@ pub fn by_hand<T>(
         let runs = store.runs(&job.name)?;
         let Some((draft, result)) = make(&*store, &runs)? else { return Ok(None) };
         let publication = draft.into_publication(&job.name, &runs, origin);
-        store.publish(&publication)?;
-        Ok(Some((publication.run, result)))
+        Ok(Some((store.publish(&publication)?, result)))
     })();
     lock.finish();
     result

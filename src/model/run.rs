@@ -126,6 +126,12 @@ pub struct RunBasis {
 }
 
 impl RunRecord {
+    /// The run with the digest of the ledger that it is part of.
+    #[must_use]
+    pub fn in_ledger(&self, ledger_digest: String) -> RunRecord {
+        RunRecord { ledger_digest, ..self.clone() }
+    }
+
     /// Whether it computed everything that there was, from the beginning.
     pub fn is_of_everything(&self) -> bool {
         let mode = self.counts.get("coverage").and_then(|coverage| coverage.get("mode")).and_then(serde_json::Value::as_str);
@@ -326,24 +332,28 @@ pub fn period_json(row: Option<&PeriodRow>) -> String {
     row.map_or_else(String::new, |row| serde_json::to_string(row).unwrap_or_default())
 }
 
-/// The ledger digest after `run` with its corrections, in their order; and the digest of
-/// each correction's row.
-pub fn ledger_digests(
-    previous: &str,
-    run: &RunRecord,
-    corrections: &[Correction],
-    periods: &[PeriodCorrection],
-) -> (String, Vec<i64>) {
-    let mut chain = LedgerChain::new(previous, run);
-    let mut lines = LedgerLines::default();
-    let mut digests = Vec::with_capacity(corrections.len());
-    for correction in corrections {
-        let line = lines.of(correction);
-        chain.add(line);
-        digests.push(line.row_digest());
+/// Digests of the ledger after a run.
+pub struct LedgerDigests {
+    /// Of everything so far.
+    pub chain: String,
+    /// Of the row of each of the run's corrections.
+    pub rows: Vec<i64>,
+}
+
+impl LedgerDigests {
+    /// After `run`, with its corrections in their order.
+    pub fn of(previous: &str, run: &RunRecord, corrections: &[Correction], periods: &[PeriodCorrection]) -> Self {
+        let mut chain = LedgerChain::new(previous, run);
+        let mut lines = LedgerLines::default();
+        let mut digests = Vec::with_capacity(corrections.len());
+        for correction in corrections {
+            let line = lines.of(correction);
+            chain.add(line);
+            digests.push(line.row_digest());
+        }
+        for correction in periods {
+            chain.texts(&[&period_json(correction.before.as_ref()), &period_json(correction.after.as_ref())]);
+        }
+        LedgerDigests { chain: chain.finish(), rows: digests }
     }
-    for correction in periods {
-        chain.texts(&[&period_json(correction.before.as_ref()), &period_json(correction.after.as_ref())]);
-    }
-    (chain.finish(), digests)
 }

@@ -9,7 +9,7 @@ use crate::clock::now;
 use crate::model::aggregate::{
     Correction, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, WindowKey, WindowRow,
 };
-use crate::model::run::{Origin, RunBasis, RunInput, RunMode, RunRecord, ledger_digests};
+use crate::model::run::{Origin, RunBasis, RunInput, RunMode, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::store::{Publication, next_run_id, next_version};
@@ -86,7 +86,7 @@ impl Draft {
     /// The publication, as the run after `previous`.
     pub fn into_publication(self, job: &str, previous: &[RunRecord], origin: &Origin) -> Publication {
         let finished_at = now();
-        let mut run = RunRecord {
+        let run = RunRecord {
             run_id: next_run_id(previous, finished_at),
             job: job.to_owned(),
             mode: self.mode,
@@ -101,16 +101,13 @@ impl Draft {
             basis: self.basis,
             ledger_digest: String::new(),
         };
-        let before = previous.last().map_or("", |run| run.ledger_digest.as_str());
-        let (ledger_digest, correction_digests) = ledger_digests(before, &run, &self.corrections, &self.period_corrections);
-        run.ledger_digest = ledger_digest;
         Publication {
             previous_run_id: self.previous_run_id,
             run,
             upserts: self.upserts,
             retractions: self.retractions,
             corrections: self.corrections,
-            correction_digests,
+            ledger_before: previous.last().map_or_else(String::new, |run| run.ledger_digest.clone()),
             period_upserts: self.period_upserts,
             period_deletions: self.period_deletions,
             period_corrections: self.period_corrections,

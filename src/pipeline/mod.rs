@@ -408,14 +408,14 @@ impl Plan {
     pub fn publish(mut self, job: &Job, store: &mut dyn AggregateStore, origin: &Origin) -> Result<Published> {
         let watch = Stopwatch::start();
         let publication = self.take_draft(RunMode::Run).into_publication(&job.name, &self.previous, origin);
-        store.publish(&publication)?;
+        let run = store.publish(&publication)?;
         self.changes.corrections = publication.corrections;
         self.periods.upserts = publication.period_upserts;
         self.periods.deletions = publication.period_deletions;
         self.dead_letters = publication.dead_letters;
         self.resolved = publication.resolved;
         self.steps.push(Step { name: "publish", seconds: watch.seconds(), rows: self.changes.rows.changed() });
-        Ok(Published { plan: self, run: publication.run })
+        Ok(Published { plan: self, run })
     }
 }
 

@@ -14,7 +14,7 @@ use rustc_hash::FxHashSet;
 use crate::model::aggregate::{
     Correction, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Values, WindowKey, WindowRow,
 };
-use crate::model::run::RunRecord;
+use crate::model::run::{LedgerDigests, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 
@@ -27,8 +27,8 @@ pub struct Publication {
     pub upserts: Vec<Arc<WindowRow>>,
     pub retractions: Vec<WindowKey>,
     pub corrections: Vec<Correction>,
-    /// Of the row of each correction.
-    pub correction_digests: Vec<i64>,
+    /// The ledger digest of the run before; that of this one is made while it is written.
+    pub ledger_before: String,
     pub period_upserts: Vec<PeriodRow>,
     pub period_deletions: Vec<PeriodKey>,
     pub period_corrections: Vec<PeriodCorrection>,
@@ -38,6 +38,13 @@ pub struct Publication {
     pub resolved: Vec<DeadLetterKey>,
     /// Name and content of states that later runs build on; each replaces the one before.
     pub states: Vec<(String, String)>,
+}
+
+impl Publication {
+    /// Digests of the ledger with what this run adds to it.
+    pub fn ledger(&self) -> LedgerDigests {
+        LedgerDigests::of(&self.ledger_before, &self.run, &self.corrections, &self.period_corrections)
+    }
 }
 
 /// A dead letter as the store has it.
@@ -228,7 +235,7 @@ pub trait AggregateStore {
     fn export(&self, job: &str, table: Table, each: RowSink<'_>) -> Result<Vec<String>>;
 
     /// Writes everything, or nothing.
-    fn publish(&mut self, publication: &Publication) -> Result<()>;
+    fn publish(&mut self, publication: &Publication) -> Result<RunRecord>;
 }
 
 /// The id of the run after `runs`: a UUIDv7 that sorts after all before it, even if

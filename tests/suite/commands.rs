@@ -195,12 +195,12 @@ fn a_run_as_json() {
           "rows": 8
         },
         {
-          "name": "aggregate",
+          "name": "enrich",
           "seconds": <seconds>,
           "rows": 8
         },
         {
-          "name": "price",
+          "name": "aggregate and price",
           "seconds": <seconds>,
           "rows": 7
         },

@@ -237,7 +237,7 @@ impl AggregateStore for ClickHouseStore {
         self.database.rows(&sql, &mut row).with_context(|| format!("reading {}", table.name()))
     }
 
-    fn publish(&mut self, publication: &Publication) -> Result<()> {
+    fn publish(&mut self, publication: &Publication) -> Result<RunRecord> {
         if self.runs(&publication.run.job)?.last().map(|run| &run.run_id) != publication.previous_run_id.as_ref() {
             bail!("another run of job {} published meanwhile: run again", publication.run.job);
         }

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use super::rows;
 use crate::clickhouse_client::{Database, literal};
 use crate::fault::{FaultKind, fault};
+use crate::model::run::RunRecord;
 use crate::store::{Publication, StoredDeadLetter};
 
 /// Rows of one insert.
@@ -23,9 +24,11 @@ const CHUNK: usize = 50_000;
 /// The tables that a publication fills from its write-ahead rows, in this order.
 const TARGETS: [&str; 4] = ["usage_windows", "usage_periods", "dead_letters", "job_state"];
 
-pub(super) fn publish(database: &Database, publication: &Publication, known: &[StoredDeadLetter]) -> Result<()> {
-    let run = &publication.run;
-    let corrections = (1usize..).zip(publication.corrections.iter().zip(&publication.correction_digests));
+/// Returns the run as it was recorded.
+pub(super) fn publish(database: &Database, publication: &Publication, known: &[StoredDeadLetter]) -> Result<RunRecord> {
+    let ledger = publication.ledger();
+    let run = &publication.run.in_ledger(ledger.chain);
+    let corrections = (1usize..).zip(publication.corrections.iter().zip(&ledger.rows));
     let corrections = corrections.map(|(at, (correction, digest))| rows::correction(run, at, correction, *digest));
     insert(database, "corrections", &run.run_id, corrections)?;
     let periods = (1usize..).zip(&publication.period_corrections);
@@ -53,7 +56,8 @@ pub(super) fn publish(database: &Database, publication: &Publication, known: &[S
     finish().map_err(|error| {
         let message = format!("run {} is partly published: {error:#}; `trueup resume JOB` finishes it", run.run_id);
         fault(FaultKind::Partial, message)
-    })
+    })?;
+    Ok(run.clone())
 }
 
 /// Finishes or takes back what a killed run left.

@@ -63,8 +63,21 @@ impl<'t> Numbers<'t> {
         Ok(Numbers { insert, known: known.collect(), last: None })
     }
 
+    /// The numbers of rows, and how many rows in a row have them.
+    pub fn of_all<'b>(&mut self, rows: impl Iterator<Item = &'b Arc<Basis>>) -> Result<Vec<([i64; 4], usize)>> {
+        let mut all: Vec<([i64; 4], usize)> = Vec::new();
+        for basis in rows {
+            let numbers = self.of(basis)?;
+            match all.last_mut() {
+                Some((last, rows)) if *last == numbers => *rows += 1,
+                _ => all.push((numbers, 1)),
+            }
+        }
+        Ok(all)
+    }
+
     /// In the order of [`WindowReader::DIGESTS`].
-    pub fn of(&mut self, basis: &Arc<Basis>) -> Result<[i64; 4]> {
+    fn of(&mut self, basis: &Arc<Basis>) -> Result<[i64; 4]> {
         if let Some((last, numbers)) = &self.last
             && Arc::ptr_eq(last, basis)
         {

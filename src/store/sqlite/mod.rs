@@ -186,12 +186,12 @@ impl AggregateStore for SqliteStore {
         read::export(&self.connection, job, table, each).with_context(|| format!("reading {}", table.name()))
     }
 
-    fn publish(&mut self, publication: &Publication) -> Result<()> {
-        write::publish(&mut self.connection, publication).context("publishing; the store is as it was before")?;
+    fn publish(&mut self, publication: &Publication) -> Result<RunRecord> {
+        let run = write::publish(&mut self.connection, publication).context("publishing; the store is as it was before")?;
         // It is published: that somebody reads just now, so that the log cannot begin, is no failure.
         if let Err(error) = self.use_write_ahead_log() {
             tracing::debug!(%error, "the write-ahead log begins with the next run");
         }
-        Ok(())
+        Ok(run)
     }
 }

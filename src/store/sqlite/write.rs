@@ -2,27 +2,33 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
 
-use super::bind::Rows;
+use super::bind::{Rows, insert};
 use super::digests::Numbers;
-use crate::model::aggregate::{Correction, PeriodKey, WindowKey};
-use crate::model::run::{period_json, replaced_json, row_digest, write_causes};
+use crate::model::aggregate::{Correction, PeriodCorrection, PeriodKey, PeriodRow, WindowKey, WindowRow};
+use crate::model::run::{RunRecord, period_json, replaced_json, row_digest, write_causes};
 use crate::store::{Publication, letters};
 
-pub(super) fn publish(connection: &mut Connection, publication: &Publication) -> Result<()> {
+/// Returns the run as it was recorded.
+pub(super) fn publish(connection: &mut Connection, publication: &Publication) -> Result<RunRecord> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     check_previous(&transaction, publication)?;
-    write_windows(&transaction, publication)?;
-    write_periods(&transaction, publication)?;
-    let corrections = write_corrections(&transaction, publication)?;
+    let ledger = std::thread::scope(|scope| {
+        let ledger = scope.spawn(|| publication.ledger());
+        write_windows(&transaction, publication)?;
+        write_periods(&transaction, publication)?;
+        ledger.join().map_err(|_| anyhow!("a thread that makes digests panicked: this is a bug in trueup"))
+    })?;
+    let corrections = write_corrections(&transaction, publication, &ledger.rows)?;
     write_period_corrections(&transaction, publication)?;
     write_dead_letters(&transaction, publication)?;
     write_states(&transaction, publication)?;
-    write_run(&transaction, publication, corrections)?;
+    let run = publication.run.in_ledger(ledger.chain);
+    write_run(&transaction, &run, corrections)?;
     transaction.commit()?;
-    Ok(())
+    Ok(run)
 }
 
 /// What was planned against an older state must not be written.
@@ -79,9 +85,10 @@ fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Re
         "run_id",
         "updated_at",
     ];
-    let mut rows = Rows::insert(transaction, "INSERT OR REPLACE INTO usage_windows", &columns)?;
-    let mut digests = Numbers::load(transaction)?;
-    for row in &publication.upserts {
+    let mut numbers = Numbers::load(transaction)?;
+    let numbers = numbers.of_all(publication.upserts.iter().map(|row| &row.basis))?;
+    let mut numbers = numbers.iter().flat_map(|(numbers, rows)| std::iter::repeat_n(*numbers, *rows));
+    let give = |rows: &mut Rows, row: &WindowRow| {
         rows.text(&run.job)?;
         rows.period_key(&row.key.period)?;
         rows.instant(row.key.window_start)?;
@@ -93,15 +100,18 @@ fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Re
         rows.decimal(row.cost)?;
         rows.text(&row.currency)?;
         row.events_digest.with_hex(|digest| rows.text(digest))?;
-        for number in digests.of(&row.basis)? {
+        for number in numbers.next().unwrap_or_default() {
             rows.integer(number)?;
         }
         rows.integer(run.version)?;
         rows.text(&run.run_id)?;
         rows.instant(run.finished_at)?;
-        rows.write()?;
-    }
-    Ok(())
+        rows.write()
+    };
+    let mut give = give;
+    insert(transaction, "INSERT OR REPLACE INTO usage_windows", &columns, |rows| {
+        publication.upserts.iter().try_for_each(|row| give(rows, row))
+    })
 }
 
 fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
@@ -134,8 +144,7 @@ fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Re
         "run_id",
         "updated_at",
     ];
-    let mut rows = Rows::insert(transaction, "INSERT OR REPLACE INTO usage_periods", &columns)?;
-    for row in &publication.period_upserts {
+    let give = |rows: &mut Rows, row: &PeriodRow| {
         rows.text(&run.job)?;
         rows.period_key(&row.key)?;
         rows.text(&row.customer_id)?;
@@ -148,13 +157,15 @@ fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Re
         rows.integer(run.version)?;
         rows.text(&run.run_id)?;
         rows.instant(run.finished_at)?;
-        rows.write()?;
-    }
-    Ok(())
+        rows.write()
+    };
+    insert(transaction, "INSERT OR REPLACE INTO usage_periods", &columns, |rows| {
+        publication.period_upserts.iter().try_for_each(|row| give(rows, row))
+    })
 }
 
 /// Returns the sequence of the first and of the last correction.
-fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -> Result<(i64, i64)> {
+fn write_corrections(transaction: &Transaction<'_>, publication: &Publication, digests: &[i64]) -> Result<(i64, i64)> {
     let last = "SELECT coalesce(max(sequence), 0) FROM corrections";
     let before: i64 = transaction.query_row(last, [], |row| row.get(0))?;
     let run = &publication.run;
@@ -184,10 +195,8 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
         "row_digest",
         "recorded_at",
     ];
-    let mut rows = Rows::insert(transaction, "INSERT INTO corrections", &columns)?;
     let mut causes_json = String::new();
-    let corrections = publication.corrections.iter().zip(&publication.correction_digests);
-    for (number, (correction, digest)) in (1..).zip(corrections) {
+    let mut give = |rows: &mut Rows, number: i64, correction: &Correction, digest: i64| {
         let Correction { key, customer_id, currency, kind, causes, .. } = correction;
         let (old, new) = (correction.values_before(), correction.values_after());
         rows.integer(before + number)?;
@@ -212,10 +221,14 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
             rows.optional(values.map(|values| values.event_count), Rows::count)?;
         }
         rows.text(&replaced_json(correction))?;
-        rows.integer(*digest)?;
+        rows.integer(digest)?;
         rows.instant(run.finished_at)?;
-        rows.write()?;
-    }
+        rows.write()
+    };
+    insert(transaction, "INSERT INTO corrections", &columns, |rows| {
+        let mut corrections = (1..).zip(publication.corrections.iter().zip(digests));
+        corrections.try_for_each(|(number, (correction, digest))| give(rows, number, correction, *digest))
+    })?;
     write_ranges(transaction, publication, before + 1)?;
     Ok((before + 1, before + i64::try_from(publication.corrections.len())?))
 }
@@ -223,23 +236,24 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication) -
 /// Where the corrections of each meter of a subscription lie.
 fn write_ranges(transaction: &Transaction<'_>, publication: &Publication, mut first: i64) -> Result<()> {
     let columns = ["job", "tenant_id", "subscription_id", "meter_id", "first_sequence", "last_sequence"];
-    let mut rows = Rows::insert(transaction, "INSERT INTO correction_ranges", &columns)?;
     let of = |correction: &Correction| {
         let PeriodKey { tenant_id, subscription_id, meter_id, .. } = &*correction.key.period;
         [tenant_id.clone(), subscription_id.clone(), meter_id.clone()]
     };
-    for range in publication.corrections.chunk_by(|a, b| Arc::ptr_eq(&a.key.period, &b.key.period) || of(a) == of(b)) {
-        let next = first + i64::try_from(range.len())?;
-        rows.text(&publication.run.job)?;
-        for name in range.first().map(of).iter().flatten() {
-            rows.text(name)?;
+    insert(transaction, "INSERT INTO correction_ranges", &columns, |rows| {
+        for range in publication.corrections.chunk_by(|a, b| Arc::ptr_eq(&a.key.period, &b.key.period) || of(a) == of(b)) {
+            let next = first + i64::try_from(range.len())?;
+            rows.text(&publication.run.job)?;
+            for name in range.first().map(of).iter().flatten() {
+                rows.text(name)?;
+            }
+            rows.integer(first)?;
+            rows.integer(next - 1)?;
+            rows.write()?;
+            first = next;
         }
-        rows.integer(first)?;
-        rows.integer(next - 1)?;
-        rows.write()?;
-        first = next;
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
@@ -259,8 +273,7 @@ fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publica
         "row_digest",
         "recorded_at",
     ];
-    let mut rows = Rows::insert(transaction, "INSERT INTO period_corrections", &columns)?;
-    for (sequence, correction) in (1u64..).zip(&publication.period_corrections) {
+    let give = |rows: &mut Rows, sequence: u64, correction: &PeriodCorrection| {
         rows.text(&format!("{}-{sequence:09}", run.run_id))?;
         rows.text(&run.run_id)?;
         rows.text(&run.job)?;
@@ -270,9 +283,11 @@ fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publica
         rows.text(&after)?;
         rows.integer(row_digest(&[&before, &after]))?;
         rows.instant(run.finished_at)?;
-        rows.write()?;
-    }
-    Ok(())
+        rows.write()
+    };
+    insert(transaction, "INSERT INTO period_corrections", &columns, |rows| {
+        (1..).zip(&publication.period_corrections).try_for_each(|(sequence, correction)| give(rows, sequence, correction))
+    })
 }
 
 fn write_dead_letters(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
@@ -316,8 +331,7 @@ fn write_states(transaction: &Transaction<'_>, publication: &Publication) -> Res
     Ok(())
 }
 
-fn write_run(transaction: &Transaction<'_>, publication: &Publication, (first, last): (i64, i64)) -> Result<()> {
-    let run = &publication.run;
+fn write_run(transaction: &Transaction<'_>, run: &RunRecord, (first, last): (i64, i64)) -> Result<()> {
     transaction.execute(
         "INSERT INTO runs (run_id, job, mode, status, range_start, range_end, started_at, finished_at, started_by, \
          overrides, version, counts, input, basis, ledger_digest, first_correction, last_correction) \
