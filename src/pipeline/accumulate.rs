@@ -1,6 +1,7 @@
 //! Aggregation: the matches of a part of the subscriptions become windows.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, anyhow};
 use rustc_hash::FxHashMap;
@@ -26,6 +27,10 @@ pub struct Shard {
 pub struct AllMatches<'c, 'r> {
     context: &'c Context<'r>,
     shards: Vec<Shard>,
+    /// By part: states of windows whose events are not among the matches.
+    states: Vec<Mutex<Vec<(StateKey, WindowState)>>>,
+    /// How many windows the part before had: the next one will have about as many.
+    expected: AtomicUsize,
 }
 
 /// What matches say that have no moment: nothing depends on it.
@@ -33,7 +38,15 @@ const NO_MOMENT: Moment<'static> = Moment { timestamp: Timestamp::MIN, ingested_
 
 impl<'c, 'r> AllMatches<'c, 'r> {
     pub fn new(context: &'c Context<'r>, shards: Vec<Shard>) -> Self {
-        AllMatches { context, shards }
+        let states = (0..context.parts.count()).map(|_| Mutex::default()).collect();
+        AllMatches { context, shards, states, expected: AtomicUsize::new(0) }
+    }
+
+    /// Adds a window as it is known without its events.
+    pub fn add(&mut self, key: StateKey, state: WindowState) {
+        if let Some(states) = self.states.get_mut(self.context.parts.part(key.subscription)) {
+            states.get_mut().unwrap_or_else(PoisonError::into_inner).push((key, state));
+        }
     }
 
     /// The windows of all parts.
@@ -87,7 +100,7 @@ impl<'c, 'r> AllMatches<'c, 'r> {
     pub fn part(&self, at: usize) -> Result<Windows> {
         let reference = self.context.enricher.reference;
         let subscriptions = reference.subscriptions.len().div_ceil(self.context.parts.count());
-        let mut windows = Windows::new(subscriptions, reference.meters.len());
+        let mut windows = Windows::new(subscriptions, reference.meters.len(), self.expected.load(Ordering::Relaxed));
         let mut sessions: FxHashMap<StateKey, Sessions> = FxHashMap::default();
         let mut bytes = Vec::new();
         for shard in &self.shards {
@@ -99,6 +112,11 @@ impl<'c, 'r> AllMatches<'c, 'r> {
             let closed = of.into_windows(self.session_gap(key.meter).unwrap_or_default());
             closed.for_each(|(window_start, state)| windows.add(StateKey { window_start, ..key }, state, None));
         }
+        if let Some(states) = self.states.get(at) {
+            let states = std::mem::take(&mut *states.lock().unwrap_or_else(PoisonError::into_inner));
+            states.into_iter().for_each(|(key, state)| windows.add(key, state, None));
+        }
+        self.expected.store(windows.len(), Ordering::Relaxed);
         Ok(windows)
     }
 

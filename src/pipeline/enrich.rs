@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 
+use super::routes::Steady;
 use crate::model::aggregate::Reason;
 use crate::model::decimal::{Decimal, DecimalError};
 use crate::model::expression::ExpressionError;
@@ -14,7 +15,7 @@ use crate::model::percentage::Percentage;
 use crate::model::price::Price;
 use crate::model::properties::{Property, PropertyPlan, write_json_text};
 use crate::model::timestamp::Timestamp;
-use crate::model::window::WindowKind;
+use crate::model::window::{Span, WindowKind};
 use crate::reference::{ExternalCustomer, Reference, Subscription, Unbound, Unpriced};
 
 /// What part of a job is computed.
@@ -60,6 +61,8 @@ struct Prices {
 
 /// What to do with the events of one name.
 pub struct EventPlan<'r> {
+    /// Among the names that some meter knows.
+    pub number: usize,
     pub properties: PropertyPlan,
     pub meters: Vec<MeterPlan<'r>>,
     /// A meter outside of the scope knows the name too.
@@ -128,7 +131,9 @@ impl<'r> Enricher<'r> {
     pub fn of_meters(reference: &'r Reference, scope: Scope, wants: impl Fn(&Meter) -> bool) -> Self {
         let mut events: FxHashMap<&str, EventPlan<'r>> = FxHashMap::default();
         for (index, meter) in reference.meters.iter().enumerate().filter(|(_, meter)| wants(meter)) {
+            let number = events.len();
             let plan = events.entry(&meter.event_name).or_insert_with(|| EventPlan {
+                number,
                 properties: PropertyPlan::default(),
                 meters: Vec::new(),
                 known_outside: false,
@@ -173,6 +178,11 @@ impl<'r> Enricher<'r> {
     /// What to do with events of this name; `None` where no meter knows it.
     pub fn plan(&self, event_name: &str) -> Option<&EventPlan<'r>> {
         self.events.get(event_name)
+    }
+
+    /// How many names of events some meter knows.
+    pub fn event_names(&self) -> usize {
+        self.events.len()
     }
 
     /// The subscription that pays for an event.
@@ -221,9 +231,13 @@ impl<'r> Enricher<'r> {
         plan: &MeterPlan<'r>,
         t: Timestamp,
         slots: &'s [Property<'_>],
+        steady: Steady,
     ) -> Result<Option<(Value<'s>, Option<usize>)>, Rejection> {
         let Some(value) = plan.value(slots)? else { return Ok(None) };
-        let price = self.price(subscription, plan, t, slots)?;
+        let price = match steady {
+            Steady::Price(price) => Some(price),
+            Steady::ByEvent => self.price(subscription, plan, t, slots)?,
+        };
         if let (Some(percentage), Value::Number(value)) = (price.and_then(|price| self.transactions(price)), &value) {
             let fee_error = |error| Rejection::new(Reason::ValueOutOfRange, format!("the fee of the event: {error}"));
             percentage.check(*value).map_err(fee_error)?;
@@ -240,6 +254,19 @@ impl<'r> Enricher<'r> {
         self.reference.prices.get(price).and_then(Price::transactions)
     }
 
+    fn prices_of(&self, subscription: usize, plan: &MeterPlan<'r>) -> Option<&Prices> {
+        self.price_lists.get(subscription).and_then(|list| self.prices.get(*list))?.get(plan.index)
+    }
+
+    /// The price of all matches around `t`, and for how long it is: one price for
+    /// everything is the usual case. `None` where it depends on the event.
+    pub fn steady_price(&self, subscription: usize, plan: &MeterPlan<'r>, t: Timestamp) -> Option<(usize, Span)> {
+        let prices = self.prices_of(subscription, plan).filter(|prices| !prices.by_dimension)?;
+        let [only] = prices.indexes.as_slice() else { return None };
+        let valid = self.reference.prices.get(*only)?.valid;
+        valid.contains(t).then_some((*only, valid))
+    }
+
     /// The price of a match; `None` where its meter may go without.
     ///
     /// # Errors
@@ -252,16 +279,9 @@ impl<'r> Enricher<'r> {
         slots: &[Property<'_>],
     ) -> Result<Option<usize>, Rejection> {
         let Some(of) = self.reference.subscriptions.get(subscription) else { return Ok(None) };
-        let list = self.price_lists.get(subscription).and_then(|list| self.prices.get(*list));
-        let Some(Prices { indexes: candidates, by_dimension }) = list.and_then(|meters| meters.get(plan.index)) else {
+        let Some(Prices { indexes: candidates, by_dimension }) = self.prices_of(subscription, plan) else {
             return Ok(None);
         };
-        // One price for everything is the usual case.
-        if let ([only], false) = (candidates.as_slice(), by_dimension)
-            && self.reference.prices.get(*only).is_some_and(|price| price.valid.contains(t))
-        {
-            return Ok(Some(*only));
-        }
         let dimensions = if *by_dimension { plan.dimension_values(slots) } else { Vec::new() };
         match self.reference.price(candidates, &of.currency, t, &dimensions) {
             Ok(price) => Ok(Some(price)),

@@ -45,10 +45,12 @@ fn fold(a: u64, b: u64) -> u64 {
 }
 
 impl Windows {
-    /// For reference tables of so many subscriptions and meters.
-    pub fn new(subscriptions: usize, meters: usize) -> Self {
+    /// For reference tables of so many subscriptions and meters, with room for `expected`
+    /// windows.
+    pub fn new(subscriptions: usize, meters: usize, expected: usize) -> Self {
         let recent = subscriptions.saturating_mul(meters).min(MOST_RECENT).next_power_of_two();
-        Windows { recent: vec![None; recent], meters, ..Windows::default() }
+        let places = FxHashMap::with_capacity_and_hasher(expected, rustc_hash::FxBuildHasher);
+        Windows { places, recent: vec![None; recent], meters, ..Windows::default() }
     }
 
     /// Changes the state of a window; `new` makes that of one that is not there yet.
