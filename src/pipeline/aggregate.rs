@@ -365,7 +365,7 @@ impl<'c, 'r> Aggregator<'c, 'r> {
                 continue;
             }
             let Some((window, period)) = self.place(t, subscription, meter) else { continue };
-            if context.marks.as_ref().is_some_and(|marks| !marks.hold(subscription, meter.index, period)) {
+            if context.marks.as_ref().is_some_and(|marks| !marks.hold_event(subscription, meter.index, period, t)) {
                 self.visited.leave_out(&context.open_dead_letters, event, meter.index);
                 continue;
             }

@@ -62,15 +62,13 @@ use crate::source::{EventSource, Selection, Split, Wanted};
 use crate::store::AggregateStore;
 use aggregate::{Aggregator, Context};
 use causes::{CurrentDigests, Evidence};
-use closed::ClosedPeriods;
 use deduplicate::RepeatedKeys;
 use draft::Draft;
 use enrich::{Enricher, Scope};
 use incremental::snapshot::{STATE, Snapshot};
-use incremental::{Coverage, Mode, Passes};
+use incremental::{Coverage, Mode, Passes, stored_windows};
 pub use key_cache::KeyCache;
 use keys::{KeyHashes, KeyReader, SplitKeys};
-use lateness::Horizon;
 pub use lateness::Lateness;
 use names::Names;
 use past::{Knowledge, Past, ledger_rows};
@@ -218,7 +216,15 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let snapshot = Snapshot::of(reference, range.end);
     let passes = baseline.as_ref().ok().map(|baseline| Passes { inputs, baseline, splits: &splits, keys: &keys.splits });
     let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), &mut timeline)).transpose()?;
-    let (marks, mut skipping) = marked.unzip();
+    let (mut marks, mut skipping) = marked.unzip();
+    let known = marks.as_mut().map(|marks| {
+        timeline.step("read stored", None, || {
+            let stored = stored_windows::read(inputs, &past, (request, &lateness), (range, reach), marks)?;
+            let rows = stored.windows.len() as u64;
+            Ok((stored, rows))
+        })
+    });
+    let known = known.transpose()?;
 
     // read -> enrich -> aggregate
     let context = Context {
@@ -248,6 +254,10 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let withdrawn: FxHashMap<WindowKey, News> =
         seen.withdrawn.iter().map(|(key, news)| (names.window_key(key, &seen.dimensions), *news)).collect();
     let mut windows = std::mem::take(&mut seen.windows);
+    if let (Some(marks), Some(stored), Some(skipping)) = (&context.marks, &known, &mut skipping) {
+        let add = |key, state| windows.add(key, state, None);
+        skipping.stored_windows = stored_windows::stand_in(marks, &stored.windows, reference, &mut seen.dimensions, add);
+    }
     let mut priced = timeline.step("price", None, || {
         if levels {
             // Where nobody asked for an end, what a level costs later in its period belongs to the range.
@@ -268,12 +278,9 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     // reconcile
     let reach = range::reach(range, reference, &request.scope);
     let marks = context.marks.as_ref();
-    let stored = past.stored(inputs, &request.scope, (range, reach), marks, &priced)?;
-    let closed = match lateness.horizon {
-        _ if request.allow_closed => ClosedPeriods::default(),
-        Some(until) => stored.closed.with_horizon(Horizon::new(until, &past.runs), reference),
-        None => stored.closed,
-    };
+    let stored = known.map_or_else(|| past.read(inputs, (request, &lateness), (range, reach), None), Ok)?;
+    let stored = stored.comparable(&request.scope, range, marks, &priced);
+    let closed = stored.closed;
     let mut changes = timeline.step("reconcile", None, || {
         let session_meters: FxHashSet<_> =
             reference.meters.iter().filter(|meter| sessions::is_session(meter)).map(|meter| meter.id.as_str()).collect();

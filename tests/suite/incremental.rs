@@ -242,13 +242,15 @@ fn nothing_new_reads_nothing() {
 }
 
 #[test]
-fn a_late_event_marks_its_customer_and_its_period_alone() {
+fn a_late_event_marks_its_customer_and_its_windows_alone() {
     let workspace = shop();
     let before = versions(&workspace);
     workspace.write("events/late.ndjson", event("late", "call", "xa", "2026-02-11T10:00:00Z", "6"));
     let run = increment(&workspace);
-    // January's file is not read; of February's, the rows of one customer.
-    assert_eq!((read(&run), marked(&run)), ((1 + 8, 1 + 4), (1, 1)));
+    // January's file is not read, nor is any row of February's: it has none of that day.
+    assert_eq!((read(&run), marked(&run)), ((1 + 8, 1), (1, 1)));
+    // The days of February that calls and tokens have already.
+    assert_eq!(run["coverage"]["skipping"]["stored_windows"], 4);
     assert_eq!(run["causes"], json!({"late_event": 2, "tier_shift": 1}));
     let changed = changed(&before, &versions(&workspace));
     assert_eq!(changed, ["sa calls 2026-02-11T00:00:00Z", "sa tokens 2026-02-11T00:00:00Z", "sa tokens 2026-02-20T00:00:00Z"]);
