@@ -191,7 +191,7 @@ fn shop() -> Workspace {
 
 /// An incremental run; then a full one finds nothing to do, and neither does `verify`.
 #[track_caller]
-fn increment(workspace: &Workspace) -> Value {
+pub fn increment(workspace: &Workspace) -> Value {
     let run = workspace.run(&["--incremental"]);
     assert_eq!(run["coverage"]["mode"], "incremental", "{}", run["coverage"]);
     let verified = workspace.trueup(&["verify", "job.yaml"]);
@@ -213,11 +213,11 @@ fn skips_nothing(workspace: &Workspace, why: &str) {
 }
 
 /// How much an incremental run read: rows of the splits it looked at, and events it took.
-fn read(run: &Value) -> (u64, u64) {
+pub fn read(run: &Value) -> (u64, u64) {
     (run["coverage"]["skipping"]["rows"].as_u64().unwrap(), run["events"]["read"].as_u64().unwrap())
 }
 
-fn marked(run: &Value) -> (u64, u64) {
+pub fn marked(run: &Value) -> (u64, u64) {
     let skipping = &run["coverage"]["skipping"];
     (skipping["marked_customers"].as_u64().unwrap(), skipping["marked_periods"].as_u64().unwrap())
 }

@@ -7,13 +7,13 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use super::Marks;
 use super::marks::Pair;
 use super::spans::Spans;
-use crate::model::aggregate::{PeriodKey, StoredWindow, Text, WindowRow};
-use crate::model::decimal::Decimal;
-use crate::model::meter::{Aggregation, Meter};
+use crate::model::aggregate::{PeriodKey, PeriodRow, StoredWindow, Text, WindowRow};
+use crate::model::decimal::{Decimal, DecimalSum};
+use crate::model::meter::{Aggregation, ChargeOn, Meter};
 use crate::model::price::Price;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
-use crate::pipeline::accumulator::Accumulator;
+use crate::pipeline::accumulator::{Accumulator, Measure};
 use crate::pipeline::closed::ClosedPeriods;
 use crate::pipeline::lateness::Lateness;
 use crate::pipeline::past::{Past, Stored};
@@ -68,30 +68,61 @@ pub fn read(
     marks: &mut Marks,
 ) -> Result<Stored> {
     let stored = past.read(inputs, request, spans, Some(marks))?;
-    let accumulations = Accumulations::new(inputs.reference);
-    let timezone = inputs.job.timezone;
     // What is closed differs from its events: that is recorded, but not in the rows.
     let mut whole = closed_periods(marks, &stored.closed, inputs.reference);
-    let mut windows = WindowCache::default();
+    let accumulations = Accumulations::new(inputs.reference);
+    let mut check =
+        Check { accumulations, periods: &stored.periods, timezone: inputs.job.timezone, windows: WindowCache::default() };
     for (pair, rows) in divided(marks, &stored.windows) {
-        let Some(first) = rows.first() else { continue };
-        let accumulation = accumulations.of(pair, &first.row.key.period);
-        let mut stands_in = |row: &WindowRow| {
-            accumulation.is_some_and(|Accumulation { meter, period, .. }| {
-                row.period() == period
-                    && row.window() == windows.window(meter.window, row.key.window_start, timezone)
-                    && WindowState::of_row(meter, row).is_some()
-            })
-        };
-        let mut left = rows.iter().filter(|stored| !marks.hold_window(pair, &stored.row));
-        if !left.all(|stored| stands_in(&stored.row)) {
-            whole.push((pair, first.row.period()));
+        let left = rows.iter().map(|stored| &*stored.row).filter(|row| !marks.hold_window(pair, row));
+        if !check.can_stand_in(pair, rows, left) {
+            whole.extend(rows.first().map(|first| (pair, first.row.period())));
         }
     }
     for ((subscription, meter), period) in whole {
         marks.mark(subscription, meter, period);
     }
     Ok(stored)
+}
+
+/// Finds rows that are not what the definitions would make of any events.
+struct Check<'c> {
+    accumulations: Accumulations<'c>,
+    periods: &'c [PeriodRow],
+    timezone: chrono_tz::Tz,
+    windows: WindowCache,
+}
+
+impl Check<'_> {
+    /// Whether those of a billing period's `rows` that are `left` can stand in for their
+    /// events.
+    fn can_stand_in<'s>(&mut self, pair: Pair, rows: &[StoredWindow], left: impl Iterator<Item = &'s WindowRow>) -> bool {
+        let mut left = left.peekable();
+        let Some(key) = left.peek().map(|row| &row.key.period) else { return true };
+        let Some(Accumulation { meter, period, .. }) = self.accumulations.of(pair, key) else { return false };
+        let Ok(at) = self.periods.binary_search_by(|row| row.key.cmp(key)) else { return false };
+        let mut is_right = |row: &WindowRow| {
+            row.period() == period && row.window() == self.windows.window(meter.window, row.key.window_start, self.timezone)
+        };
+        left.all(&mut is_right) && self.periods.get(at).is_some_and(|period| add_up(meter, rows, period))
+    }
+}
+
+/// Whether the windows of a billing period are those that it was priced with.
+fn add_up(meter: &Meter, rows: &[StoredWindow], period: &PeriodRow) -> bool {
+    let measure = Measure { multiplier: meter.multiplier, period_nanos: 0 };
+    let (mut costs, mut quantities, mut to_date) = (DecimalSum::default(), DecimalSum::default(), Accumulator::new(meter));
+    for StoredWindow { row, .. } in rows {
+        let Some(state) = WindowState::of_row(meter, row) else { return false };
+        to_date.merge(&state.accumulator);
+        quantities.add(row.quantity);
+        costs.add(row.cost);
+    }
+    let quantity = match meter.charge_on {
+        ChargeOn::Period => to_date.quantity(measure),
+        ChargeOn::WindowSum | ChargeOn::Window => quantities.total(),
+    };
+    quantity == Ok(period.quantity) && costs.total() == Ok(period.cost)
 }
 
 /// Hands the windows of marked billing periods that are not marked themselves to `each`, as
