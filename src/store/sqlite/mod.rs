@@ -3,6 +3,7 @@
 mod bind;
 mod digests;
 mod migrate;
+mod parallel;
 mod read;
 mod write;
 
@@ -131,6 +132,13 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// As rows of theirs are sorted: what is read in this order need not be sorted any more.
+fn in_order(subscriptions: &[SubscriptionKey]) -> Vec<&SubscriptionKey> {
+    let mut keys: Vec<_> = subscriptions.iter().collect();
+    keys.sort_unstable();
+    keys
+}
+
 impl AggregateStore for SqliteStore {
     fn runs(&self, job: &str) -> Result<Vec<RunRecord>> {
         read::runs(&self.connection, job).context("reading runs")
@@ -154,12 +162,12 @@ impl AggregateStore for SqliteStore {
 
     fn windows_of(&self, job: &str, span: Span, subscriptions: Option<&[SubscriptionKey]>) -> Result<Vec<StoredWindow>> {
         let Some(subscriptions) = subscriptions else { return self.windows(job, span) };
-        read::windows_of(&self.connection, job, span, subscriptions).context("reading usage_windows")
+        parallel::windows_of(&self.connection, job, span, &in_order(subscriptions)).context("reading usage_windows")
     }
 
     fn periods_of(&self, job: &str, span: Span, subscriptions: Option<&[SubscriptionKey]>) -> Result<Vec<PeriodRow>> {
         let Some(subscriptions) = subscriptions else { return self.periods(job, span) };
-        read::periods_of(&self.connection, job, span, subscriptions).context("reading usage_periods")
+        read::periods_of(&self.connection, job, span, &in_order(subscriptions)).context("reading usage_periods")
     }
 
     fn state(&self, job: &str, name: &str) -> Result<Option<(String, String)>> {

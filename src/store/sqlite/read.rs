@@ -84,22 +84,28 @@ pub(super) fn periods(connection: &Connection, job: &str, span: Span) -> Result<
     Ok(periods)
 }
 
-/// As [`windows`], of these subscriptions.
-pub(super) fn windows_of(connection: &Connection, job: &str, span: Span, keys: &[SubscriptionKey]) -> Result<Vec<StoredWindow>> {
+/// As [`windows`], of these subscriptions; with how many runs there were.
+pub(super) fn windows_of(
+    connection: &Connection,
+    job: &str,
+    span: Span,
+    keys: &[&SubscriptionKey],
+) -> Result<(i64, Vec<StoredWindow>)> {
     let sql = select_windows(
         "tenant_id = ?2 AND subscription_id = ?3 \
          AND rtrim(window_start, 'Z') < rtrim(?4, 'Z') AND rtrim(window_end, 'Z') > rtrim(?5, 'Z')",
     );
     // Digests and rows are of one state, whoever publishes meanwhile.
     let connection = &*connection.unchecked_transaction()?;
+    let runs = connection.query_row("SELECT count(*) FROM runs", [], |row| row.get(0))?;
     let (mut reader, digests) = (WindowReader::default(), Digests::load(connection)?);
     let mut windows = query_of(connection, &sql, (job, span), keys, |row| reader.read(&WindowCells { row, digests: &digests }))?;
     windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
-    Ok(windows)
+    Ok((runs, windows))
 }
 
 /// As [`periods`], of these subscriptions.
-pub(super) fn periods_of(connection: &Connection, job: &str, span: Span, keys: &[SubscriptionKey]) -> Result<Vec<PeriodRow>> {
+pub(super) fn periods_of(connection: &Connection, job: &str, span: Span, keys: &[&SubscriptionKey]) -> Result<Vec<PeriodRow>> {
     let sql = "SELECT * FROM usage_periods WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 \
                AND rtrim(period_start, 'Z') < rtrim(?4, 'Z') AND rtrim(period_end, 'Z') > rtrim(?5, 'Z')";
     let mut periods = query_of(connection, sql, (job, span), keys, |row| rows::period(row))?;
@@ -112,7 +118,7 @@ fn query_of<T>(
     connection: &Connection,
     sql: &str,
     (job, span): (&str, Span),
-    keys: &[SubscriptionKey],
+    keys: &[&SubscriptionKey],
     mut of: impl FnMut(&Row<'_>) -> Result<T>,
 ) -> Result<Vec<T>> {
     let mut statement = connection.prepare(sql)?;
