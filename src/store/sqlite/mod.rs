@@ -22,6 +22,9 @@ use crate::model::window::Span;
 /// Pages of a publication that are kept in memory until they are written.
 const CACHE_KIBIBYTES: i64 = 64 * 1024;
 
+/// A connection belongs to one thread: it needs no locks of its own.
+const READ_ONLY: OpenFlags = OpenFlags::SQLITE_OPEN_READ_ONLY.union(OpenFlags::SQLITE_OPEN_NO_MUTEX);
+
 /// A SQLite database with the tables of the contract.
 #[derive(Debug)]
 pub struct SqliteStore {
@@ -93,7 +96,7 @@ impl SqliteStore {
 /// for that; where it may not and nobody is writing, the file can be read as it is.
 fn connect_read_only(path: &Path) -> Result<Connection> {
     let unreadable = || format!("store {}: cannot be read", path.display());
-    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY).with_context(unreadable)?;
+    let connection = Connection::open_with_flags(path, READ_ONLY).with_context(unreadable)?;
     connection.busy_timeout(std::time::Duration::from_secs(30))?;
     if !needs_writing(&connection) {
         return Ok(connection);
@@ -115,7 +118,7 @@ fn connect_read_only(path: &Path) -> Result<Connection> {
         );
     }
     let name = path.to_str().with_context(unreadable)?.replace('%', "%25").replace('?', "%3f").replace('#', "%23");
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
+    let flags = READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
     Connection::open_with_flags(format!("file:{name}?immutable=1"), flags).with_context(unreadable)
 }
 
