@@ -321,6 +321,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let resolved = past.resolved(job, reference, &request.scope, range, &seen.dead_letters, marks.map(|_| &seen.visited));
 
     let files = splits.iter().zip(&keys.splits);
+    let future = lateness::warn_of_the_future(files.clone(), range, started_at);
     let files =
         files.map(|(split, keys)| InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows: keys.rows });
     let coverage = incremental::coverage(&baseline, skipping, &priced.windows, &stored.windows);
@@ -345,7 +346,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         },
         basis,
         steps: timeline.steps,
-        warnings: reference.warnings.clone(),
+        warnings: reference.warnings.iter().cloned().chain(future).collect(),
         coverage,
         foreign_definitions,
         lateness,
