@@ -299,13 +299,13 @@ fn a_row_that_fits_is_believed_until_somebody_verifies() {
 #[test]
 fn made_up_nights_leave_what_a_full_run_does() {
     let workspace = Workspace::new();
-    let made = workspace.trueup(&["generate", "--out", ".", "--events", "20000", "--days", "5"]);
+    let made = workspace.trueup(&["generate", "--out", ".", "--events", "12000", "--days", "4"]);
     assert_eq!(made.code, 0, "{made:?}");
     workspace.write("fresh.yaml", workspace.read("job.yaml").replace("trueup.db", "fresh.db"));
     let files = std::fs::read_dir(workspace.path("events")).unwrap().map(|entry| entry.unwrap().file_name());
     let mut files: Vec<_> = files.map(|name| name.into_string().unwrap()).collect();
     files.sort_unstable();
-    assert_eq!(files.len(), 5);
+    assert_eq!(files.len(), 4);
     let rename = |from: &str, to: &str, file: &str| {
         std::fs::rename(workspace.path(&format!("{from}{file}")), workspace.path(&format!("{to}{file}"))).unwrap();
     };
@@ -314,7 +314,7 @@ fn made_up_nights_leave_what_a_full_run_does() {
     for file in &files[2..] {
         rename("", "events/", file);
         let run = night(&workspace);
-        assert!(marked(&run).0 > 300 && spared(&run).1 > 4000, "{}", run["coverage"]);
+        assert!(marked(&run).0 > 300 && spared(&run).1 > 2000, "{}", run["coverage"]);
         assert!(run["rows"]["updated"].as_u64() > Some(0), "{}", run["rows"]);
     }
 }
