@@ -430,7 +430,11 @@ impl Report<'_> {
         }
         self.line(out, "new", &[vec![new], why].concat().join(", "))?;
         let customers = counted(skipping.marked_customers, "customer");
-        self.line(out, "marked", &format!("{customers}, {}", counted(skipping.marked_periods, "billing period")))?;
+        let mut marked = format!("{customers}, {}", counted(skipping.marked_periods, "billing period"));
+        if skipping.stored_windows > 0 {
+            marked = format!("{marked}; {} of them as stored", counted(skipping.stored_windows, "window"));
+        }
+        self.line(out, "marked", &marked)?;
         self.line(
             out,
             "looked at",

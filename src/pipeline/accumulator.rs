@@ -6,7 +6,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::enrich::Value;
 use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
-use crate::model::meter::{Aggregation, Meter};
+use crate::model::meter::{Aggregation, ChargeOn, Meter};
 use crate::model::timestamp::Timestamp;
 
 /// The state of one aggregation over a set of events.
@@ -24,6 +24,8 @@ pub enum Accumulator {
     AddedUnique(Added),
     CountUniqueApprox(Box<Sketch>),
     WeightedSum(Box<Level>),
+    /// Of a window whose events are not at hand, and that is charged by its quantity alone.
+    Known(Decimal),
 }
 
 /// A level over time.
@@ -227,6 +229,36 @@ impl Accumulator {
         }
     }
 
+    /// The state of a window that is known by its quantity, and by how many events it has:
+    /// merged with those of other windows, it gives what its events would. `None` where
+    /// more must be known. No event of the window came before `start`.
+    pub fn of_quantity(meter: &Meter, quantity: Decimal, events: u64, start: Timestamp) -> Option<Self> {
+        if meter.charge_on != ChargeOn::Period {
+            return Some(Accumulator::Known(quantity));
+        }
+        match meter.aggregation {
+            Aggregation::Count => Some(Accumulator::Count(events)),
+            Aggregation::Sum | Aggregation::SumWithMultiplier if meter.multiplier == Decimal::ONE => {
+                let mut sum = DecimalSum::default();
+                sum.add(quantity);
+                Some(Accumulator::Sum(sum))
+            }
+            Aggregation::Min => Some(Accumulator::Min(Some(quantity))),
+            Aggregation::Max => Some(Accumulator::Max(Some(quantity))),
+            // Later than all events of earlier windows, earlier than those of later ones.
+            Aggregation::Latest => {
+                let latest = Latest { timestamp: start, ingested_at: Timestamp::MIN, id: Box::default(), value: quantity };
+                Some(Accumulator::Latest(Some(Box::new(latest))))
+            }
+            Aggregation::Sum
+            | Aggregation::SumWithMultiplier
+            | Aggregation::Avg
+            | Aggregation::CountUnique
+            | Aggregation::CountUniqueApprox
+            | Aggregation::WeightedSum => None,
+        }
+    }
+
     /// Adds the value of one event.
     pub fn add(&mut self, value: &Measured<'_>, moment: Moment<'_>) {
         match (self, value) {
@@ -310,6 +342,7 @@ impl Accumulator {
             Accumulator::CountUnique(values) => Ok(Decimal::from_u64(values.count() as u64)),
             Accumulator::AddedUnique(values) => Ok(Decimal::from_u64(values.count)),
             Accumulator::CountUniqueApprox(sketch) => Ok(Decimal::from_u64(sketch.estimate())),
+            Accumulator::Known(quantity) => Ok(*quantity),
             Accumulator::WeightedSum(level) => level.weighted.mean(measure.period_nanos.unsigned_abs()),
         }
     }

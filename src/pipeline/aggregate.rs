@@ -410,7 +410,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
             if only_levels && meter.meter.aggregation != Aggregation::WeightedSum {
                 continue;
             }
-            if context.marks.as_ref().is_some_and(|marks| !marks.hold(subscription, meter.index, leg.period.span)) {
+            if context.marks.as_ref().is_some_and(|marks| !marks.hold_event(subscription, meter.index, leg.period.span, t)) {
                 self.visited.leave_out(&context.open_dead_letters, event, meter.index);
                 continue;
             }

@@ -42,15 +42,20 @@ impl ClosedPeriods {
     }
 
     pub fn hold(&self, key: &PeriodKey) -> bool {
+        self.hold_of(&key.tenant_id, &key.subscription_id, key.period_start)
+    }
+
+    /// As [`ClosedPeriods::hold`], for all meters of a subscription.
+    pub fn hold_of(&self, tenant: &Text, subscription: &Text, period_start: Timestamp) -> bool {
         if self.is_empty() {
             return false;
         }
-        let subscription = (key.tenant_id.clone(), key.subscription_id.clone());
+        let subscription = (tenant.clone(), subscription.clone());
         let is_beyond = || {
             let cycle = self.cycles.get(&subscription);
-            self.horizon.as_ref().zip(cycle).is_some_and(|(horizon, cycle)| horizon.holds(cycle.period(key.period_start)))
+            self.horizon.as_ref().zip(cycle).is_some_and(|(horizon, cycle)| horizon.holds(cycle.period(period_start)))
         };
-        is_beyond() || self.closed.contains(&(subscription.0.clone(), subscription.1.clone(), key.period_start))
+        is_beyond() || self.closed.contains(&(subscription.0.clone(), subscription.1.clone(), period_start))
     }
 }
 

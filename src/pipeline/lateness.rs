@@ -1,16 +1,19 @@
 //! What a job says of late events: how far back a run looks, when a window has settled,
 //! and the horizon beyond which nothing changes any more.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::Request;
+use super::keys::SplitKeys;
 use super::range::Completeness;
 use crate::config::Job;
 use crate::model::run::RunRecord;
-use crate::model::timestamp::Timestamp;
+use crate::model::timestamp::{MINUTE, Timestamp};
 use crate::model::window::Span;
+use crate::source::Split;
 
 /// The job's policy at the time of a run.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
@@ -57,6 +60,29 @@ impl Lateness {
         let end = self.settled_until.map_or(range.end, |until| range.end.min(until));
         (range.start < end).then_some(Span { end, ..range })
     }
+}
+
+/// How far ahead the clocks of those who send events may be.
+const AHEAD: i64 = 24 * 60 * MINUTE;
+
+/// Warns of events in `range` that are dated well after `now`: they lengthen it, and count in
+/// windows that have not begun.
+pub fn warn_of_the_future<'s>(
+    splits: impl Iterator<Item = (&'s Split, &'s SplitKeys)>,
+    range: Span,
+    now: Timestamp,
+) -> Option<String> {
+    let limit = Timestamp::from_nanos(now.nanos().saturating_add(AHEAD));
+    let last = splits.filter_map(|(split, keys)| Some((keys.extent?.1, split)));
+    let ahead: Vec<_> = last.filter(|(last, _)| *last > limit && range.contains(*last)).collect();
+    let (last, split) = ahead.iter().max_by_key(|(last, _)| *last)?;
+    let files = ahead.iter().map(|(_, split)| &split.name).collect::<BTreeSet<_>>().len();
+    let others = if files > 1 { format!(" and {} more", files - 1) } else { String::new() };
+    Some(format!(
+        "events are dated up to {last}, after now (in {}{others}): void them or send them again as they should be, \
+         or leave them out by a range or `lateness.lookback`",
+        split.name
+    ))
 }
 
 /// Billing periods that change no more.

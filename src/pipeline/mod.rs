@@ -66,15 +66,13 @@ use crate::source::{EventSource, Selection, Split, Wanted};
 use crate::store::AggregateStore;
 use aggregate::{Context, Matcher};
 use causes::{CurrentDigests, Evidence};
-use closed::ClosedPeriods;
 use deduplicate::RepeatedKeys;
 use draft::Draft;
 use enrich::{Enricher, Scope};
 use incremental::snapshot::{STATE, Snapshot};
-use incremental::{Coverage, Mode, Passes};
+use incremental::{Coverage, Mode, Passes, stored_windows};
 pub use key_cache::KeyCache;
 use keys::{KeyHashes, KeyReader, SplitKeys};
-use lateness::Horizon;
 pub use lateness::Lateness;
 use matches::Partitioning;
 use names::Names;
@@ -224,7 +222,15 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let snapshot = Snapshot::of(reference, range.end);
     let passes = baseline.as_ref().ok().map(|baseline| Passes { inputs, baseline, splits: &splits, keys: &keys.splits });
     let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), &mut timeline)).transpose()?;
-    let (marks, mut skipping) = marked.unzip();
+    let (mut marks, mut skipping) = marked.unzip();
+    let known = marks.as_mut().map(|marks| {
+        timeline.step("read stored", None, || {
+            let stored = stored_windows::read(inputs, &past, (request, &lateness), (range, reach), marks)?;
+            let rows = stored.windows.len() as u64;
+            Ok((stored, rows))
+        })
+    });
+    let known = known.transpose()?;
 
     // read -> enrich
     let context = Context {
@@ -254,7 +260,11 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let names = Names::new(reference);
     let withdrawn: FxHashMap<WindowKey, News> =
         seen.withdrawn.iter().map(|(key, news)| (names.window_key(key, &seen.dimensions), *news)).collect();
-    let matches = seen.take_matches();
+    let mut matches = seen.take_matches();
+    if let (Some(marks), Some(stored), Some(skipping)) = (&context.marks, &known, &mut skipping) {
+        let add = |key, state| matches.add(key, state);
+        skipping.stored_windows = stored_windows::stand_in(marks, &stored.windows, reference, &mut seen.dimensions, add);
+    }
     let mut priced = timeline.step("aggregate and price", None, || {
         let dimensions = &seen.dimensions;
         let price = |windows, range| price::price(windows, dimensions, reference, &names, range, job.timezone);
@@ -280,12 +290,9 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     // reconcile
     let reach = range::reach(range, reference, &request.scope);
     let marks = context.marks.as_ref();
-    let stored = past.stored(inputs, &request.scope, (range, reach), marks, &priced)?;
-    let closed = match lateness.horizon {
-        _ if request.allow_closed => ClosedPeriods::default(),
-        Some(until) => stored.closed.with_horizon(Horizon::new(until, &past.runs), reference),
-        None => stored.closed,
-    };
+    let stored = known.map_or_else(|| past.read(inputs, (request, &lateness), (range, reach), None), Ok)?;
+    let stored = stored.comparable(&request.scope, range, marks, &priced);
+    let closed = stored.closed;
     let mut changes = timeline.step("reconcile", None, || {
         let session_meters: FxHashSet<_> =
             reference.meters.iter().filter(|meter| sessions::is_session(meter)).map(|meter| meter.id.as_str()).collect();
@@ -326,6 +333,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let resolved = past.resolved(job, reference, &request.scope, range, &seen.dead_letters, marks.map(|_| &seen.visited));
 
     let files = splits.iter().zip(&keys.splits);
+    let future = lateness::warn_of_the_future(files.clone(), range, started_at);
     let files =
         files.map(|(split, keys)| InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows: keys.rows });
     let coverage = incremental::coverage(&baseline, skipping, &priced.windows, &stored.windows);
@@ -350,7 +358,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         },
         basis,
         steps: timeline.steps,
-        warnings: reference.warnings.clone(),
+        warnings: reference.warnings.iter().cloned().chain(future).collect(),
         coverage,
         foreign_definitions,
         lateness,

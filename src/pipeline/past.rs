@@ -4,12 +4,13 @@
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::Inputs;
 use super::closed::ClosedPeriods;
 use super::enrich::Scope;
 use super::incremental::marks::Marks;
+use super::lateness::{Horizon, Lateness};
 use super::letters::{OpenDeadLetters, VisitedLetters};
 use super::price::{Priced, PricedWindow};
+use super::{Inputs, Request};
 use crate::config::Job;
 use crate::model::aggregate::{CorrectionKind, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, WindowKey};
 use crate::model::run::{RunBasis, RunRecord};
@@ -29,7 +30,7 @@ pub struct Past {
 pub struct Stored {
     pub windows: Vec<StoredWindow>,
     pub periods: Vec<PeriodRow>,
-    /// Periods that the range touches and that are closed.
+    /// Periods that the range touches and whose rows stay as they are.
     pub closed: ClosedPeriods,
 }
 
@@ -187,14 +188,14 @@ impl Past {
         store.map_or(Ok(Vec::new()), |store| store.windows(&job.name, span))
     }
 
-    /// Rows of the billing periods that the range touches, or of those that `marks` hold.
-    pub fn stored(
+    /// Rows of the billing periods that the range touches, or of those that `marks` hold
+    /// and perhaps others.
+    pub fn read(
         &self,
         inputs: &Inputs<'_>,
-        scope: &Scope,
+        (request, lateness): (&Request, &Lateness),
         (range, reach): (Span, Span),
         marks: Option<&Marks>,
-        priced: &Priced,
     ) -> Result<Stored> {
         let Inputs { job, reference, store, .. } = *inputs;
         let Some(store) = store else {
@@ -202,24 +203,39 @@ impl Past {
         };
         let subscriptions = marks.and_then(|marks| marks.marked_subscriptions(reference));
         let of_periods = subscriptions.as_deref().filter(|_| marks.is_some_and(|marks| marks.know(range)));
-        let mut windows = store.windows_of(&job.name, reach, subscriptions.as_deref())?;
-        let mut periods = store.periods_of(&job.name, range, of_periods)?;
-        let closed = ClosedPeriods::of(&periods);
+        let reach = marks.map_or(reach, |marks| marks.span(reference, (range, reach)));
+        let range = Span { start: range.start.max(reach.start), end: range.end.min(reach.end) };
+        let windows = store.windows_of(&job.name, reach, subscriptions.as_deref())?;
+        let periods = store.periods_of(&job.name, range, of_periods)?;
+        let closed = match lateness.horizon {
+            _ if request.allow_closed => ClosedPeriods::default(),
+            Some(until) => ClosedPeriods::of(&periods).with_horizon(Horizon::new(until, &self.runs), reference),
+            None => ClosedPeriods::of(&periods),
+        };
+        Ok(Stored { windows, periods, closed })
+    }
+}
+
+impl Stored {
+    /// The rows that what is `priced` now is compared with: those of the scope, and of
+    /// billing periods that the range touches and that `marks` hold.
+    #[must_use]
+    pub fn comparable(mut self, scope: &Scope, range: Span, marks: Option<&Marks>, priced: &Priced) -> Stored {
         let is_marked = |key: &PeriodKey, period: Span| marks.is_none_or(|marks| marks.hold_row(key, period));
         // A row that is computed now is compared whoever it belonged to.
         let is_computed = |key: &WindowKey| priced.windows.binary_search_by(|window| window.row.key.cmp(key)).is_ok();
-        windows.retain(|StoredWindow { row, .. }| {
+        self.windows.retain(|StoredWindow { row, .. }| {
             let in_scope = scope.holds(&row.key.period.tenant_id, &row.customer_id, &row.key.period.meter_id);
             let in_scope = in_scope && is_marked(&row.key.period, row.period());
             row.period().overlaps(range) && (in_scope || is_computed(&row.key))
         });
         let period_keys: FxHashSet<_> = priced.periods.iter().map(|period| &period.key).collect();
-        periods.retain(|row| {
+        self.periods.retain(|row| {
             let in_scope = scope.holds(&row.key.tenant_id, &row.customer_id, &row.key.meter_id);
             let in_scope = in_scope && is_marked(&row.key, Span { start: row.key.period_start, end: row.period_end });
             in_scope || period_keys.contains(&row.key)
         });
-        Ok(Stored { windows, periods, closed })
+        self
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustc_hash::FxHashMap;
 
 use super::accumulator::{Accumulator, Measured, Moment};
-use crate::model::aggregate::Text;
+use crate::model::aggregate::{Text, WindowRow};
 use crate::model::decimal::DecimalError;
 use crate::model::digest::SetDigest;
 use crate::model::meter::Meter;
@@ -59,6 +59,21 @@ impl WindowState {
             transactions: price.and_then(Price::transactions).map(|_| Box::default()),
             news: KeptNews::default(),
         }
+    }
+
+    /// A window as it is stored; `None` where its row does not tell what it adds to its
+    /// billing period.
+    pub fn of_row(meter: &Meter, row: &WindowRow) -> Option<Self> {
+        let start = row.key.window_start.max(row.key.period.period_start);
+        Some(WindowState {
+            window_end: row.window_end,
+            period_end: row.period_end,
+            event_count: row.event_count,
+            events_digest: row.events_digest,
+            accumulator: Accumulator::of_quantity(meter, row.quantity, row.event_count, start)?,
+            transactions: None,
+            news: KeptNews::default(),
+        })
     }
 
     /// Counts one event; `contribution` is what it adds to the digest.

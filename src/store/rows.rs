@@ -22,6 +22,11 @@ pub trait Cells {
     fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>>;
 
     fn cell_at(&self, place: usize) -> Result<Option<Cow<'_, str>>>;
+
+    /// The number of a cell that the store keeps as one; otherwise its text tells.
+    fn integer_at(&self, _place: usize) -> Result<Option<i64>> {
+        Ok(None)
+    }
 }
 
 fn required<'r>(row: &'r dyn Cells, column: &str) -> Result<Cow<'r, str>> {
@@ -120,13 +125,13 @@ impl WindowReader {
                 window_end: cells.parsed()?,
                 period_end: cells.parsed()?,
                 quantity: cells.parsed()?,
-                event_count: cells.parsed()?,
+                event_count: cells.integer()?,
                 cost: cells.parsed()?,
                 currency: cells.text(last_row.map(|row| &row.currency))?,
                 events_digest: cells.events_digest()?,
                 basis: cells.basis(last_row.map(|row| &row.basis))?,
             }),
-            version: cells.parsed()?,
+            version: cells.integer()?,
             run_id: cells.text(last.map(|last| &last.run_id))?,
         };
         self.last = Some(read.clone());
@@ -187,6 +192,19 @@ impl<'r> NextCells<'r> {
 
     fn events_digest(&mut self) -> Result<SetDigest> {
         Ok(SetDigest::stored(&self.next()?))
+    }
+
+    fn integer<T: FromStr + TryFrom<i64>>(&mut self) -> Result<T>
+    where
+        <T as FromStr>::Err: std::error::Error + Send + Sync + 'static,
+    {
+        match self.row.integer_at(self.place)?.map(T::try_from) {
+            Some(Ok(number)) => {
+                self.place += 1;
+                Ok(number)
+            }
+            _ => self.parsed(),
+        }
     }
 
     fn parsed<T: FromStr>(&mut self) -> Result<T>

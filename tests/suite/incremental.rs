@@ -191,7 +191,7 @@ fn shop() -> Workspace {
 
 /// An incremental run; then a full one finds nothing to do, and neither does `verify`.
 #[track_caller]
-fn increment(workspace: &Workspace) -> Value {
+pub fn increment(workspace: &Workspace) -> Value {
     let run = workspace.run(&["--incremental"]);
     assert_eq!(run["coverage"]["mode"], "incremental", "{}", run["coverage"]);
     let verified = workspace.trueup(&["verify", "job.yaml"]);
@@ -213,11 +213,11 @@ fn skips_nothing(workspace: &Workspace, why: &str) {
 }
 
 /// How much an incremental run read: rows of the splits it looked at, and events it took.
-fn read(run: &Value) -> (u64, u64) {
+pub fn read(run: &Value) -> (u64, u64) {
     (run["coverage"]["skipping"]["rows"].as_u64().unwrap(), run["events"]["read"].as_u64().unwrap())
 }
 
-fn marked(run: &Value) -> (u64, u64) {
+pub fn marked(run: &Value) -> (u64, u64) {
     let skipping = &run["coverage"]["skipping"];
     (skipping["marked_customers"].as_u64().unwrap(), skipping["marked_periods"].as_u64().unwrap())
 }
@@ -242,13 +242,15 @@ fn nothing_new_reads_nothing() {
 }
 
 #[test]
-fn a_late_event_marks_its_customer_and_its_period_alone() {
+fn a_late_event_marks_its_customer_and_its_windows_alone() {
     let workspace = shop();
     let before = versions(&workspace);
     workspace.write("events/late.ndjson", event("late", "call", "xa", "2026-02-11T10:00:00Z", "6"));
     let run = increment(&workspace);
-    // January's file is not read; of February's, the rows of one customer.
-    assert_eq!((read(&run), marked(&run)), ((1 + 8, 1 + 4), (1, 1)));
+    // January's file is not read, nor is any row of February's: it has none of that day.
+    assert_eq!((read(&run), marked(&run)), ((1 + 8, 1), (1, 1)));
+    // The days of February that calls and tokens have already.
+    assert_eq!(run["coverage"]["skipping"]["stored_windows"], 4);
     assert_eq!(run["causes"], json!({"late_event": 2, "tier_shift": 1}));
     let changed = changed(&before, &versions(&workspace));
     assert_eq!(changed, ["sa calls 2026-02-11T00:00:00Z", "sa tokens 2026-02-11T00:00:00Z", "sa tokens 2026-02-20T00:00:00Z"]);

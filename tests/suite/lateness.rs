@@ -171,6 +171,28 @@ fn beyond_the_horizon_differences_are_recorded_and_nothing_changes() {
 }
 
 #[test]
+fn events_of_the_future_are_told_unless_a_range_leaves_them_out() {
+    let workspace = workspace("");
+    call(&workspace, "recent", Duration::hours(2));
+    call(&workspace, "soon", -Duration::hours(20));
+    let warnings = |arguments: &[&str]| workspace.run(arguments)["warnings"].clone();
+    assert_eq!(warnings(&[]), json!([]));
+    call(&workspace, "later", -Duration::days(3));
+    call(&workspace, "latest", -Duration::days(400));
+    let last = (*HOUR + Duration::days(400)).format("%Y-%m-%dT%H:%M:%SZ").to_string();
+    for arguments in [&["--full"][..], &["--incremental"]] {
+        let found = warnings(arguments)[0].as_str().unwrap().to_owned();
+        assert!(found.starts_with(&format!("events are dated up to {last}, after now (in ")), "{found}");
+        assert!(found.contains("latest.ndjson and 1 more): void them"), "{found}");
+    }
+    let plan = workspace.trueup(&["plan", "job.yaml"]).stdout;
+    assert!(plan.contains("warning      events are dated up to "), "{plan}");
+    assert_eq!(warnings(&["--last", "3d"]), json!([]));
+    workspace.write("job.yaml", job("lateness: {lookback: 7d}"));
+    assert_eq!(warnings(&[]), json!([]));
+}
+
+#[test]
 fn a_job_can_skip_always_and_never() {
     let workspace = workspace("incremental: always");
     call(&workspace, "first", Duration::days(2));

@@ -1,5 +1,5 @@
-//! What must be computed again: subscriptions, meters and billing periods that a new
-//! event or a changed reference row touches.
+//! What must be computed again: windows or whole billing periods of subscriptions and
+//! meters that a new event or a changed reference row touches.
 
 use std::collections::BTreeSet;
 
@@ -8,23 +8,26 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use super::choice::CustomerChoice;
 use super::snapshot::Differences;
 use super::spans::Spans;
-use crate::model::aggregate::PeriodKey;
+use super::stored_windows::Separable;
+use crate::model::aggregate::{PeriodKey, WindowRow};
 use crate::model::meter::Aggregation;
 use crate::model::properties::Property;
 use crate::model::timestamp::Timestamp;
-use crate::model::window::Span;
+use crate::model::window::{BillingCycle, Span};
 use crate::pipeline::enrich::Enricher;
-use crate::reference::{Reference, Subscription};
+use crate::pipeline::state::WindowCache;
+use crate::reference::Reference;
 use crate::source::EventRef;
 
 /// Subscription and meter, as indexes into the reference tables.
-type Pair = (usize, usize);
+pub(super) type Pair = (usize, usize);
 
 /// What must be computed again.
 #[derive(Debug, Default)]
 pub struct Marks {
-    /// Billing periods begin in these spans.
-    periods: FxHashMap<Pair, Spans>,
+    /// Events in these spans count again: whole billing periods, or parts of them that
+    /// single windows have.
+    spans: FxHashMap<Pair, Spans>,
     /// The range of the baseline: later and earlier periods were never computed.
     known: Option<Span>,
     /// By tenant and id.
@@ -51,17 +54,36 @@ impl Marks {
         marks
     }
 
-    /// Whether a billing period of a subscription and a meter is computed again.
+    /// Whether something of a billing period of a subscription and a meter is computed again.
     pub fn hold(&self, subscription: usize, meter: usize, period: Span) -> bool {
-        self.is_fresh(period) || self.periods.get(&(subscription, meter)).is_some_and(|spans| spans.contains(period.start))
+        self.is_fresh(period) || self.spans.get(&(subscription, meter)).is_some_and(|spans| spans.overlap(period))
+    }
+
+    /// Whether the window of an event at `t` is computed again.
+    pub fn hold_event(&self, subscription: usize, meter: usize, period: Span, t: Timestamp) -> bool {
+        self.is_fresh(period) || self.spans.get(&(subscription, meter)).is_some_and(|spans| spans.contains(t))
+    }
+
+    /// As [`Marks::hold_event`], for the window of a stored row.
+    pub(super) fn hold_window(&self, (subscription, meter): Pair, row: &WindowRow) -> bool {
+        self.hold_event(subscription, meter, row.period(), row.key.window_start.max(row.key.period.period_start))
+    }
+
+    /// Whether single windows of a billing period may be marked, and others not.
+    pub(super) fn divide(&self, (subscription, meter): Pair, period: Span) -> bool {
+        !self.is_fresh(period) && self.hold(subscription, meter, period)
     }
 
     /// As [`Marks::hold`], for a stored row. A row that nothing can compute any more is
     /// to be taken back.
     pub fn hold_row(&self, key: &PeriodKey, period: Span) -> bool {
-        let subscription = self.subscriptions.get(&*key.tenant_id).and_then(|ids| ids.get(&*key.subscription_id));
-        let (Some(subscription), Some(meter)) = (subscription, self.meters.get(&*key.meter_id)) else { return true };
-        self.hold(*subscription, *meter, period)
+        self.pair(key).is_none_or(|(subscription, meter)| self.hold(subscription, meter, period))
+    }
+
+    /// The subscription and the meter of a row; `None` where there is one of them no more.
+    pub(super) fn pair(&self, key: &PeriodKey) -> Option<Pair> {
+        let subscription = self.subscriptions.get(&*key.tenant_id)?.get(&*key.subscription_id)?;
+        Some((*subscription, *self.meters.get(&*key.meter_id)?))
     }
 
     /// As [`Marks::hold_row`], where only the key is known.
@@ -87,13 +109,33 @@ impl Marks {
         if self.is_meter_gone {
             return None;
         }
-        let indexes: BTreeSet<_> = self.periods.keys().map(|(subscription, _)| *subscription).collect();
+        let indexes: BTreeSet<_> = self.spans.keys().map(|(subscription, _)| *subscription).collect();
         let name = |at: &usize| reference.subscriptions.get(*at).map(|row| (row.tenant_id.clone(), row.id.clone()));
         Some(indexes.iter().filter_map(name).chain(self.gone.iter().cloned()).collect())
     }
 
-    fn mark(&mut self, subscription: usize, meter: usize, span: Span) {
-        self.periods.entry((subscription, meter)).or_default().add(span);
+    /// All billing periods that marked rows may be of lie in here.
+    pub fn span(&self, reference: &Reference, (range, reach): (Span, Span)) -> Span {
+        let Some(known) = self.known.filter(|_| self.gone.is_empty() && !self.is_meter_gone) else { return reach };
+        let mut cycles: FxHashMap<BillingCycle, Span> = FxHashMap::default();
+        for ((subscription, _), spans) in &self.spans {
+            let (Some(row), Some(span)) = (reference.subscriptions.get(*subscription), spans.whole()) else { continue };
+            cycles.entry(row.cycle).and_modify(|known| *known = known.union(span)).or_insert(span);
+        }
+        let marked = cycles.iter().filter_map(|(cycle, span)| periods(cycle, *span, reach));
+        let earlier = Some(Span { end: known.start, ..reach }).filter(|_| range.start < known.start);
+        let later = Some(Span { start: known.end, ..reach }).filter(|_| range.end > known.end);
+        let nothing = Span { end: range.start, ..range };
+        marked.chain(earlier).chain(later).reduce(Span::union).unwrap_or(nothing)
+    }
+
+    /// Subscriptions and meters with what is marked of them.
+    pub(super) fn spans(&self) -> impl Iterator<Item = (Pair, &Spans)> {
+        self.spans.iter().map(|(pair, spans)| (*pair, spans))
+    }
+
+    pub(super) fn mark(&mut self, subscription: usize, meter: usize, span: Span) {
+        self.spans.entry((subscription, meter)).or_default().add(span);
     }
 
     fn mark_subscription(&mut self, tenant: &str, id: &str) {
@@ -135,7 +177,7 @@ impl Marks {
                     let span = if is_level(reference, meter) {
                         Some(Spans::ALWAYS)
                     } else {
-                        periods(subscription, price.valid(), reach)
+                        periods(&subscription.cycle, price.valid(), reach)
                     };
                     span.into_iter().for_each(|span| self.mark(index, meter, span));
                 }
@@ -159,15 +201,15 @@ impl Marks {
 
     /// Adds what the events of one thread mark.
     pub fn add_events(&mut self, scan: MarkScan<'_, '_>) {
-        for ((subscription, meter), spans) in scan.periods {
-            self.periods.entry((subscription, meter)).or_default().merge(&spans);
+        for (pair, spans) in scan.spans {
+            self.spans.entry(pair).or_default().merge(&spans);
         }
     }
 
-    /// The rows of known splits that belong to marked periods.
+    /// The rows of known splits that belong to marked windows and periods.
     pub fn choice(&self, reference: &Reference) -> CustomerChoice {
         let mut spans: Vec<Spans> = vec![Spans::default(); reference.subscriptions.len()];
-        for ((subscription, _), marked) in &self.periods {
+        for ((subscription, _), marked) in &self.spans {
             if let Some(spans) = spans.get_mut(*subscription) {
                 spans.merge(marked);
             }
@@ -193,27 +235,31 @@ fn is_level(reference: &Reference, meter: usize) -> bool {
     reference.meters.get(meter).is_some_and(|meter| meter.aggregation == Aggregation::WeightedSum)
 }
 
-/// The billing periods of a subscription that `span` touches, as far as they are in `reach`.
-fn periods(subscription: &Subscription, span: Span, reach: Span) -> Option<Span> {
+/// The billing periods of a cycle that `span` touches, as far as they are in `reach`.
+fn periods(cycle: &BillingCycle, span: Span, reach: Span) -> Option<Span> {
     let (start, end) = (span.start.max(reach.start), span.end.min(reach.end));
     let last = Timestamp::from_nanos(end.nanos().saturating_sub(1));
-    (start < end).then(|| subscription.cycle.period(start).union(subscription.cycle.period(last)))
+    (start < end).then(|| cycle.period(start).union(cycle.period(last)))
 }
 
 /// Finds what events mark; each thread has one.
 pub struct MarkScan<'c, 'r> {
     enricher: &'c Enricher<'r>,
-    periods: FxHashMap<Pair, Spans>,
+    separable: &'c Separable<'r>,
+    spans: FxHashMap<Pair, Spans>,
     /// The period of each subscription that was found last.
     last: FxHashMap<usize, Span>,
+    windows: WindowCache,
 }
 
 impl<'c, 'r> MarkScan<'c, 'r> {
-    pub fn new(enricher: &'c Enricher<'r>) -> Self {
-        MarkScan { enricher, periods: FxHashMap::default(), last: FxHashMap::default() }
+    pub fn new(enricher: &'c Enricher<'r>, separable: &'c Separable<'r>) -> Self {
+        let windows = WindowCache::default();
+        MarkScan { enricher, separable, spans: FxHashMap::default(), last: FxHashMap::default(), windows }
     }
 
-    /// Marks the periods that an event counts in, or would if its properties were right.
+    /// Marks the windows or the periods that an event counts in, or would if its properties
+    /// were right.
     pub fn visit<'e>(&mut self, event: &EventRef<'e>, slots: &mut Vec<Property<'e>>) {
         let (Some(tenant), Some(name), Some(external_id), Some(t)) =
             (event.tenant_id, event.event_name, event.external_customer_id, event.timestamp)
@@ -232,9 +278,16 @@ impl<'c, 'r> MarkScan<'c, 'r> {
         };
         self.last.insert(subscription, period);
         for meter in plan.meters.iter().filter(|meter| meter.accepts(slots)) {
-            let is_level = meter.meter.aggregation == Aggregation::WeightedSum;
-            let span = if is_level { Spans::ALWAYS } else { period };
-            self.periods.entry((subscription, meter.index)).or_default().add(span);
+            let span = if meter.meter.aggregation == Aggregation::WeightedSum {
+                Spans::ALWAYS
+            } else if self.separable.holds(row, meter.index) {
+                let window = self.windows.window(meter.meter.window, t, self.separable.timezone);
+                // What counts in both: a window that lasts longer has a row in each period.
+                Span { start: window.start.max(period.start), end: window.end.min(period.end) }
+            } else {
+                period
+            };
+            self.spans.entry((subscription, meter.index)).or_default().add(span);
         }
     }
 }

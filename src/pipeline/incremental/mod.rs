@@ -1,19 +1,25 @@
 //! Incremental runs: a full run that skips what cannot have changed since the last one.
 //!
 //! ```text
-//! new files -> marks -> rows of marked periods -> all copies of their keys -> aggregate
+//! new files -> marks -> events of what is marked -> all copies of their keys -> aggregate
+//!                   \-> stored windows beside it ------------------------------> price
 //! ```
 //!
 //! The *baseline* is the last run without a range, of the whole job. New events mark the
-//! billing periods that they touch, and so do the old copies of their keys; changed
-//! reference rows mark what depends on them. Marked periods are computed again from raw
-//! events, never from what is stored. Whatever cannot be proved makes a run full.
+//! windows that they touch, and so do the old copies of their keys; changed reference rows
+//! mark the billing periods that depend on them. What is marked is computed again from raw
+//! events. The other windows of a billing period are taken from the store where their rows
+//! tell what they add to it ([`stored_windows`]); otherwise the whole period is marked.
+//! Either way it is priced anew, for one window can move the tiers of all later ones.
+//! Whatever cannot be proved makes a run full. That nobody altered the store cannot be
+//! proved here: a full run and `verify` see it.
 
 mod choice;
 pub mod marks;
 mod passes;
 pub mod snapshot;
 mod spans;
+pub mod stored_windows;
 
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -59,6 +65,8 @@ pub struct Skipping {
     pub changed: Vec<String>,
     pub marked_customers: u64,
     pub marked_periods: u64,
+    /// Windows of those periods whose usage is as it was stored.
+    pub stored_windows: u64,
     /// Files that were opened for their events, and the rows in what was looked at.
     pub files: u64,
     pub rows: u64,

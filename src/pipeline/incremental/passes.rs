@@ -8,6 +8,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use super::choice::{Chosen, CustomerChoice, KeyChoice};
 use super::marks::MarkScan;
 use super::snapshot::{Differences, Snapshot};
+use super::stored_windows::Separable;
 use super::{Baseline, Marks, Skipping};
 use crate::model::window::Span;
 use crate::pipeline::aggregate::{Context, Matcher};
@@ -55,10 +56,11 @@ impl<'p> Passes<'p> {
         marks.add_levels(reference, levels_until, range.end);
 
         let enricher = Enricher::new(reference, Scope::default());
+        let separable = Separable::new(reference, job.timezone);
         let (new, new_rows) = self.new_splits();
         let skipping = self.skipping(&differences);
         timeline.step("mark", Some(skipping.new_events), || {
-            let new_scan = || MarkScan::new(&enricher);
+            let new_scan = || MarkScan::new(&enricher, &separable);
             let visit = |scan: &mut MarkScan<'_, '_>, _: usize, batch: &EventBatch| {
                 let mut slots = Vec::new();
                 batch.rows().for_each(|event| scan.visit(&event, &mut slots));
@@ -103,7 +105,7 @@ impl<'p> Passes<'p> {
         (again, holders)
     }
 
-    /// Aggregates the events of marked periods, and every copy of their keys, undecided.
+    /// Aggregates the events of marked windows and periods, and every copy of their keys, undecided.
     ///
     /// # Errors
     /// Where the source cannot be read.

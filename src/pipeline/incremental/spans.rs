@@ -12,18 +12,27 @@ impl Spans {
     pub const ALWAYS: Span = Span { start: Timestamp::MIN, end: Timestamp::MAX };
 
     pub fn add(&mut self, span: Span) {
-        if span.start >= span.end || self.0.iter().any(|known| known.covers(span)) {
+        if span.start >= span.end {
             return;
         }
-        let touches = |known: &Span| known.start <= span.end && span.start <= known.end;
-        let whole = self.0.iter().filter(|known| touches(known)).fold(span, |whole, known| whole.union(*known));
-        self.0.retain(|known| !touches(known));
-        let at = self.0.partition_point(|known| known.start < whole.start);
-        self.0.insert(at, whole);
+        // Those that it touches.
+        let first = self.0.partition_point(|known| known.end < span.start);
+        let end = self.0.partition_point(|known| known.start <= span.end);
+        let touched = self.0.get(first..end).unwrap_or_default();
+        if touched.iter().any(|known| known.covers(span)) {
+            return;
+        }
+        let whole = touched.iter().fold(span, |whole, known| whole.union(*known));
+        self.0.splice(first..end, [whole]);
     }
 
     pub fn merge(&mut self, other: &Spans) {
         other.0.iter().for_each(|span| self.add(*span));
+    }
+
+    /// From the beginning of the first to the end of the last.
+    pub fn whole(&self) -> Option<Span> {
+        Some(self.0.first()?.union(*self.0.last()?))
     }
 
     pub fn iter(&self) -> impl Iterator<Item = Span> + '_ {
@@ -33,6 +42,12 @@ impl Spans {
     pub fn contains(&self, t: Timestamp) -> bool {
         let at = self.0.partition_point(|span| span.start <= t);
         at.checked_sub(1).and_then(|at| self.0.get(at)).is_some_and(|span| span.contains(t))
+    }
+
+    /// Whether some instant of `span` is here.
+    pub fn overlap(&self, span: Span) -> bool {
+        let at = self.0.partition_point(|known| known.end <= span.start);
+        self.0.get(at).is_some_and(|known| known.overlaps(span))
     }
 
     /// Whether an instant from `first` to `last`, both included, may be here.
@@ -62,6 +77,11 @@ mod tests {
         assert_eq!(
             [touches(0, 9), touches(0, 10), touches(40, 49), touches(40, 50), touches(60, 99)],
             [false, true, false, true, false]
+        );
+        let overlap = |start, end| spans.overlap(span(start, end));
+        assert_eq!(
+            [overlap(0, 10), overlap(0, 11), overlap(40, 50), overlap(45, 51), overlap(59, 99), overlap(60, 99)],
+            [false, true, false, true, true, false]
         );
         spans.add(Spans::ALWAYS);
         assert_eq!(spans, Spans(vec![Spans::ALWAYS]));

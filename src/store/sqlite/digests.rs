@@ -42,10 +42,17 @@ impl Cells for WindowCells<'_> {
     }
 
     fn cell_at(&self, place: usize) -> Result<Option<Cow<'_, str>>> {
+        if !WindowReader::DIGESTS.contains(&place) {
+            return self.row.cell_at(place);
+        }
         match self.row.get_ref(place)? {
-            ValueRef::Integer(number) if WindowReader::DIGESTS.contains(&place) => Ok(Some(self.digests.text(number))),
+            ValueRef::Integer(number) => Ok(Some(self.digests.text(number))),
             _ => self.row.cell_at(place),
         }
+    }
+
+    fn integer_at(&self, place: usize) -> Result<Option<i64>> {
+        self.row.integer_at(place)
     }
 }
 

@@ -3,6 +3,7 @@
 mod bind;
 mod digests;
 mod migrate;
+mod parallel;
 mod read;
 mod write;
 
@@ -20,6 +21,9 @@ use crate::model::window::Span;
 
 /// Pages of a publication that are kept in memory until they are written.
 const CACHE_KIBIBYTES: i64 = 64 * 1024;
+
+/// A connection belongs to one thread: it needs no locks of its own.
+const READ_ONLY: OpenFlags = OpenFlags::SQLITE_OPEN_READ_ONLY.union(OpenFlags::SQLITE_OPEN_NO_MUTEX);
 
 /// A SQLite database with the tables of the contract.
 #[derive(Debug)]
@@ -92,7 +96,7 @@ impl SqliteStore {
 /// for that; where it may not and nobody is writing, the file can be read as it is.
 fn connect_read_only(path: &Path) -> Result<Connection> {
     let unreadable = || format!("store {}: cannot be read", path.display());
-    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY).with_context(unreadable)?;
+    let connection = Connection::open_with_flags(path, READ_ONLY).with_context(unreadable)?;
     connection.busy_timeout(std::time::Duration::from_secs(30))?;
     if !needs_writing(&connection) {
         return Ok(connection);
@@ -114,7 +118,7 @@ fn connect_read_only(path: &Path) -> Result<Connection> {
         );
     }
     let name = path.to_str().with_context(unreadable)?.replace('%', "%25").replace('?', "%3f").replace('#', "%23");
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
+    let flags = READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
     Connection::open_with_flags(format!("file:{name}?immutable=1"), flags).with_context(unreadable)
 }
 
@@ -129,6 +133,13 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
+}
+
+/// As rows of theirs are sorted: what is read in this order need not be sorted any more.
+fn in_order(subscriptions: &[SubscriptionKey]) -> Vec<&SubscriptionKey> {
+    let mut keys: Vec<_> = subscriptions.iter().collect();
+    keys.sort_unstable();
+    keys
 }
 
 impl AggregateStore for SqliteStore {
@@ -154,12 +165,12 @@ impl AggregateStore for SqliteStore {
 
     fn windows_of(&self, job: &str, span: Span, subscriptions: Option<&[SubscriptionKey]>) -> Result<Vec<StoredWindow>> {
         let Some(subscriptions) = subscriptions else { return self.windows(job, span) };
-        read::windows_of(&self.connection, job, span, subscriptions).context("reading usage_windows")
+        parallel::windows_of(&self.connection, job, span, &in_order(subscriptions)).context("reading usage_windows")
     }
 
     fn periods_of(&self, job: &str, span: Span, subscriptions: Option<&[SubscriptionKey]>) -> Result<Vec<PeriodRow>> {
         let Some(subscriptions) = subscriptions else { return self.periods(job, span) };
-        read::periods_of(&self.connection, job, span, subscriptions).context("reading usage_periods")
+        read::periods_of(&self.connection, job, span, &in_order(subscriptions)).context("reading usage_periods")
     }
 
     fn state(&self, job: &str, name: &str) -> Result<Option<(String, String)>> {

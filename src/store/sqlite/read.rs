@@ -9,7 +9,7 @@ use rusqlite::{Connection, OptionalExtension as _, Params, Row};
 use super::digests::{Digests, WindowCells};
 use crate::model::aggregate::{PeriodRow, StoredWindow};
 use crate::model::run::RunRecord;
-use crate::model::timestamp::Timestamp;
+use crate::model::timestamp::{SECOND, Timestamp};
 use crate::model::window::Span;
 use crate::store::rows::{self, Cells, WindowReader};
 use crate::store::{Cell, Corrections, LedgerEntry, PeriodEntry, RowSink, StoredDeadLetter, SubscriptionKey, Table};
@@ -21,6 +21,13 @@ impl Cells for Row<'_> {
 
     fn cell_at(&self, place: usize) -> Result<Option<Cow<'_, str>>> {
         text_of(self.get_ref(place)?).with_context(|| format!("column {}", place + 1))
+    }
+
+    fn integer_at(&self, place: usize) -> Result<Option<i64>> {
+        Ok(match self.get_ref(place)? {
+            ValueRef::Integer(number) => Some(number),
+            _ => None,
+        })
     }
 }
 
@@ -59,19 +66,32 @@ pub(super) fn extent(connection: &Connection, job: &str) -> Result<Option<Span>>
     Ok(Some(Span { start: start.parse::<Timestamp>()?, end: end.parse::<Timestamp>()? }))
 }
 
-fn select_windows(condition: &str) -> String {
-    format!("SELECT {} FROM usage_windows WHERE job = ?1 AND {condition}", WindowReader::COLUMNS.join(", "))
+/// Rows of `usage_windows` whose window touches a span of whole seconds, and perhaps others.
+/// Without the `Z`, texts sort as their instants do, with a fraction of a second or not.
+fn select_windows(condition: &str, (end, start): (&str, &str)) -> String {
+    let columns = WindowReader::COLUMNS.join(", ");
+    format!("SELECT {columns} FROM usage_windows WHERE job = ?1 {condition} AND window_start < {end} AND window_end > {start}")
 }
 
-/// Without the `Z`, texts sort as their instants do, with a fraction of a second or not.
+/// The end and the start of a span, rounded outward to whole seconds, as [`select_windows`]
+/// compares with them.
+fn bounds(span: Span) -> [String; 2] {
+    let rest = |t: Timestamp| t.nanos().rem_euclid(SECOND);
+    let whole = |t: Timestamp, more: i64| Timestamp::from_nanos(t.nanos().saturating_sub(rest(t)).saturating_add(more));
+    let text = |t: Timestamp| t.to_string().trim_end_matches('Z').to_owned();
+    let more = if rest(span.end) == 0 { 0 } else { SECOND };
+    [text(whole(span.end, more)), text(whole(span.start, 0))]
+}
+
 pub(super) fn windows(connection: &Connection, job: &str, span: Span) -> Result<Vec<StoredWindow>> {
-    let sql = select_windows("rtrim(window_start, 'Z') < rtrim(?2, 'Z') AND rtrim(window_end, 'Z') > rtrim(?3, 'Z')");
+    let [end, start] = bounds(span);
     // Digests and rows are of one state, whoever publishes meanwhile.
     let connection = &*connection.unchecked_transaction()?;
     let (mut reader, digests) = (WindowReader::default(), Digests::load(connection)?);
-    let mut windows = query(connection, &sql, [job, &span.end.to_string(), &span.start.to_string()], |row| {
+    let mut windows = query(connection, &select_windows("", ("?2", "?3")), [job, &end, &start], |row| {
         reader.read(&WindowCells { row, digests: &digests })
     })?;
+    windows.retain(|stored| stored.row.window().overlaps(span));
     windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
     Ok(windows)
 }
@@ -84,25 +104,31 @@ pub(super) fn periods(connection: &Connection, job: &str, span: Span) -> Result<
     Ok(periods)
 }
 
-/// As [`windows`], of these subscriptions.
-pub(super) fn windows_of(connection: &Connection, job: &str, span: Span, keys: &[SubscriptionKey]) -> Result<Vec<StoredWindow>> {
-    let sql = select_windows(
-        "tenant_id = ?2 AND subscription_id = ?3 \
-         AND rtrim(window_start, 'Z') < rtrim(?4, 'Z') AND rtrim(window_end, 'Z') > rtrim(?5, 'Z')",
-    );
+/// As [`windows`], of these subscriptions; with how many runs there were.
+pub(super) fn windows_of(
+    connection: &Connection,
+    job: &str,
+    span: Span,
+    keys: &[&SubscriptionKey],
+) -> Result<(i64, Vec<StoredWindow>)> {
+    let sql = select_windows("AND tenant_id = ?2 AND subscription_id = ?3", ("?4", "?5"));
     // Digests and rows are of one state, whoever publishes meanwhile.
     let connection = &*connection.unchecked_transaction()?;
+    let runs = connection.query_row("SELECT count(*) FROM runs", [], |row| row.get(0))?;
     let (mut reader, digests) = (WindowReader::default(), Digests::load(connection)?);
-    let mut windows = query_of(connection, &sql, (job, span), keys, |row| reader.read(&WindowCells { row, digests: &digests }))?;
+    let mut windows =
+        query_of(connection, &sql, (job, bounds(span)), keys, |row| reader.read(&WindowCells { row, digests: &digests }))?;
+    windows.retain(|stored| stored.row.window().overlaps(span));
     windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
-    Ok(windows)
+    Ok((runs, windows))
 }
 
 /// As [`periods`], of these subscriptions.
-pub(super) fn periods_of(connection: &Connection, job: &str, span: Span, keys: &[SubscriptionKey]) -> Result<Vec<PeriodRow>> {
+pub(super) fn periods_of(connection: &Connection, job: &str, span: Span, keys: &[&SubscriptionKey]) -> Result<Vec<PeriodRow>> {
     let sql = "SELECT * FROM usage_periods WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 \
                AND rtrim(period_start, 'Z') < rtrim(?4, 'Z') AND rtrim(period_end, 'Z') > rtrim(?5, 'Z')";
-    let mut periods = query_of(connection, sql, (job, span), keys, |row| rows::period(row))?;
+    let mut periods =
+        query_of(connection, sql, (job, [span.end.to_string(), span.start.to_string()]), keys, |row| rows::period(row))?;
     periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
     Ok(periods)
 }
@@ -111,12 +137,11 @@ pub(super) fn periods_of(connection: &Connection, job: &str, span: Span, keys: &
 fn query_of<T>(
     connection: &Connection,
     sql: &str,
-    (job, span): (&str, Span),
-    keys: &[SubscriptionKey],
+    (job, [end, start]): (&str, [String; 2]),
+    keys: &[&SubscriptionKey],
     mut of: impl FnMut(&Row<'_>) -> Result<T>,
 ) -> Result<Vec<T>> {
     let mut statement = connection.prepare(sql)?;
-    let (start, end) = (span.start.to_string(), span.end.to_string());
     let mut result = Vec::new();
     for (tenant, subscription) in keys {
         let mut found = statement.query([job, tenant, subscription, &end, &start])?;
