@@ -17,7 +17,7 @@ enum Held {
     None,
     One((Cause, u64)),
     /// Sorted.
-    Several(Box<Vec<(Cause, u64)>>),
+    Several(Box<[(Cause, u64)]>),
 }
 
 impl Causes {
@@ -38,14 +38,14 @@ impl Causes {
         let mut causes = match std::mem::take(&mut self.0) {
             Held::None => return self.0 = Held::One((cause, count)),
             Held::One((known, _)) if known == cause => return self.0 = Held::One((cause, count)),
-            Held::One(known) => Box::new(vec![known]),
-            Held::Several(causes) => causes,
+            Held::One(known) => vec![known],
+            Held::Several(causes) => causes.into_vec(),
         };
         match causes.binary_search_by_key(&cause, |(known, _)| *known) {
             Ok(at) => causes.iter_mut().skip(at).take(1).for_each(|(_, known)| *known = count),
             Err(at) => causes.insert(at, (cause, count)),
         }
-        self.0 = Held::Several(causes);
+        self.0 = Held::Several(causes.into_boxed_slice());
     }
 
     pub fn hold(&self, cause: Cause) -> bool {

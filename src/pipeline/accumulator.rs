@@ -269,7 +269,7 @@ impl Accumulator {
                 *count += 1;
             }
             (Accumulator::Min(least), Measured::Number(number)) => {
-                *least = Some(least.map_or(*number, |least| least.min(*number)))
+                *least = Some(least.map_or(*number, |least| least.min(*number)));
             }
             (Accumulator::Max(greatest), Measured::Number(number)) => {
                 *greatest = Some(greatest.map_or(*number, |greatest| greatest.max(*number)));

@@ -15,8 +15,7 @@ use super::held::{self, Held};
 use super::incremental::marks::Marks;
 use super::letters::{OpenDeadLetters, VisitedLetters};
 use super::matches::{Match, Matches, NO_WINDOW, Partitioning};
-use super::routes::{Leg, Numbered, Routes};
-use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, StateKey, index};
+use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, StateKey, WindowCache, index};
 use super::text_memo::TextMemo;
 use crate::config::Deduplicate;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
@@ -103,9 +102,6 @@ pub struct Matcher<'c, 'r> {
     key: Vec<u8>,
     /// The windows that the event at hand is withdrawn from.
     replaced: Vec<StateKey>,
-    routes: Routes,
-    /// Of the event at hand.
-    legs: Vec<Leg>,
     scratch: Scratch,
     memo: Memo<'c, 'r>,
 }
@@ -127,6 +123,11 @@ impl Memo<'_, '_> {
 struct Scratch {
     text: String,
     bytes: Vec<u8>,
+    windows: WindowCache,
+    /// By meter: its window that was found last.
+    last_windows: Vec<Option<Numbered>>,
+    /// By subscription: its billing period that was found last.
+    periods: Vec<Option<Numbered>>,
 }
 
 /// An event, its subscription, and its place in time.
@@ -136,7 +137,14 @@ struct At<'e> {
     identity: u128,
     subscription: usize,
     window: Numbered,
-    leg: Leg,
+    period: Numbered,
+}
+
+/// A span and its number.
+#[derive(Debug, Clone, Copy)]
+struct Numbered {
+    span: Span,
+    number: u32,
 }
 
 impl<'c, 'r> Matcher<'c, 'r> {
@@ -157,9 +165,11 @@ impl<'c, 'r> Matcher<'c, 'r> {
             key: Vec::new(),
             replaced: Vec::new(),
             memo: Memo { plans: TextMemo::new(6), customers: TextMemo::new(12) },
-            routes: Routes::new(&context.enricher),
-            legs: Vec::new(),
-            scratch: Scratch::default(),
+            scratch: Scratch {
+                periods: vec![None; context.enricher.reference.subscriptions.len()],
+                last_windows: vec![None; context.enricher.reference.meters.len()],
+                ..Scratch::default()
+            },
         }
     }
 
@@ -402,21 +412,17 @@ impl<'c, 'r> Matcher<'c, 'r> {
         let event_was_open = was_open(None);
         let identity = identity(event, t, &mut self.scratch.bytes);
         let (mut usable, mut rejected) = (false, false);
-        let zone = (&context.enricher, context.timezone);
-        self.legs.clear();
-        self.legs.extend_from_slice(self.routes.legs(plan, subscription, t, zone, &mut self.matches.spans));
-        for (at, meter) in plan.meters.iter().enumerate().filter(|(_, meter)| meter.accepts(slots)) {
-            let Some(leg) = self.legs.get(at).copied() else { continue };
+        for meter in plan.meters.iter().filter(|meter| meter.accepts(slots)) {
             if only_levels && meter.meter.aggregation != Aggregation::WeightedSum {
                 continue;
             }
-            if context.marks.as_ref().is_some_and(|marks| !marks.hold_event(subscription, meter.index, leg.period.span, t)) {
+            let Some((window, period)) = self.place(t, subscription, meter) else { continue };
+            if context.marks.as_ref().is_some_and(|marks| !marks.hold_event(subscription, meter.index, period.span, t)) {
                 self.visited.leave_out(&context.open_dead_letters, event, meter.index);
                 continue;
             }
             let resolved = event_was_open || was_open(Some(meter.index));
-            let window = leg.window(meter.meter, t, context.timezone);
-            let at = At { event, t, identity, subscription, window, leg };
+            let at = At { event, t, identity, subscription, window, period };
             let outcome = self.take_match(&at, meter, slots, purpose, resolved)?;
             // A longer window can reach out of the range: its match is for another run.
             let is_session = matches!(meter.meter.window, WindowKind::Session { .. });
@@ -461,18 +467,19 @@ impl<'c, 'r> Matcher<'c, 'r> {
         purpose: Purpose,
         resolved: bool,
     ) -> Result<Result<bool, Rejection>> {
-        let (value, price) = match self.context.enricher.charge(at.subscription, plan, at.t, slots, at.leg.price) {
+        let (value, price) = match self.context.enricher.charge(at.subscription, plan, at.t, slots) {
             Ok(Some(charged)) => charged,
             Ok(None) => return Ok(Ok(false)),
             Err(rejection) => return Ok(Err(rejection)),
         };
         let is_level = plan.meter.aggregation == Aggregation::WeightedSum;
-        let (window, period) = (at.window.span, at.leg.period.span);
+        let (window, period) = (at.window.span, at.period.span);
         let reaches_range = is_level && period.start < self.context.range.end;
         if !period.overlaps(self.context.range) && !reaches_range {
             // Another subscription's longer period made this event be read.
             return Ok(Ok(true));
         }
+        let is_session = matches!(plan.meter.window, WindowKind::Session { .. });
         let key = StateKey {
             subscription: index(at.subscription),
             meter: index(plan.index),
@@ -514,8 +521,8 @@ impl<'c, 'r> Matcher<'c, 'r> {
             meter: key.meter,
             price: key.price,
             dimensions: key.dimensions,
-            window: at.window.number,
-            period: at.leg.period.number,
+            window: if is_session { NO_WINDOW } else { at.window.number },
+            period: at.period.number,
             identity: at.identity,
             value: Measured::of(&value, plan.meter.aggregation),
             moment,
@@ -541,6 +548,32 @@ impl<'c, 'r> Matcher<'c, 'r> {
         let Some(subscription) = reference.subscriptions.get(subscription) else { return 0 };
         let end = reference.level_end(subscription, plan.index, t, period, &plan.dimension_values(slots));
         end.nanos().saturating_sub(t.nanos())
+    }
+
+    /// The window and the billing period of an instant.
+    fn place(&mut self, t: Timestamp, subscription: usize, meter: &MeterPlan<'_>) -> Option<(Numbered, Numbered)> {
+        let spans = &mut self.matches.spans;
+        let window = if matches!(meter.meter.window, WindowKind::Session { .. }) {
+            let span = self.scratch.windows.window(meter.meter.window, t, self.context.timezone);
+            Numbered { span, number: NO_WINDOW }
+        } else {
+            match self.scratch.last_windows.get_mut(meter.index)? {
+                Some(window) if window.span.contains(t) => *window,
+                last => {
+                    let span = self.scratch.windows.window(meter.meter.window, t, self.context.timezone);
+                    *last.insert(Numbered { span, number: spans.number(span) })
+                }
+            }
+        };
+        let cycle = &self.context.enricher.reference.subscriptions.get(subscription)?.cycle;
+        let period = match self.scratch.periods.get_mut(subscription)? {
+            Some(period) if period.span.contains(t) => *period,
+            last => {
+                let span = cycle.period(t);
+                *last.insert(Numbered { span, number: spans.number(span) })
+            }
+        };
+        Some((window, period))
     }
 
     fn dead_letter(&mut self, event: &EventRef<'_>, meter: Option<&str>, rejection: &Rejection) {

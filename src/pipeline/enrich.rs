@@ -6,7 +6,6 @@ use std::borrow::Cow;
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 
-use super::routes::Steady;
 use crate::model::aggregate::Reason;
 use crate::model::decimal::{Decimal, DecimalError};
 use crate::model::expression::ExpressionError;
@@ -57,12 +56,12 @@ struct Prices {
     indexes: Vec<usize>,
     /// Whether some of them are for certain dimensions alone.
     by_dimension: bool,
+    /// Where there is one for everything, which is the usual case: the price, and when it is valid.
+    only: Option<(usize, Span)>,
 }
 
 /// What to do with the events of one name.
 pub struct EventPlan<'r> {
-    /// Among the names that some meter knows.
-    pub number: usize,
     pub properties: PropertyPlan,
     pub meters: Vec<MeterPlan<'r>>,
     /// A meter outside of the scope knows the name too.
@@ -131,9 +130,7 @@ impl<'r> Enricher<'r> {
     pub fn of_meters(reference: &'r Reference, scope: Scope, wants: impl Fn(&Meter) -> bool) -> Self {
         let mut events: FxHashMap<&str, EventPlan<'r>> = FxHashMap::default();
         for (index, meter) in reference.meters.iter().enumerate().filter(|(_, meter)| wants(meter)) {
-            let number = events.len();
             let plan = events.entry(&meter.event_name).or_insert_with(|| EventPlan {
-                number,
                 properties: PropertyPlan::default(),
                 meters: Vec::new(),
                 known_outside: false,
@@ -178,11 +175,6 @@ impl<'r> Enricher<'r> {
     /// What to do with events of this name; `None` where no meter knows it.
     pub fn plan(&self, event_name: &str) -> Option<&EventPlan<'r>> {
         self.events.get(event_name)
-    }
-
-    /// How many names of events some meter knows.
-    pub fn event_names(&self) -> usize {
-        self.events.len()
     }
 
     /// The subscription that pays for an event.
@@ -231,13 +223,9 @@ impl<'r> Enricher<'r> {
         plan: &MeterPlan<'r>,
         t: Timestamp,
         slots: &'s [Property<'_>],
-        steady: Steady,
     ) -> Result<Option<(Value<'s>, Option<usize>)>, Rejection> {
         let Some(value) = plan.value(slots)? else { return Ok(None) };
-        let price = match steady {
-            Steady::Price(price) => Some(price),
-            Steady::ByEvent => self.price(subscription, plan, t, slots)?,
-        };
+        let price = self.price(subscription, plan, t, slots)?;
         if let (Some(percentage), Value::Number(value)) = (price.and_then(|price| self.transactions(price)), &value) {
             let fee_error = |error| Rejection::new(Reason::ValueOutOfRange, format!("the fee of the event: {error}"));
             percentage.check(*value).map_err(fee_error)?;
@@ -254,19 +242,6 @@ impl<'r> Enricher<'r> {
         self.reference.prices.get(price).and_then(Price::transactions)
     }
 
-    fn prices_of(&self, subscription: usize, plan: &MeterPlan<'r>) -> Option<&Prices> {
-        self.price_lists.get(subscription).and_then(|list| self.prices.get(*list))?.get(plan.index)
-    }
-
-    /// The price of all matches around `t`, and for how long it is: one price for
-    /// everything is the usual case. `None` where it depends on the event.
-    pub fn steady_price(&self, subscription: usize, plan: &MeterPlan<'r>, t: Timestamp) -> Option<(usize, Span)> {
-        let prices = self.prices_of(subscription, plan).filter(|prices| !prices.by_dimension)?;
-        let [only] = prices.indexes.as_slice() else { return None };
-        let valid = self.reference.prices.get(*only)?.valid;
-        valid.contains(t).then_some((*only, valid))
-    }
-
     /// The price of a match; `None` where its meter may go without.
     ///
     /// # Errors
@@ -279,9 +254,13 @@ impl<'r> Enricher<'r> {
         slots: &[Property<'_>],
     ) -> Result<Option<usize>, Rejection> {
         let Some(of) = self.reference.subscriptions.get(subscription) else { return Ok(None) };
-        let Some(Prices { indexes: candidates, by_dimension }) = self.prices_of(subscription, plan) else {
+        let list = self.price_lists.get(subscription).and_then(|list| self.prices.get(*list));
+        let Some(Prices { indexes: candidates, by_dimension, only }) = list.and_then(|meters| meters.get(plan.index)) else {
             return Ok(None);
         };
+        if let Some((price, _)) = only.filter(|(_, valid)| valid.contains(t)) {
+            return Ok(Some(price));
+        }
         let dimensions = if *by_dimension { plan.dimension_values(slots) } else { Vec::new() };
         match self.reference.price(candidates, &of.currency, t, &dimensions) {
             Ok(price) => Ok(Some(price)),
@@ -309,6 +288,7 @@ impl Prices {
         for (index, price) in prices.filter(|(_, price)| price.currency.code == subscription.currency) {
             list.indexes.push(index);
             list.by_dimension |= !price.matches.is_empty();
+            list.only = (list.indexes.len() == 1 && !list.by_dimension).then_some((index, price.valid));
         }
         list
     }

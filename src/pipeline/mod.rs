@@ -34,7 +34,6 @@ pub mod price;
 pub mod price_steps;
 mod range;
 pub mod reconcile;
-mod routes;
 pub mod saved;
 mod scan;
 pub mod session_changes;
