@@ -13,7 +13,7 @@ use crate::source::{EventRef, Problem};
 pub const PARTS: usize = 64;
 
 /// Bytes that one thread keeps in memory.
-const MOST_IN_MEMORY: usize = 64 << 20;
+const MOST_IN_MEMORY: usize = 32 << 20;
 
 /// What threads have set aside.
 #[derive(Debug)]

@@ -16,7 +16,7 @@ use crate::model::window::Span;
 use crate::reference::Reference;
 
 /// Bytes that one thread keeps in memory.
-const MOST_IN_MEMORY: usize = 64 << 20;
+const MOST_IN_MEMORY: usize = 32 << 20;
 
 /// One event that a meter counts.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -84,7 +84,15 @@ pub trait RowChoice: Sync {
 
     /// Whether a row is wanted; all other fields may be missing here.
     fn wants(&self, event: &EventRef<'_>) -> bool;
+
+    /// As [`RowChoice::wants`], for one batch after the other.
+    fn chooser<'c>(&'c self) -> Chooser<'c> {
+        Box::new(|batch| batch.rows().enumerate().filter(|(_, event)| self.wants(event)).map(|(row, _)| row).collect())
+    }
 }
+
+/// Gives the rows of a batch that are wanted.
+pub type Chooser<'c> = Box<dyn FnMut(&EventBatch) -> Vec<usize> + 'c>;
 
 /// A set of raw events that can be read several times with the same result.
 pub trait EventSource: Sync {

@@ -4,52 +4,106 @@ use anyhow::{Result, bail};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::spans::Spans;
+use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::pipeline::deduplicate::{key_hash, write_key};
 use crate::pipeline::keys::SplitKeys;
-use crate::source::{EventBatch, EventRef, EventSource, Field, RowChoice, Selection, Split, Wanted};
+use crate::pipeline::state::index;
+use crate::pipeline::text_memo::TextMemo;
+use crate::source::{Chooser, EventBatch, EventRef, EventSource, Field, RowChoice, Selection, Split, Wanted};
 
 /// Rows of marked customers, in marked time.
 #[derive(Debug, Default)]
 pub struct CustomerChoice {
     /// Tenant, then external customer id.
-    customers: FxHashMap<String, FxHashMap<String, Spans>>,
+    customers: FxHashMap<String, FxHashMap<String, Times>>,
+    /// The numbers of event names.
+    names: FxHashMap<String, u32>,
     /// The spans of all customers together.
     span: Spans,
     /// Events of these names, whoever they belong to.
-    names: FxHashSet<String>,
+    always: FxHashSet<u32>,
+}
+
+/// When events of a customer are wanted.
+#[derive(Debug, Default)]
+struct Times {
+    of_all: Spans,
+    by_name: FxHashMap<u32, Spans>,
 }
 
 impl CustomerChoice {
-    pub fn add(&mut self, tenant: &str, external_id: &str, span: Span) {
-        self.span.add(span);
-        self.customers.entry(tenant.to_owned()).or_default().entry(external_id.to_owned()).or_default().add(span);
+    /// Wants a customer's events of one name.
+    pub fn add(&mut self, (tenant, external_id): (&str, &str), event_name: &str, span: Span) {
+        let name = self.number(event_name);
+        self.times(tenant, external_id, span).by_name.entry(name).or_default().add(span);
+    }
+
+    /// Wants all of a customer's events.
+    pub fn add_customer(&mut self, tenant: &str, external_id: &str) {
+        self.times(tenant, external_id, Spans::ALWAYS).of_all.add(Spans::ALWAYS);
     }
 
     pub fn add_name(&mut self, event_name: &str) {
-        self.names.insert(event_name.to_owned());
+        let name = self.number(event_name);
+        self.always.insert(name);
+    }
+
+    fn times(&mut self, tenant: &str, external_id: &str, span: Span) -> &mut Times {
+        self.span.add(span);
+        self.customers.entry(tenant.to_owned()).or_default().entry(external_id.to_owned()).or_default()
+    }
+
+    fn number(&mut self, event_name: &str) -> u32 {
+        let next = index(self.names.len());
+        *self.names.entry(event_name.to_owned()).or_insert(next)
     }
 
     /// Whether a split may have rows that are wanted.
     pub fn may_want(&self, split: &SplitKeys) -> bool {
-        !self.names.is_empty() || split.extent.is_some_and(|extent| self.span.touches(extent))
+        !self.always.is_empty() || split.extent.is_some_and(|extent| self.span.touches(extent))
+    }
+
+    fn times_of(&self, tenant: &str, external_id: &str) -> Option<&Times> {
+        self.customers.get(tenant)?.get(external_id)
+    }
+
+    fn wants_of(&self, name: Option<u32>, times: Option<&Times>, t: Option<Timestamp>) -> bool {
+        if name.is_some_and(|name| self.always.contains(&name)) {
+            return true;
+        }
+        let (Some(times), Some(t)) = (times, t) else { return false };
+        let of_name = || name.and_then(|name| times.by_name.get(&name));
+        times.of_all.contains(t) || of_name().is_some_and(|spans| spans.contains(t))
     }
 }
 
 impl RowChoice for CustomerChoice {
     fn fields(&self) -> &[Field] {
-        const FIELDS: [Field; 4] = [Field::TenantId, Field::ExternalCustomerId, Field::Timestamp, Field::EventName];
-        let count = if self.names.is_empty() { 3 } else { 4 };
-        FIELDS.get(..count).unwrap_or(&FIELDS)
+        &[Field::TenantId, Field::ExternalCustomerId, Field::Timestamp, Field::EventName]
     }
 
     fn wants(&self, event: &EventRef<'_>) -> bool {
-        if !self.names.is_empty() && event.event_name.is_some_and(|name| self.names.contains(name)) {
-            return true;
-        }
-        let (Some(tenant), Some(external_id)) = (event.tenant_id, event.external_customer_id) else { return false };
-        let spans = self.customers.get(tenant).and_then(|ids| ids.get(external_id));
-        spans.is_some_and(|spans| event.timestamp.is_some_and(|t| spans.contains(t)))
+        let name = event.event_name.and_then(|name| self.names.get(name).copied());
+        let times = event.tenant_id.zip(event.external_customer_id).and_then(|(tenant, id)| self.times_of(tenant, id));
+        self.wants_of(name, times, event.timestamp)
+    }
+
+    /// A batch repeats few names and customers.
+    fn chooser<'c>(&'c self) -> Chooser<'c> {
+        let mut names: TextMemo<1, Option<u32>> = TextMemo::new(6);
+        let mut customers: TextMemo<2, Option<&'c Times>> = TextMemo::new(12);
+        Box::new(move |batch| {
+            names.begin_batch();
+            customers.begin_batch();
+            let mut wants = |event: &EventRef<'_>| {
+                let name = event.event_name.and_then(|name| names.get([name], || self.names.get(name).copied()));
+                let customer = event.tenant_id.zip(event.external_customer_id);
+                let times = customer.and_then(|(tenant, id)| customers.get([tenant, id], || self.times_of(tenant, id)));
+                self.wants_of(name, times, event.timestamp)
+            };
+            batch.rows().enumerate().filter(|(_, event)| wants(event)).map(|(row, _)| row).collect()
+        })
     }
 }
 

@@ -208,24 +208,25 @@ impl Marks {
 
     /// The rows of known splits that belong to marked windows and periods.
     pub fn choice(&self, reference: &Reference) -> CustomerChoice {
-        let mut spans: Vec<Spans> = vec![Spans::default(); reference.subscriptions.len()];
-        for ((subscription, _), marked) in &self.spans {
-            if let Some(spans) = spans.get_mut(*subscription) {
-                spans.merge(marked);
-            }
+        let mut by_subscription: FxHashMap<usize, FxHashMap<&str, Spans>> = FxHashMap::default();
+        for ((subscription, meter), marked) in &self.spans {
+            let Some(meter) = reference.meters.get(*meter) else { continue };
+            by_subscription.entry(*subscription).or_default().entry(&meter.event_name).or_default().merge(marked);
         }
         let mut choice = CustomerChoice::default();
         for (tenant, external_id, customer) in reference.externals() {
             for (binding, subscription) in &customer.bindings {
-                for span in spans.get(*subscription).into_iter().flat_map(Spans::iter) {
-                    let both = Span { start: span.start.max(binding.start), end: span.end.min(binding.end) };
-                    if both.start < both.end {
-                        choice.add(tenant, external_id, both);
+                for (name, spans) in by_subscription.get(subscription).into_iter().flatten() {
+                    for span in spans.iter() {
+                        let both = Span { start: span.start.max(binding.start), end: span.end.min(binding.end) };
+                        if both.start < both.end {
+                            choice.add((tenant, external_id), name, both);
+                        }
                     }
                 }
             }
         }
-        self.externals.iter().for_each(|(tenant, external_id)| choice.add(tenant, external_id, Spans::ALWAYS));
+        self.externals.iter().for_each(|(tenant, external_id)| choice.add_customer(tenant, external_id));
         self.names.iter().for_each(|name| choice.add_name(name));
         choice
     }

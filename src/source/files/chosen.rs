@@ -9,6 +9,7 @@ use arrow::array::RecordBatch;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder, RowSelection};
 
+use super::parquet::{load, with_layouts};
 use crate::source::arrow_batch::convert_rows;
 use crate::source::batch::BATCH_ROWS;
 use crate::source::{ColumnMap, EventBatch, Field, RowChoice};
@@ -22,7 +23,7 @@ pub(super) fn read(
     sink: &mut dyn FnMut(&EventBatch) -> Result<()>,
 ) -> Result<u64> {
     let file = File::open(path).with_context(|| format!("events file {}", path.display()))?;
-    let metadata = ArrowReaderMetadata::load(&file, Default::default())?;
+    let metadata = with_layouts(&load(path, &file)?).with_context(|| format!("events file {}", path.display()))?;
     let groups = metadata.metadata().row_groups().iter().map(|group| u64::try_from(group.num_rows()).unwrap_or_default());
     let (first_row, rows): (u64, u64) = (groups.clone().take(group).sum(), groups.clone().nth(group).unwrap_or_default());
     let origin = format!("events file {}", path.display());
@@ -30,9 +31,10 @@ pub(super) fn read(
 
     let mut chosen = Vec::new();
     let mut at = 0;
+    let mut choose = choice.chooser();
     group.batches(Some(choice.fields()), None, &mut |batch| {
         let events = convert_rows(&group.origin, &|row| first_row + at + row as u64, batch, columns)?;
-        chosen.extend((at..).zip(events.rows()).filter(|(_, event)| choice.wants(event)).map(|(row, _)| row));
+        chosen.extend(choose(&events).into_iter().map(|row| at + row as u64));
         at += batch.num_rows() as u64;
         Ok(())
     })?;

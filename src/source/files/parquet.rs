@@ -31,14 +31,14 @@ pub(super) fn splits(path: &Path, whole: &Split, splits: &mut Vec<Split>) -> Res
     Ok(())
 }
 
-fn load<R: ChunkReader>(path: &Path, input: &R) -> Result<ArrowReaderMetadata> {
+pub(super) fn load<R: ChunkReader>(path: &Path, input: &R) -> Result<ArrowReaderMetadata> {
     ArrowReaderMetadata::load(input, ArrowReaderOptions::new())
         .with_context(|| format!("events file {} is truncated or no Parquet file: replace it and run again", path.display()))
 }
 
 /// The same file, with its texts read in layouts that need no copies: as views, or as
 /// numbers into a dictionary where the file has them so.
-fn with_layouts(metadata: &ArrowReaderMetadata) -> Result<ArrowReaderMetadata> {
+pub(super) fn with_layouts(metadata: &ArrowReaderMetadata) -> Result<ArrowReaderMetadata> {
     let groups = metadata.metadata().row_groups();
     let has_dictionary = |name: &str| {
         groups
