@@ -1,630 +1,168 @@
-//! Enrichment: every event ends in a bucket, every value that counts in a match.
-//!
-//! Each thread has a [`Matcher`]; merging them gives the same whatever event went to which.
+//! Aggregation: the matches of a part of the subscriptions become windows.
 
-use anyhow::Result;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context as _, Result, anyhow};
 use rustc_hash::FxHashMap;
-use xxhash_rust::xxh3::xxh3_128;
 
-use super::accumulate::{AllMatches, Shard};
-use super::accumulator::{Measured, Moment};
-use super::deduplicate::{Copies, RepeatedKeys, key_hash, write_key};
-use super::enrich::{Enricher, EventPlan, MeterPlan, Rejection};
-use super::event_forms::{event_json, identity};
-use super::held::{self, Held};
-use super::incremental::marks::Marks;
-use super::letters::{OpenDeadLetters, VisitedLetters};
-use super::matches::{Match, Matches, NO_WINDOW, Partitioning};
-use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, StateKey, WindowCache, index};
-use super::text_memo::TextMemo;
-use crate::config::Deduplicate;
-use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
-use crate::model::counts::{EventCounts, UsageCounts};
-use crate::model::meter::Aggregation;
-use crate::model::properties::Property;
+use super::accumulator::Moment;
+use super::event_forms::contribution;
+use super::matcher::Context;
+use super::matches::{self, Match, Matches};
+use super::state::{Sessions, StateKey, WindowState};
+use super::windows::Windows;
+use crate::model::price::Price;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
-use crate::reference::ExternalCustomer;
-use crate::source::Field;
-use crate::source::{EventBatch, EventRef, RowChoice};
 
-/// Settings of one computation, shared by all threads.
-pub struct Context<'r> {
-    pub enricher: Enricher<'r>,
-    pub rules: &'r Deduplicate,
-    pub timezone: chrono_tz::Tz,
-    /// The windows to compute.
-    pub range: Span,
-    /// The billing periods that the range touches lie in here: usage outside of
-    /// the range, but inside of it, is needed for pricing.
-    pub reach: Span,
-    pub parts: Partitioning,
-    pub repeated: RepeatedKeys,
-    pub open_dead_letters: OpenDeadLetters,
-    /// What is computed, where it is not everything.
-    pub marks: Option<Marks>,
-}
-
-/// How an event relates to the run before.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Arrival {
-    /// It was there already.
-    Known,
-    /// It came later.
-    Late,
-    /// It replaces a copy that was there.
-    Amended,
-}
-
-/// What became of some events.
+/// The matches of one thread, and the numbers of its dimensions among those of all.
 #[derive(Debug)]
-pub struct Outcome {
-    pub counted: Vec<StateKey>,
-    pub rejected: Vec<DeadLetter>,
-    pub skipped: u64,
+pub struct Shard {
+    pub matches: Matches,
+    pub dimensions: Vec<u32>,
 }
 
-/// Why an event is passed through the aggregation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Purpose {
-    Count(Arrival),
-    /// It no longer counts: only note which windows lose it.
-    Withdraw(Loss),
-}
-
-/// Why an event counts no more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Loss {
-    Voided,
-    /// Another copy says something else.
-    Amended,
-    /// Another copy says the same of another time.
-    Duplicate,
-}
-
-/// What one thread has seen.
-pub struct Matcher<'c, 'r> {
+/// All matches, to be aggregated part by part.
+pub struct AllMatches<'c, 'r> {
     context: &'c Context<'r>,
-    matches: Matches,
-    /// What other threads matched.
     shards: Vec<Shard>,
-    /// News of windows that lost events.
-    pub withdrawn: FxHashMap<StateKey, News>,
-    pub dimensions: Interner,
-    pub dead_letters: Vec<DeadLetter>,
-    pub events: EventCounts,
-    pub usage: UsageCounts,
-    pub held: Held,
-    pub ingested_until: Option<Timestamp>,
-    pub visited: VisitedLetters,
-    /// How many copies were held by the hash of their key, where not all rows are read.
-    pub copies: FxHashMap<u64, u64>,
-    key: Vec<u8>,
-    /// The windows that the event at hand is withdrawn from.
-    replaced: Vec<StateKey>,
-    scratch: Scratch,
-    memo: Memo<'c, 'r>,
+    /// By part: states of windows whose events are not among the matches.
+    states: Vec<Mutex<Vec<(StateKey, WindowState)>>>,
+    /// How many windows the part before had: the next one will have about as many.
+    expected: AtomicUsize,
 }
 
-/// What names of events and customers of a batch stand for.
-struct Memo<'c, 'r> {
-    plans: TextMemo<1, Option<&'c EventPlan<'r>>>,
-    customers: TextMemo<2, Option<&'r ExternalCustomer>>,
-}
+/// What matches say that have no moment: nothing depends on it.
+const NO_MOMENT: Moment<'static> = Moment { timestamp: Timestamp::MIN, ingested_at: Timestamp::MIN, id: "", remaining: 0 };
 
-impl Memo<'_, '_> {
-    fn begin_batch(&mut self) {
-        self.plans.begin_batch();
-        self.customers.begin_batch();
+impl<'c, 'r> AllMatches<'c, 'r> {
+    pub fn new(context: &'c Context<'r>, shards: Vec<Shard>) -> Self {
+        let states = (0..context.parts.count()).map(|_| Mutex::default()).collect();
+        AllMatches { context, shards, states, expected: AtomicUsize::new(0) }
     }
-}
 
-#[derive(Default)]
-struct Scratch {
-    text: String,
-    bytes: Vec<u8>,
-    windows: WindowCache,
-    /// By meter: its window that was found last.
-    last_windows: Vec<Option<Numbered>>,
-    /// By subscription: its billing period that was found last.
-    periods: Vec<Option<Numbered>>,
-}
-
-/// An event, its subscription, and its place in time.
-struct At<'e> {
-    event: &'e EventRef<'e>,
-    t: Timestamp,
-    identity: u128,
-    subscription: usize,
-    window: Numbered,
-    period: Numbered,
-}
-
-/// A span and its number.
-#[derive(Debug, Clone, Copy)]
-struct Numbered {
-    span: Span,
-    number: u32,
-}
-
-impl<'c, 'r> Matcher<'c, 'r> {
-    pub fn new(context: &'c Context<'r>) -> Self {
-        Matcher {
-            context,
-            matches: Matches::new(&context.parts),
-            shards: Vec::new(),
-            withdrawn: FxHashMap::default(),
-            dimensions: Interner::starting_with("{}"),
-            dead_letters: Vec::new(),
-            events: EventCounts::default(),
-            usage: UsageCounts::default(),
-            held: Held::default(),
-            ingested_until: None,
-            visited: VisitedLetters::default(),
-            copies: FxHashMap::default(),
-            key: Vec::new(),
-            replaced: Vec::new(),
-            memo: Memo { plans: TextMemo::new(6), customers: TextMemo::new(12) },
-            scratch: Scratch {
-                periods: vec![None; context.enricher.reference.subscriptions.len()],
-                last_windows: vec![None; context.enricher.reference.meters.len()],
-                ..Scratch::default()
-            },
+    /// Adds a window as it is known without its events.
+    pub fn add(&mut self, key: StateKey, state: WindowState) {
+        if let Some(states) = self.states.get_mut(self.context.parts.part(key.subscription)) {
+            states.get_mut().unwrap_or_else(PoisonError::into_inner).push((key, state));
         }
     }
 
-    /// Takes the events of a batch. `is_known` says whether an event of that time, and
-    /// ingested at that time, was there in the run before.
+    /// The windows of all parts.
     ///
     /// # Errors
-    /// Where copies of events cannot be set aside.
-    pub fn visit(&mut self, batch: &EventBatch, is_known: impl Fn(Option<Timestamp>, Timestamp) -> bool) -> Result<()> {
-        self.memo.begin_batch();
-        let mut slots = Vec::new();
-        batch.rows().try_for_each(|event| self.visit_event(&event, &is_known, &mut slots))
-    }
-
-    /// As [`Matcher::visit`], for the rows that `choice` wants: the others are not read.
-    ///
-    /// # Errors
-    /// As [`Matcher::visit`].
-    pub fn visit_chosen(
-        &mut self,
-        batch: &EventBatch,
-        choice: &dyn RowChoice,
-        is_known: impl Fn(Option<Timestamp>, Timestamp) -> bool,
-    ) -> Result<()> {
-        self.memo.begin_batch();
-        let mut slots = Vec::new();
-        let mut chosen = batch.rows().filter(|event| choice.wants(event));
-        chosen.try_for_each(|event| self.visit_event(&event, &is_known, &mut slots))
-    }
-
-    fn visit_event<'e>(
-        &mut self,
-        event: &EventRef<'e>,
-        is_known: &impl Fn(Option<Timestamp>, Timestamp) -> bool,
-        slots: &mut Vec<Property<'e>>,
-    ) -> Result<()> {
-        self.events.read += 1;
-        let ingested_at = event.ingested_at.or(event.timestamp);
-        self.ingested_until = self.ingested_until.max(ingested_at);
-        let known = is_known(event.timestamp, ingested_at.unwrap_or(Timestamp::MIN));
-        // Copies of one key can be told by their tenant only where it is part of the key.
-        if self.context.rules.key.contains(&Field::TenantId) && !self.wants_tenant(event) {
-            self.events.out_of_range += 1;
-            return Ok(());
+    /// As [`AllMatches::part`].
+    pub fn all(&self) -> Result<Windows> {
+        let mut all = Windows::default();
+        for at in 0..self.context.parts.count() {
+            self.part(at)?.into_states().for_each(|(key, state)| all.add(key, state, None));
         }
-        if write_key(&self.context.rules.key, event, &mut self.key) {
-            let hash = key_hash(&self.key);
-            if self.context.repeated.contains(hash) {
-                if self.context.marks.is_some() {
-                    *self.copies.entry(hash).or_default() += 1;
+        Ok(all)
+    }
+
+    /// What `of` makes of the windows of each part, in their order.
+    ///
+    /// # Errors
+    /// As [`AllMatches::part`], or where `of` fails: the first of the parts that do.
+    pub fn each<T: Send>(&self, threads: usize, of: impl Fn(Windows) -> Result<T> + Sync) -> Result<Vec<T>> {
+        let next = AtomicUsize::new(0);
+        let failed = AtomicBool::new(false);
+        let work = || {
+            let mut made = Vec::new();
+            while !failed.load(Ordering::Relaxed) {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                if at >= self.context.parts.count() {
+                    break;
                 }
-                return self.held.hold(hash, event, known);
+                let result = crate::interrupt::check().and_then(|()| of(self.part(at)?));
+                failed.fetch_or(result.is_err(), Ordering::Relaxed);
+                made.push((at, result));
             }
-        }
-        let arrival = if known { Arrival::Known } else { Arrival::Late };
-        self.take(event, Purpose::Count(arrival), slots)
-    }
-
-    /// Decides about the copies of keys that repeat in one part of what was set aside.
-    ///
-    /// # Errors
-    /// Where the part is damaged, or matches cannot be set aside.
-    pub fn settle(&mut self, part: &[u8]) -> Result<()> {
-        let problems = held::problems(part)?;
-        for copies in held::by_key(part, &problems, self.context.rules)? {
-            if let Some(copies) = Copies::of(&copies, self.context.rules.keep, |time| self.lose(time)) {
-                self.resolve(&copies)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Counts out a copy that does not count. One without a time is a duplicate: nothing
-    /// says that it is out of range.
-    fn lose(&mut self, time: Option<Timestamp>) {
-        let inside = time.is_none_or(|t| self.context.range.contains(t));
-        *(if inside { &mut self.events.duplicates } else { &mut self.events.out_of_range }) += 1;
-    }
-
-    /// Takes an event of which several copies were read.
-    ///
-    /// # Errors
-    /// Where matches cannot be set aside.
-    pub fn resolve(&mut self, copies: &Copies<'_>) -> Result<()> {
-        self.memo.begin_batch();
-        let keep = self.context.rules.keep;
-        let before = copies.counted_before(keep);
-        let mut slots = Vec::new();
-        let is_void = copies.is_void(keep);
-        let replaces = before.is_some() && !copies.kept.known;
-        self.replaced.clear();
-        if let Some(before) = before.filter(|_| is_void || replaces) {
-            let loss = match is_void {
-                true => Loss::Voided,
-                false if before.says_the_same(&copies.kept) => Loss::Duplicate,
-                false => Loss::Amended,
-            };
-            self.take(&before.event, Purpose::Withdraw(loss), &mut slots)?;
-        }
-        if is_void {
-            self.void(&copies.kept.event);
-            return Ok(());
-        }
-        let arrival = match (copies.kept.known, replaces) {
-            (true, _) => Arrival::Known,
-            (false, true) => Arrival::Amended,
-            (false, false) => Arrival::Late,
+            made
         };
-        self.take(&copies.kept.event, Purpose::Count(arrival), &mut slots)
-    }
-
-    /// Takes an event of which only one copy was read, as it was there before.
-    ///
-    /// # Errors
-    /// Where matches cannot be set aside.
-    pub fn take_single(&mut self, event: &EventRef<'_>) -> Result<()> {
-        self.memo.begin_batch();
-        self.take(event, Purpose::Count(Arrival::Known), &mut Vec::new())
-    }
-
-    /// What became of the events taken since the last call. Sessions are not closed:
-    /// their keys name the billing period.
-    ///
-    /// # Errors
-    /// Where what was set aside cannot be read.
-    pub fn take_outcome(&mut self) -> Result<Outcome> {
-        let skipped = std::mem::take(&mut self.usage).skipped;
-        (self.events, self.withdrawn) = (EventCounts::default(), FxHashMap::default());
-        let mut found = Vec::new();
-        self.matches.drain(|of| {
-            let key = StateKey {
-                subscription: of.subscription,
-                meter: of.meter,
-                price: of.price,
-                dimensions: of.dimensions,
-                period_start: Timestamp::MIN,
-                window_start: Timestamp::MIN,
-            };
-            let is_session = of.window == NO_WINDOW;
-            found.push((key, of.period, if is_session { of.period } else { of.window }));
-        })?;
-        let spans = &self.matches.spans;
-        let start = |number: u32| Some(spans.span(number)?.start);
-        let counted = found.into_iter().filter_map(|(key, period, window)| {
-            Some(StateKey { period_start: start(period)?, window_start: start(window)?, ..key })
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads.clamp(1, self.context.parts.count())).map(|_| scope.spawn(work)).collect();
+            threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
         });
-        Ok(Outcome { counted: counted.collect(), rejected: std::mem::take(&mut self.dead_letters), skipped })
+        let mut made = Vec::new();
+        for result in results {
+            made.extend(result.map_err(|_| anyhow!("a thread that aggregates panicked: this is a bug in trueup"))?);
+        }
+        made.sort_unstable_by_key(|(at, _)| *at);
+        made.into_iter().map(|(_, result)| result).collect()
     }
 
-    fn wants_tenant(&self, event: &EventRef<'_>) -> bool {
-        event.tenant_id.is_none_or(|tenant| self.context.enricher.wants_tenant(tenant))
-    }
-
-    fn void(&mut self, event: &EventRef<'_>) {
-        self.note_visit(event);
-        // A tombstone may carry no time; it voids its id all the same.
-        if self.wants_tenant(event) && event.timestamp.is_none_or(|t| self.context.range.contains(t)) {
-            self.events.voided += 1;
-        } else {
-            self.events.out_of_range += 1;
-        }
-    }
-
-    /// Notes that an event was judged again; where everything is computed, all are.
-    fn note_visit(&mut self, event: &EventRef<'_>) {
-        if self.context.marks.is_some() {
-            self.visited.visit(&self.context.open_dead_letters, event);
-        }
-    }
-
-    /// One event, from its fields to its matches.
-    fn take<'e>(&mut self, event: &EventRef<'e>, purpose: Purpose, slots: &mut Vec<Property<'e>>) -> Result<()> {
-        let context = self.context;
-        let counting = matches!(purpose, Purpose::Count(_));
-        if event.deleted && event.problem.is_none() && event.missing_field().is_none() {
-            self.void(event);
-            return Ok(());
-        }
-        if counting {
-            self.note_visit(event);
-        }
-        let problem = event
-            .problem
-            .map(|problem| problem.detail.clone())
-            .or_else(|| event.missing_field().map(|field| format!("`{field}` is missing")));
-        if let Some(detail) = problem {
-            let outside = event.timestamp.is_some_and(|t| !context.range.contains(t));
-            self.reject_event(event, counting, !outside, &Rejection { reason: Reason::MalformedEvent, detail });
-            return Ok(());
-        }
-        let (Some(tenant), Some(name), Some(external_id), Some(t)) =
-            (event.tenant_id, event.event_name, event.external_customer_id, event.timestamp)
-        else {
-            return Ok(());
-        };
-        if Timestamp::in_range(t.nanos()).is_none() {
-            let detail = format!("timestamp {t} is outside of the years 1700 to 2199");
-            self.reject_event(event, counting, true, &Rejection { reason: Reason::MalformedEvent, detail });
-            return Ok(());
-        }
-        let in_range = context.range.contains(t);
-        // A level reaches from any earlier event into the range.
-        let is_needed = in_range || context.reach.contains(t);
-        let only_levels = !is_needed && context.enricher.has_levels() && t < context.reach.end;
-        if !(is_needed || only_levels) || !context.enricher.wants_tenant(tenant) {
-            self.events.out_of_range += u64::from(counting);
-            return Ok(());
-        }
-        let Some(plan) = self.memo.plans.get([name], || context.enricher.plan(name)) else {
-            self.count_event(counting, in_range, |events| &mut events.unmatched);
-            return Ok(());
-        };
-        if let Err(error) = plan.properties.read(event.properties, slots) {
-            let detail = format!("properties are no JSON object: {error}");
-            self.reject_event(event, counting, in_range, &Rejection { reason: Reason::MalformedEvent, detail });
-            return Ok(());
-        }
-        let slots = slots.as_slice();
-        if !plan.meters.iter().any(|meter| meter.accepts(slots)) {
-            let in_range = in_range && !plan.known_outside;
-            self.count_event(counting, in_range, |events| &mut events.unmatched);
-            return Ok(());
-        }
-        let customer =
-            self.memo.customers.get([tenant, external_id], || context.enricher.reference.customer(tenant, external_id));
-        let subscription = context.enricher.subscription_of(customer, external_id, t);
-        let found = subscription.as_ref().ok().and_then(|index| context.enricher.reference.subscriptions.get(*index));
-        if !context.enricher.wants_customer(found) {
-            self.count_event(counting, false, |events| &mut events.metered);
-            return Ok(());
-        }
-        let subscription = match subscription {
-            Ok(subscription) => subscription,
-            Err(rejection) => {
-                self.reject_event(event, counting, in_range, &rejection);
-                return Ok(());
-            }
-        };
-        let was_open = |meter: Option<usize>| counting && context.open_dead_letters.holds(event, meter);
-        let event_was_open = was_open(None);
-        let identity = identity(event, t, &mut self.scratch.bytes);
-        let (mut usable, mut rejected) = (false, false);
-        for meter in plan.meters.iter().filter(|meter| meter.accepts(slots)) {
-            if only_levels && meter.meter.aggregation != Aggregation::WeightedSum {
-                continue;
-            }
-            let Some((window, period)) = self.place(t, subscription, meter) else { continue };
-            if context.marks.as_ref().is_some_and(|marks| !marks.hold_event(subscription, meter.index, period.span, t)) {
-                self.visited.leave_out(&context.open_dead_letters, event, meter.index);
-                continue;
-            }
-            let resolved = event_was_open || was_open(Some(meter.index));
-            let at = At { event, t, identity, subscription, window, period };
-            let outcome = self.take_match(&at, meter, slots, purpose, resolved)?;
-            // A longer window can reach out of the range: its match is for another run.
-            let is_session = matches!(meter.meter.window, WindowKind::Session { .. });
-            if !counting || !in_range || !(is_session || context.range.covers(window.span)) {
-                continue;
-            }
-            self.usage.matches += 1;
-            match outcome {
-                Ok(true) => (self.usage.counted, usable) = (self.usage.counted + 1, true),
-                Ok(false) => (self.usage.skipped, usable) = (self.usage.skipped + 1, true),
-                Err(rejection) => {
-                    (self.usage.rejected, rejected) = (self.usage.rejected + 1, true);
-                    self.dead_letter(event, Some(&meter.meter.id), &rejection);
-                }
-            }
-        }
-        self.count_event(counting, in_range && (usable || rejected), |events| {
-            if usable { &mut events.metered } else { &mut events.dead_lettered }
-        });
-        Ok(())
-    }
-
-    fn count_event(&mut self, counting: bool, in_range: bool, bucket: impl Fn(&mut EventCounts) -> &mut u64) {
-        if counting {
-            *(if in_range { bucket(&mut self.events) } else { &mut self.events.out_of_range }) += 1;
-        }
-    }
-
-    fn reject_event(&mut self, event: &EventRef<'_>, counting: bool, in_range: bool, rejection: &Rejection) {
-        self.count_event(counting, in_range, |events| &mut events.dead_lettered);
-        if counting && in_range {
-            self.dead_letter(event, None, rejection);
-        }
-    }
-
-    /// One match of an event with a meter. False where it is skipped.
-    fn take_match(
-        &mut self,
-        at: &At<'_>,
-        plan: &MeterPlan<'r>,
-        slots: &[Property<'_>],
-        purpose: Purpose,
-        resolved: bool,
-    ) -> Result<Result<bool, Rejection>> {
-        let (value, price) = match self.context.enricher.charge(at.subscription, plan, at.t, slots) {
-            Ok(Some(charged)) => charged,
-            Ok(None) => return Ok(Ok(false)),
-            Err(rejection) => return Ok(Err(rejection)),
-        };
-        let is_level = plan.meter.aggregation == Aggregation::WeightedSum;
-        let (window, period) = (at.window.span, at.period.span);
-        let reaches_range = is_level && period.start < self.context.range.end;
-        if !period.overlaps(self.context.range) && !reaches_range {
-            // Another subscription's longer period made this event be read.
-            return Ok(Ok(true));
-        }
-        let is_session = matches!(plan.meter.window, WindowKind::Session { .. });
-        let key = StateKey {
-            subscription: index(at.subscription),
-            meter: index(plan.index),
-            price: price.map_or(NO_PRICE, index),
-            dimensions: self.dimensions_of(plan, slots),
-            period_start: period.start,
-            window_start: window.start,
-        };
-        let arrival = match purpose {
-            Purpose::Count(arrival) => arrival,
-            Purpose::Withdraw(loss) => {
-                let news = self.withdrawn.entry(key).or_default();
-                *match loss {
-                    Loss::Voided => &mut news.voided,
-                    Loss::Amended => &mut news.amended,
-                    Loss::Duplicate => &mut news.duplicates,
-                } += 1;
-                self.replaced.push(key);
-                return Ok(Ok(true));
-            }
-        };
-        let news = News {
-            late: u64::from(arrival == Arrival::Late && !resolved),
-            // An event amended within its window is one amended event.
-            amended: u64::from(arrival == Arrival::Amended && !self.replaced.contains(&key)),
-            voided: 0,
-            duplicates: 0,
-            resolved: u64::from(resolved),
-        };
-        let by_moment = plan.needs_moment || price.is_some_and(|price| self.context.enricher.needs_transactions(price));
-        let moment = by_moment.then(|| Moment {
-            timestamp: at.t,
-            ingested_at: at.event.ingested_at.unwrap_or(at.t),
-            id: at.event.id.unwrap_or_default(),
-            remaining: if is_level { self.remaining(at.subscription, plan, slots, at.t, period) } else { 0 },
-        });
-        let found = Match {
-            subscription: key.subscription,
-            meter: key.meter,
-            price: key.price,
-            dimensions: key.dimensions,
-            window: if is_session { NO_WINDOW } else { at.window.number },
-            period: at.period.number,
-            identity: at.identity,
-            value: Measured::of(&value, plan.meter.aggregation),
-            moment,
-            news,
-        };
-        self.matches.write(self.context.parts.part(key.subscription), &found)?;
-        Ok(Ok(true))
-    }
-
-    /// The number of an event's dimensions.
-    fn dimensions_of(&mut self, plan: &MeterPlan<'r>, slots: &[Property<'_>]) -> u32 {
-        if plan.meter.dimensions.is_empty() {
-            return NO_DIMENSIONS;
-        }
-        self.scratch.text.clear();
-        plan.write_dimensions(slots, &mut self.scratch.text);
-        self.dimensions.intern(&self.scratch.text)
-    }
-
-    /// Nanoseconds for which a level lasts that begins at `t`.
-    fn remaining(&self, subscription: usize, plan: &MeterPlan<'r>, slots: &[Property<'_>], t: Timestamp, period: Span) -> i64 {
+    /// The windows of one part; its matches are gone then.
+    ///
+    /// # Errors
+    /// Where matches that were set aside cannot be read.
+    pub fn part(&self, at: usize) -> Result<Windows> {
         let reference = self.context.enricher.reference;
-        let Some(subscription) = reference.subscriptions.get(subscription) else { return 0 };
-        let end = reference.level_end(subscription, plan.index, t, period, &plan.dimension_values(slots));
-        end.nanos().saturating_sub(t.nanos())
+        let subscriptions = reference.subscriptions.len().div_ceil(self.context.parts.count());
+        let mut windows = Windows::new(subscriptions, reference.meters.len(), self.expected.load(Ordering::Relaxed));
+        let mut sessions: FxHashMap<StateKey, Sessions> = FxHashMap::default();
+        let mut bytes = Vec::new();
+        for shard in &self.shards {
+            bytes.clear();
+            shard.matches.take(at, &mut bytes)?;
+            matches::read(&bytes, |of| self.count(of, shard, &mut windows, &mut sessions))?;
+        }
+        for (key, of) in sessions {
+            let closed = of.into_windows(self.session_gap(key.meter).unwrap_or_default());
+            closed.for_each(|(window_start, state)| windows.add(StateKey { window_start, ..key }, state, None));
+        }
+        if let Some(states) = self.states.get(at) {
+            let states = std::mem::take(&mut *states.lock().unwrap_or_else(PoisonError::into_inner));
+            states.into_iter().for_each(|(key, state)| windows.add(key, state, None));
+        }
+        self.expected.store(windows.len(), Ordering::Relaxed);
+        Ok(windows)
     }
 
-    /// The window and the billing period of an instant.
-    fn place(&mut self, t: Timestamp, subscription: usize, meter: &MeterPlan<'_>) -> Option<(Numbered, Numbered)> {
-        let spans = &mut self.matches.spans;
-        let window = if matches!(meter.meter.window, WindowKind::Session { .. }) {
-            let span = self.scratch.windows.window(meter.meter.window, t, self.context.timezone);
-            Numbered { span, number: NO_WINDOW }
+    fn count(
+        &self,
+        of: &Match<'_>,
+        shard: &Shard,
+        windows: &mut Windows,
+        sessions: &mut FxHashMap<StateKey, Sessions>,
+    ) -> Result<()> {
+        let reference = self.context.enricher.reference;
+        let damaged = || format!("a match of meter {} that was set aside is damaged", of.meter);
+        let meter = reference.meters.get(of.meter as usize).with_context(damaged)?;
+        let period = shard.matches.spans.span(of.period).with_context(damaged)?;
+        let price = reference.prices.get(of.price as usize);
+        let percentage = price.and_then(Price::transactions);
+        let contribution = contribution(of.identity, &of.value);
+        let moment = of.moment.unwrap_or(NO_MOMENT);
+        let mut key = StateKey {
+            subscription: of.subscription,
+            meter: of.meter,
+            price: of.price,
+            dimensions: shard.dimensions.get(of.dimensions as usize).copied().with_context(damaged)?,
+            period_start: period.start,
+            window_start: period.start,
+        };
+        // Enrichment has checked the fee of every event.
+        if let WindowKind::Session { gap_nanos } = meter.window {
+            let t = moment.timestamp;
+            let window = Span { start: t, end: t };
+            let mut state = WindowState::new(meter, price, window, period);
+            state.count(&of.value, moment, percentage, contribution, of.news)?;
+            sessions.entry(key).or_default().add(t, t, state, gap_nanos, percentage);
         } else {
-            match self.scratch.last_windows.get_mut(meter.index)? {
-                Some(window) if window.span.contains(t) => *window,
-                last => {
-                    let span = self.scratch.windows.window(meter.meter.window, t, self.context.timezone);
-                    *last.insert(Numbered { span, number: spans.number(span) })
-                }
-            }
-        };
-        let cycle = &self.context.enricher.reference.subscriptions.get(subscription)?.cycle;
-        let period = match self.scratch.periods.get_mut(subscription)? {
-            Some(period) if period.span.contains(t) => *period,
-            last => {
-                let span = cycle.period(t);
-                *last.insert(Numbered { span, number: spans.number(span) })
-            }
-        };
-        Some((window, period))
+            let window = shard.matches.spans.span(of.window).with_context(damaged)?;
+            key.window_start = window.start;
+            let new = || WindowState::new(meter, price, window, period);
+            windows.change(key, new, |state| state.count(&of.value, moment, percentage, contribution, of.news))?;
+        }
+        Ok(())
     }
 
-    fn dead_letter(&mut self, event: &EventRef<'_>, meter: Option<&str>, rejection: &Rejection) {
-        let raw = event.problem.and_then(|problem| problem.raw.as_deref());
-        let json = event_json(event, raw);
-        let event_id = match event.id.filter(|id| !id.is_empty()) {
-            Some(id) => id.to_owned(),
-            // Rows without an id are told apart by their content.
-            None => format!("unreadable:{:016x}", xxh3_128(json.as_bytes()) >> 64),
-        };
-        self.dead_letters.push(DeadLetter {
-            key: DeadLetterKey {
-                tenant_id: event.tenant_id.unwrap_or_default().to_owned(),
-                event_id,
-                meter_id: meter.unwrap_or_default().to_owned(),
-                reason: rejection.reason,
-            },
-            detail: rejection.detail.clone(),
-            event: json,
-            event_time: event.timestamp,
-        });
-    }
-
-    /// Adds what another thread has seen.
-    pub fn merge(&mut self, other: Matcher<'c, 'r>) {
-        let renamed: Vec<u32> = other.dimensions.texts().iter().map(|text| self.dimensions.intern(text)).collect();
-        let rename = |number: u32| renamed.get(number as usize).copied().unwrap_or_default();
-        for (key, news) in other.withdrawn {
-            self.withdrawn.entry(StateKey { dimensions: rename(key.dimensions), ..key }).or_default().merge(news);
+    fn session_gap(&self, meter: u32) -> Option<i64> {
+        match self.context.enricher.reference.meters.get(meter as usize)?.window {
+            WindowKind::Session { gap_nanos } => Some(gap_nanos),
+            _ => None,
         }
-        for shard in other.shards {
-            let dimensions = shard.dimensions.into_iter().map(rename).collect();
-            self.shards.push(Shard { dimensions, ..shard });
-        }
-        self.shards.push(Shard { matches: other.matches, dimensions: renamed });
-        self.dead_letters.extend(other.dead_letters);
-        self.events.merge(&other.events);
-        self.usage.merge(&other.usage);
-        self.held.merge(other.held);
-        self.ingested_until = self.ingested_until.max(other.ingested_until);
-        self.visited.merge(other.visited);
-        for (hash, count) in other.copies {
-            *self.copies.entry(hash).or_default() += count;
-        }
-    }
-
-    /// All matches, once everything is read.
-    pub fn take_matches(&mut self) -> AllMatches<'c, 'r> {
-        let mut shards = std::mem::take(&mut self.shards);
-        let own = std::mem::replace(&mut self.matches, Matches::new(&self.context.parts));
-        shards.push(Shard { matches: own, dimensions: (0..index(self.dimensions.texts().len())).collect() });
-        AllMatches::new(self.context, shards)
     }
 }

@@ -6,7 +6,6 @@
 //!
 //! Everything between reading and publishing is a function of its arguments.
 
-mod accumulate;
 mod accumulator;
 mod adjustments;
 mod aggregate;
@@ -27,6 +26,7 @@ pub mod keys;
 mod lateness;
 mod letters;
 mod levels;
+mod matcher;
 mod matches;
 mod names;
 mod past;
@@ -63,7 +63,6 @@ use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
 use crate::source::{EventSource, Selection, Split, Wanted};
 use crate::store::AggregateStore;
-use aggregate::{Context, Matcher};
 use causes::{CurrentDigests, Evidence};
 use deduplicate::RepeatedKeys;
 use draft::Draft;
@@ -73,6 +72,7 @@ use incremental::{Coverage, Mode, Passes, stored_windows};
 pub use key_cache::KeyCache;
 use keys::{KeyHashes, KeyReader, SplitKeys};
 pub use lateness::Lateness;
+use matcher::{Context, Matcher};
 use matches::Partitioning;
 use names::Names;
 use past::{Knowledge, Past, ledger_rows};
