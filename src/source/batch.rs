@@ -133,7 +133,12 @@ impl EventBatch {
     /// The rows in order, each with its problem if it has one.
     pub fn rows(&self) -> impl Iterator<Item = EventRef<'_>> {
         let mut problems = self.problems.iter().peekable();
-        (0..self.len()).map(move |row| EventRef {
+        (0..self.len()).map(move |row| EventRef { problem: problems.next_if(|problem| problem.row == row), ..self.row(row) })
+    }
+
+    /// One row, without its problem.
+    pub fn row(&self, row: usize) -> EventRef<'_> {
+        EventRef {
             tenant_id: self.tenant_id.get(row),
             id: self.id.get(row),
             event_name: self.event_name.get(row),
@@ -142,8 +147,8 @@ impl EventBatch {
             ingested_at: instant(&self.ingested_at, row),
             properties: self.properties.get(row),
             deleted: !self.deleted.is_null(row) && self.deleted.value(row),
-            problem: problems.next_if(|problem| problem.row == row),
-        })
+            problem: None,
+        }
     }
 }
 

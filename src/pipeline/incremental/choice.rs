@@ -10,6 +10,7 @@ use crate::pipeline::deduplicate::{key_hash, write_key};
 use crate::pipeline::keys::SplitKeys;
 use crate::pipeline::state::index;
 use crate::pipeline::text_memo::TextMemo;
+use crate::source::batch::Texts;
 use crate::source::{Chooser, EventBatch, EventRef, EventSource, Field, RowChoice, Selection, Split, Wanted};
 
 /// Rows of marked customers, in marked time.
@@ -64,6 +65,22 @@ impl CustomerChoice {
         !self.always.is_empty() || split.extent.is_some_and(|extent| self.span.touches(extent))
     }
 
+    /// The rows of customers that are wanted at all, where a dictionary tells them apart and
+    /// they are few.
+    fn candidates(&self, batch: &EventBatch) -> Option<Vec<usize>> {
+        let Texts::Dictionary { keys, values } = &batch.external_customer_id else { return None };
+        if !self.always.is_empty() {
+            return None;
+        }
+        let is_wanted = |id: Option<&str>| id.is_some_and(|id| self.customers.values().any(|ids| ids.contains_key(id)));
+        let wanted: Vec<bool> = values.iter().map(is_wanted).collect();
+        if wanted.iter().filter(|wanted| **wanted).count() * 4 > wanted.len() {
+            return None;
+        }
+        let is_candidate = |key: Option<i32>| key.and_then(|key| wanted.get(usize::try_from(key).ok()?)) == Some(&true);
+        Some(keys.iter().enumerate().filter(|(_, key)| is_candidate(*key)).map(|(row, _)| row).collect())
+    }
+
     fn times_of(&self, tenant: &str, external_id: &str) -> Option<&Times> {
         self.customers.get(tenant)?.get(external_id)
     }
@@ -96,13 +113,20 @@ impl RowChoice for CustomerChoice {
         Box::new(move |batch| {
             names.begin_batch();
             customers.begin_batch();
+            let candidates = self.candidates(batch);
+            if candidates.as_ref().is_some_and(Vec::is_empty) {
+                return Vec::new();
+            }
             let mut wants = |event: &EventRef<'_>| {
                 let name = event.event_name.and_then(|name| names.get([name], || self.names.get(name).copied()));
                 let customer = event.tenant_id.zip(event.external_customer_id);
                 let times = customer.and_then(|(tenant, id)| customers.get([tenant, id], || self.times_of(tenant, id)));
                 self.wants_of(name, times, event.timestamp)
             };
-            batch.rows().enumerate().filter(|(_, event)| wants(event)).map(|(row, _)| row).collect()
+            match candidates {
+                Some(rows) => rows.into_iter().filter(|row| wants(&batch.row(*row))).collect(),
+                None => (0..batch.len()).filter(|row| wants(&batch.row(*row))).collect(),
+            }
         })
     }
 }
