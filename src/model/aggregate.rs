@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 pub use super::causes::Causes;
 use super::decimal::Decimal;
 use super::digest::SetDigest;
-use super::recorded::Recorded;
 use super::timestamp::Timestamp;
 use super::window::Span;
 
@@ -266,6 +265,50 @@ pub struct Values {
 impl From<&WindowRow> for Values {
     fn from(row: &WindowRow) -> Self {
         Values { quantity: row.quantity, cost: row.cost, event_count: row.event_count }
+    }
+}
+
+/// The values of a row as a correction tells them, in little memory: most runs that correct
+/// much have the row itself at hand.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(from = "Values", into = "Values")]
+pub enum Recorded {
+    Of(Arc<WindowRow>),
+    Values(Box<Values>),
+}
+
+impl Recorded {
+    pub fn values(&self) -> Values {
+        match self {
+            Recorded::Of(row) => Values::from(&**row),
+            Recorded::Values(values) => **values,
+        }
+    }
+}
+
+impl From<Values> for Recorded {
+    fn from(values: Values) -> Self {
+        Recorded::Values(Box::new(values))
+    }
+}
+
+impl From<&Arc<WindowRow>> for Recorded {
+    fn from(row: &Arc<WindowRow>) -> Self {
+        Recorded::Of(Arc::clone(row))
+    }
+}
+
+impl PartialEq for Recorded {
+    fn eq(&self, other: &Recorded) -> bool {
+        self.values() == other.values()
+    }
+}
+
+impl Eq for Recorded {}
+
+impl From<Recorded> for Values {
+    fn from(recorded: Recorded) -> Self {
+        recorded.values()
     }
 }
 

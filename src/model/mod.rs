@@ -12,7 +12,6 @@ pub mod percentage;
 pub mod price;
 pub mod price_lines;
 pub mod properties;
-pub mod recorded;
 pub mod run;
 pub mod timestamp;
 pub mod window;

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::reconcile::Reconciliation;
-use crate::model::aggregate::{Cause, Causes, Correction, CorrectionKind, Text, Values, WindowKey};
-use crate::model::recorded::Recorded;
+use crate::model::aggregate::{Cause, Causes, Correction, CorrectionKind, Recorded, Text, Values, WindowKey};
 use crate::store::AggregateStore;
 
 /// What the ledger says of a window of a closed period.

@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result, anyhow};
 use rustc_hash::FxHashMap;
 
 use super::accumulator::Moment;
+use super::context::Context;
 use super::event_forms::contribution;
-use super::matcher::Context;
 use super::matches::{self, Match, Matches};
 use super::state::{Sessions, StateKey, WindowState};
 use super::windows::Windows;

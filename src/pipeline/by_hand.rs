@@ -10,10 +10,10 @@ use crate::audit::describe;
 use crate::clock::now;
 use crate::fault::{FaultKind, configuration, fault};
 use crate::model::aggregate::{
-    Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Values, WindowKey, WindowRow,
+    Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, Recorded, StoredWindow, Values, WindowKey,
+    WindowRow,
 };
 use crate::model::counts::RowCounts;
-use crate::model::recorded::Recorded;
 use crate::model::run::{RunMode, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;

@@ -8,16 +8,15 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::accumulator::{Measured, Moment};
 use super::aggregate::{AllMatches, Shard};
-use super::deduplicate::{Copies, RepeatedKeys, key_hash, write_key};
-use super::enrich::{Enricher, EventPlan, MeterPlan, Rejection};
+use super::context::Context;
+use super::deduplicate::{Copies, key_hash, write_key};
+use super::enrich::{EventPlan, MeterPlan, Rejection};
 use super::event_forms::{event_json, identity};
 use super::held::{self, Held};
-use super::incremental::marks::Marks;
-use super::letters::{OpenDeadLetters, VisitedLetters};
-use super::matches::{Match, Matches, NO_WINDOW, Partitioning};
+use super::letters::VisitedLetters;
+use super::matches::{Match, Matches, NO_WINDOW};
 use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, StateKey, WindowCache, index};
 use super::text_memo::TextMemo;
-use crate::config::Deduplicate;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
 use crate::model::counts::{EventCounts, UsageCounts};
 use crate::model::meter::Aggregation;
@@ -27,23 +26,6 @@ use crate::model::window::{Span, WindowKind};
 use crate::reference::ExternalCustomer;
 use crate::source::Field;
 use crate::source::{EventBatch, EventRef, RowChoice};
-
-/// Settings of one computation, shared by all threads.
-pub struct Context<'r> {
-    pub enricher: Enricher<'r>,
-    pub rules: &'r Deduplicate,
-    pub timezone: chrono_tz::Tz,
-    /// The windows to compute.
-    pub range: Span,
-    /// The billing periods that the range touches lie in here: usage outside of
-    /// the range, but inside of it, is needed for pricing.
-    pub reach: Span,
-    pub parts: Partitioning,
-    pub repeated: RepeatedKeys,
-    pub open_dead_letters: OpenDeadLetters,
-    /// What is computed, where it is not everything.
-    pub marks: Option<Marks>,
-}
 
 /// How an event relates to the run before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

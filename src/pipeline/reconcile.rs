@@ -13,11 +13,11 @@ use super::closed::{ClosedDifference, ClosedPeriods};
 use super::price::PricedWindow;
 use super::session_changes::SessionChanges;
 use crate::model::aggregate::{
-    Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Text, WindowKey, WindowRow,
+    Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, Recorded, StoredWindow, Text, WindowKey,
+    WindowRow,
 };
 use crate::model::counts::RowCounts;
 use crate::model::decimal::DecimalSum;
-use crate::model::recorded::Recorded;
 use crate::model::window::Span;
 
 /// What must change in the store, and why.

@@ -2,9 +2,10 @@
 
 use anyhow::Result;
 
+use super::context::Context;
 use super::enrich::Enricher;
 use super::letters::OpenDeadLetters;
-use super::matcher::{Context, Matcher};
+use super::matcher::Matcher;
 use super::matches::Partitioning;
 use super::past::Past;
 use super::{Inputs, Request, Timeline, merge_workers, range, read_keys, resolve, scan};

@@ -52,7 +52,7 @@ impl Partitions {
         let spilled = match &mut self.spilled {
             Some(spilled) => spilled,
             none => {
-                tracing::info!(of = self.of, folder = %std::env::temp_dir().display(), "more than memory is meant for: spilling");
+                tracing::info!(of = self.of, folder = %std::env::temp_dir().display(), "spilling to a temporary file");
                 none.insert(Spilled { file: tempfile::tempfile()?, end: 0, pieces: vec![Vec::new(); self.parts.len()] })
             }
         };

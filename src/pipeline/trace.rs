@@ -12,12 +12,13 @@ use std::sync::Arc;
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
+use super::context::Context;
 use super::deduplicate::{Copies, Copy, RepeatedKeys, key_hash, write_key};
 use super::enrich::{Enricher, Scope};
 use super::held::{self, Held};
 use super::keys::KeyHashes;
 use super::letters::OpenDeadLetters;
-use super::matcher::{Context, Matcher, Outcome};
+use super::matcher::{Matcher, Outcome};
 use super::matches::Partitioning;
 use super::names::Names;
 use super::price::{Parts, Priced};

@@ -6,9 +6,9 @@ use std::collections::BTreeSet;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::choice::CustomerChoice;
+use super::separable::Separable;
 use super::snapshot::Differences;
 use super::spans::Spans;
-use super::stored_windows::Separable;
 use crate::model::aggregate::{PeriodKey, WindowRow};
 use crate::model::meter::Aggregation;
 use crate::model::properties::Property;

@@ -17,6 +17,7 @@
 mod choice;
 pub mod marks;
 mod passes;
+mod separable;
 pub mod snapshot;
 mod spans;
 pub mod stored_windows;

@@ -7,13 +7,14 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::choice::{Chosen, CustomerChoice, KeyChoice};
 use super::marks::MarkScan;
+use super::separable::Separable;
 use super::snapshot::{Differences, Snapshot};
-use super::stored_windows::Separable;
 use super::{Baseline, Marks, Skipping};
 use crate::model::window::Span;
+use crate::pipeline::context::Context;
 use crate::pipeline::enrich::{Enricher, Scope};
 use crate::pipeline::keys::{KeyHashes, SplitKeys};
-use crate::pipeline::matcher::{Context, Matcher};
+use crate::pipeline::matcher::Matcher;
 use crate::pipeline::past::{Coverage as PastCoverage, Knowledge};
 use crate::pipeline::{Inputs, Timeline, check_stable, merge_workers, scan};
 use crate::source::{EventBatch, RowChoice, Split, Wanted};

@@ -2,17 +2,15 @@
 //! are taken as they are stored, so that only marked windows need their events.
 
 use anyhow::Result;
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashMap;
 
 use super::Marks;
 use super::marks::Pair;
 use super::spans::Spans;
 use crate::model::aggregate::{PeriodKey, PeriodRow, StoredWindow, Text, WindowRow};
-use crate::model::decimal::{Decimal, DecimalSum};
-use crate::model::meter::{Aggregation, ChargeOn, Meter};
-use crate::model::price::Price;
-use crate::model::timestamp::Timestamp;
-use crate::model::window::{Span, WindowKind};
+use crate::model::decimal::DecimalSum;
+use crate::model::meter::{ChargeOn, Meter};
+use crate::model::window::Span;
 use crate::pipeline::accumulator::{Accumulator, Measure};
 use crate::pipeline::closed::ClosedPeriods;
 use crate::pipeline::lateness::Lateness;
@@ -20,40 +18,6 @@ use crate::pipeline::past::{Past, Stored};
 use crate::pipeline::state::{Interner, NO_DIMENSIONS, NO_PRICE, StateKey, WindowCache, WindowState, index};
 use crate::pipeline::{Inputs, Request};
 use crate::reference::{Reference, Subscription};
-
-/// Meters of which a row of one window tells what it adds to its billing period, whatever
-/// the price: their windows are marked one by one.
-pub struct Separable<'r> {
-    /// By the index of the meter.
-    meters: Vec<bool>,
-    /// Plans and meters with prices that must know events one by one.
-    by_event: FxHashSet<(&'r str, usize)>,
-    pub timezone: chrono_tz::Tz,
-}
-
-impl<'r> Separable<'r> {
-    pub fn new(reference: &'r Reference, timezone: chrono_tz::Tz) -> Self {
-        let is_separable = |meter: &Meter| {
-            matches!(meter.window, WindowKind::Tumbling(_))
-                && meter.aggregation != Aggregation::WeightedSum
-                && Accumulator::of_quantity(meter, Decimal::ZERO, 0, Timestamp::MIN).is_some()
-        };
-        let by_event = |price: &'r Price| {
-            let meter = reference.meters.iter().position(|meter| meter.id == price.meter_id)?;
-            price.transactions().map(|_| (price.plan_id.as_str(), meter))
-        };
-        Separable {
-            meters: reference.meters.iter().map(is_separable).collect(),
-            by_event: reference.prices.iter().filter_map(by_event).collect(),
-            timezone,
-        }
-    }
-
-    pub fn holds(&self, subscription: &Subscription, meter: usize) -> bool {
-        self.meters.get(meter) == Some(&true)
-            && (self.by_event.is_empty() || !self.by_event.contains(&(subscription.plan_id.as_str(), meter)))
-    }
-}
 
 /// Reads what is stored of marked billing periods. Marks those as a whole of which some
 /// windows cannot be taken from there.

@@ -1,0 +1,26 @@
+//! What enrichment and aggregation rest on.
+
+use super::deduplicate::RepeatedKeys;
+use super::enrich::Enricher;
+use super::incremental::marks::Marks;
+use super::letters::OpenDeadLetters;
+use super::matches::Partitioning;
+use crate::config::Deduplicate;
+use crate::model::window::Span;
+
+/// Settings of one computation, shared by all threads.
+pub struct Context<'r> {
+    pub enricher: Enricher<'r>,
+    pub rules: &'r Deduplicate,
+    pub timezone: chrono_tz::Tz,
+    /// The windows to compute.
+    pub range: Span,
+    /// The billing periods that the range touches lie in here: usage outside of
+    /// the range, but inside of it, is needed for pricing.
+    pub reach: Span,
+    pub parts: Partitioning,
+    pub repeated: RepeatedKeys,
+    pub open_dead_letters: OpenDeadLetters,
+    /// What is computed, where it is not everything.
+    pub marks: Option<Marks>,
+}
