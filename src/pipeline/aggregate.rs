@@ -9,7 +9,7 @@ use rustc_hash::FxHashMap;
 use super::accumulator::Moment;
 use super::context::Context;
 use super::event_forms::contribution;
-use super::matches::{self, Match, Matches};
+use super::matches::{Match, Matches, Reader};
 use super::state::{Sessions, StateKey, WindowState};
 use super::windows::Windows;
 use crate::model::price::Price;
@@ -104,9 +104,10 @@ impl<'c, 'r> AllMatches<'c, 'r> {
         let mut sessions: FxHashMap<StateKey, Sessions> = FxHashMap::default();
         let mut bytes = Vec::new();
         for shard in &self.shards {
-            bytes.clear();
-            shard.matches.take(at, &mut bytes)?;
-            matches::read(&bytes, |of| self.count(of, shard, &mut windows, &mut sessions))?;
+            let mut reader = Reader::default();
+            while shard.matches.next(at, &mut bytes)? {
+                reader.read(&bytes, |of| self.count(of, shard, &mut windows, &mut sessions))?;
+            }
         }
         for (key, of) in sessions {
             let closed = of.into_windows(self.session_gap(key.meter).unwrap_or_default());

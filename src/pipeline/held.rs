@@ -53,8 +53,13 @@ impl Held {
     /// # Errors
     /// Where the temporary file cannot be read.
     pub fn take_part(&mut self, at: usize, out: &mut Vec<u8>) -> Result<()> {
-        let mut all = std::iter::once(&mut self.own).chain(&mut self.others);
-        all.try_for_each(|partitions| partitions.take(at, out))
+        let mut piece = Vec::new();
+        for partitions in std::iter::once(&mut self.own).chain(&mut self.others) {
+            while partitions.next(at, &mut piece)? {
+                out.append(&mut piece);
+            }
+        }
+        Ok(())
     }
 }
 

@@ -119,27 +119,29 @@ impl Matches {
         partitions.append(part, |out| encode(of, is_same, out))
     }
 
-    /// Appends one part to `out`, to be [read]; nothing can be written to it any more.
+    /// Takes the next piece of one part in place of what `out` held, for its [`Reader`]; false
+    /// where nothing is left. Nothing can be written to the part any more.
     ///
     /// # Errors
     /// Where the temporary file cannot be read.
-    pub fn take(&self, part: usize, out: &mut Vec<u8>) -> Result<()> {
-        self.partitions.lock().unwrap_or_else(PoisonError::into_inner).take(part, out)
+    pub fn next(&self, part: usize, out: &mut Vec<u8>) -> Result<bool> {
+        self.partitions.lock().unwrap_or_else(PoisonError::into_inner).next(part, out)
     }
 
     /// Calls `each` with all matches, and forgets them.
     ///
     /// # Errors
-    /// As [`read`].
+    /// As [`Reader::read`].
     pub fn drain(&mut self, mut each: impl FnMut(&Match<'_>)) -> Result<()> {
         let mut bytes = Vec::new();
         for part in 0..self.last.len() {
-            bytes.clear();
-            self.take(part, &mut bytes)?;
-            read(&bytes, |of| {
-                each(of);
-                Ok(())
-            })?;
+            let mut reader = Reader::default();
+            while self.next(part, &mut bytes)? {
+                reader.read(&bytes, |of| {
+                    each(of);
+                    Ok(())
+                })?;
+            }
         }
         self.last.fill(None);
         Ok(())
@@ -217,18 +219,27 @@ fn text(text: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(text.as_bytes());
 }
 
-/// Calls `each` with every match of a part that one thread has written.
-///
-/// # Errors
-/// Where the part is not what was written, or `each` fails.
-pub fn read<'b>(part: &'b [u8], mut each: impl FnMut(&Match<'b>) -> Result<()>) -> Result<()> {
-    let mut rest = part;
-    let (mut subscription, mut identity) = (0, 0);
-    while !rest.is_empty() {
-        let found = decode(&mut rest, &mut subscription, &mut identity);
-        each(&found.context("matches of events with meters that were set aside are damaged")?)?;
+/// Reads what one thread has written of one part, piece by piece.
+#[derive(Debug, Default)]
+pub struct Reader {
+    /// Of the match before: the next one may be of the same event.
+    subscription: u32,
+    identity: u128,
+}
+
+impl Reader {
+    /// Calls `each` with every match of the next piece.
+    ///
+    /// # Errors
+    /// Where the piece is not what was written, or `each` fails.
+    pub fn read<'b>(&mut self, piece: &'b [u8], mut each: impl FnMut(&Match<'b>) -> Result<()>) -> Result<()> {
+        let mut rest = piece;
+        while !rest.is_empty() {
+            let found = decode(&mut rest, &mut self.subscription, &mut self.identity);
+            each(&found.context("matches of events with meters that were set aside are damaged")?)?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 fn decode<'b>(rest: &mut &'b [u8], subscription: &mut u32, identity: &mut u128) -> Option<Match<'b>> {
@@ -342,15 +353,15 @@ mod tests {
             let mut set_aside = Matches::with_limit(parts, limit);
             matches.iter().try_for_each(|of| set_aside.write(part(of), of)).unwrap();
             for at in 0..parts {
-                let mut bytes = Vec::new();
-                set_aside.take(at, &mut bytes).unwrap();
-                let mut found = Vec::new();
-                read(&bytes, |of| { found.push(*of); Ok(()) }).unwrap();
+                let (mut bytes, mut found, mut reader) = (Vec::new(), Vec::new(), Reader::default());
+                while set_aside.next(at, &mut bytes).unwrap() {
+                    // What a match holds may lie in the piece.
+                    let piece: &'static [u8] = Box::leak(bytes.clone().into_boxed_slice());
+                    prop_assert!(Reader::default().read(&piece[..piece.len() - 1], |_| Ok(())).is_err());
+                    reader.read(piece, |of| { found.push(*of); Ok(()) }).unwrap();
+                }
                 let expected: Vec<_> = matches.iter().filter(|of| part(of) == at).copied().collect();
                 prop_assert_eq!(found, expected);
-                if !bytes.is_empty() {
-                    prop_assert!(read(&bytes[..bytes.len() - 1], |_| Ok(())).is_err());
-                }
             }
         }
     }

@@ -78,7 +78,7 @@ use matcher::Matcher;
 use matches::Partitioning;
 use names::Names;
 use past::{Knowledge, Past, ledger_rows};
-use price::Priced;
+use price::{Priced, Ranks};
 pub use range::{Completeness, Request};
 pub use reconcile::Totals;
 use reconcile::{PeriodChanges, Reconciliation};
@@ -268,7 +268,8 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     }
     let mut priced = timeline.step("aggregate and price", None, || {
         let dimensions = &seen.dimensions;
-        let price = |windows, range| price::price(windows, dimensions, reference, &names, range, job.timezone);
+        let ranks = Ranks::new(reference, dimensions);
+        let price = |windows, range| price::price(windows, (dimensions, &ranks), reference, &names, range, job.timezone);
         let mut priced = if levels {
             let mut windows = matches.all()?;
             // Where nobody asked for an end, what a level costs later in its period belongs to the range.

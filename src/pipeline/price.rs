@@ -55,13 +55,12 @@ impl Priced {
 /// Where a quantity or a cost overflows; names the window.
 pub fn price(
     windows: Windows,
-    dimensions: &Interner,
+    (dimensions, ranks): (&Interner, &Ranks),
     reference: &Reference,
     names: &Names,
     range: Span,
     timezone: chrono_tz::Tz,
 ) -> Result<Priced> {
-    let ranks = Ranks::new(reference, dimensions);
     // Levels were read from earlier periods too.
     let touches =
         |(key, state): &(StateKey, WindowState)| Span { start: key.period_start, end: state.period_end }.overlaps(range);
@@ -83,7 +82,7 @@ pub fn price(
 }
 
 /// The places of names among their like: with them, states sort as the rows of theirs do.
-struct Ranks {
+pub struct Ranks {
     subscriptions: Vec<u32>,
     meters: Vec<u32>,
     prices: Vec<u32>,
@@ -91,7 +90,7 @@ struct Ranks {
 }
 
 impl Ranks {
-    fn new(reference: &Reference, dimensions: &Interner) -> Self {
+    pub fn new(reference: &Reference, dimensions: &Interner) -> Self {
         Ranks {
             subscriptions: ranks(reference.subscriptions.iter().map(|row| (&row.tenant_id, &row.id))),
             meters: ranks(reference.meters.iter().map(|meter| &meter.id)),

@@ -1,6 +1,7 @@
 //! Bytes in partitions: in memory up to a limit, beyond it in a temporary file. One
 //! partition is taken up again at a time.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
@@ -23,7 +24,7 @@ struct Spilled {
     file: File,
     end: u64,
     /// For each partition, where its pieces begin, and their lengths.
-    pieces: Vec<Vec<(u64, usize)>>,
+    pieces: Vec<VecDeque<(u64, usize)>>,
 }
 
 impl Partitions {
@@ -53,37 +54,43 @@ impl Partitions {
             Some(spilled) => spilled,
             none => {
                 tracing::info!(of = self.of, folder = %std::env::temp_dir().display(), "spilling to a temporary file");
-                none.insert(Spilled { file: tempfile::tempfile()?, end: 0, pieces: vec![Vec::new(); self.parts.len()] })
+                none.insert(Spilled { file: tempfile::tempfile()?, end: 0, pieces: vec![VecDeque::new(); self.parts.len()] })
             }
         };
-        for (part, pieces) in self.parts.iter_mut().zip(&mut spilled.pieces) {
+        spilled.file.seek(SeekFrom::Start(spilled.end))?;
+        // A part that was large once may stay small from now on.
+        let room = self.most_in_memory / self.parts.len().max(1);
+        let parts = self.parts.iter_mut().zip(&mut spilled.pieces);
+        for (part, pieces) in parts.filter(|(part, _)| !part.is_empty()) {
             spilled.file.write_all(part)?;
-            pieces.push((spilled.end, part.len()));
+            pieces.push_back((spilled.end, part.len()));
             spilled.end += part.len() as u64;
             part.clear();
+            part.shrink_to(room);
         }
         self.bytes = 0;
         Ok(())
     }
 
-    /// Appends one partition to `out`, in the order in which it was written; here it is
-    /// gone then.
+    /// Takes the next piece of one partition, in the order in which it was written, in place
+    /// of what `out` held; false where nothing is left. What was appended at once is in one piece.
     ///
     /// # Errors
     /// Where the temporary file cannot be read.
-    pub fn take(&mut self, at: usize, out: &mut Vec<u8>) -> Result<()> {
-        if let Some(spilled) = &mut self.spilled {
-            for (start, length) in spilled.pieces.get_mut(at).map(std::mem::take).unwrap_or_default() {
-                spilled.file.seek(SeekFrom::Start(start))?;
-                let read = (&mut spilled.file).take(length as u64).read_to_end(out)?;
-                anyhow::ensure!(read == length, "the temporary file of {} broke off", self.of);
-            }
+    pub fn next(&mut self, at: usize, out: &mut Vec<u8>) -> Result<bool> {
+        out.clear();
+        if let Some(spilled) = &mut self.spilled
+            && let Some((start, length)) = spilled.pieces.get_mut(at).and_then(VecDeque::pop_front)
+        {
+            spilled.file.seek(SeekFrom::Start(start))?;
+            let read = (&mut spilled.file).take(length as u64).read_to_end(out)?;
+            anyhow::ensure!(read == length, "the temporary file of {} broke off", self.of);
+            return Ok(true);
         }
-        if let Some(part) = self.parts.get_mut(at) {
-            self.bytes -= part.len();
-            out.append(&mut std::mem::take(part));
-        }
-        Ok(())
+        let Some(part) = self.parts.get_mut(at).filter(|part| !part.is_empty()) else { return Ok(false) };
+        self.bytes -= part.len();
+        *out = std::mem::take(part);
+        Ok(true)
     }
 
     #[cfg(test)]

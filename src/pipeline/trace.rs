@@ -21,7 +21,7 @@ use super::letters::OpenDeadLetters;
 use super::matcher::{Matcher, Outcome};
 use super::matches::Partitioning;
 use super::names::Names;
-use super::price::{Parts, Priced};
+use super::price::{Parts, Priced, Ranks};
 use super::price_steps::{self, PriceSteps};
 use super::state::{Interner, NO_PRICE, StateKey, WindowState, index};
 use super::trace_events::{CountedEvent, Listing, SetAside, Why};
@@ -412,7 +412,14 @@ impl<'c, 'r> Tracer<'c, 'r> {
         if self.search.is_level() {
             levels::carry_in(&mut windows, &dimensions, reference, &mut range.clone(), false, timezone);
         }
-        let mut priced = price::price(windows.clone(), &dimensions, reference, &names, range, timezone)?;
+        let mut priced = price::price(
+            windows.clone(),
+            (&dimensions, &Ranks::new(reference, &dimensions)),
+            reference,
+            &names,
+            range,
+            timezone,
+        )?;
         let is_ours = |(_, subscription): (usize, &Subscription), (_, price): (usize, &Price), _: Span| {
             std::ptr::eq(subscription, self.search.subscription) && price.meter_id == self.search.meter.id
         };

@@ -285,6 +285,18 @@ fn a_row_that_does_not_fit_does_not_stand_in() {
     }
 }
 
+/// The tables say when a billing period ends, whatever its rows do.
+#[test]
+fn an_altered_end_of_a_period_cuts_no_window() {
+    for end in ["2026-03-06T00:30:00Z", "2026-03-06T12:00:00Z", "2026-04-03T12:00:00Z"] {
+        let workspace = shop(METERS, PRICES);
+        workspace.tamper(&format!("UPDATE usage_windows SET period_end = '{end}' WHERE subscription_id = 'sb'"));
+        workspace.write("events/6.ndjson", day(6));
+        workspace.run(&["--incremental", "--yes"]);
+        check_against_a_fresh_store(&workspace);
+    }
+}
+
 #[test]
 fn a_row_that_fits_is_believed_until_somebody_verifies() {
     let workspace = altered("event_count = 7");

@@ -1,6 +1,7 @@
 //! Which rows of files that are known already must be read again.
 
 use anyhow::{Result, bail};
+use arrow::array::{Array as _, StringArray};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::spans::Spans;
@@ -18,12 +19,43 @@ use crate::source::{Chooser, EventBatch, EventRef, EventSource, Field, RowChoice
 pub struct CustomerChoice {
     /// Tenant, then external customer id.
     customers: FxHashMap<String, FxHashMap<String, Times>>,
+    /// The external ids of all tenants.
+    ids: FxHashSet<String>,
     /// The numbers of event names.
     names: FxHashMap<String, u32>,
     /// The spans of all customers together.
     span: Spans,
     /// Events of these names, whoever they belong to.
     always: FxHashSet<u32>,
+}
+
+/// Which entries of a dictionary of external ids are wanted at all. Batch after batch has the
+/// same dictionary.
+#[derive(Default)]
+struct Candidates {
+    /// It is kept, so that no other one can take its place.
+    dictionary: Option<StringArray>,
+    wanted: Vec<bool>,
+    are_few: bool,
+}
+
+impl Candidates {
+    /// The rows of wanted customers, where a dictionary tells them apart and they are few.
+    fn of(&mut self, choice: &CustomerChoice, batch: &EventBatch) -> Option<Vec<usize>> {
+        let Texts::Dictionary { keys, values } = &batch.external_customer_id else { return None };
+        if !choice.always.is_empty() {
+            return None;
+        }
+        let place = |values: &StringArray| (values.value_data().as_ptr(), values.value_offsets().as_ptr(), values.len());
+        if self.dictionary.as_ref().is_none_or(|known| place(known) != place(values)) {
+            self.wanted = values.iter().map(|id| id.is_some_and(|id| choice.ids.contains(id))).collect();
+            self.are_few = self.wanted.iter().filter(|wanted| **wanted).count() * 4 <= self.wanted.len();
+            self.dictionary = Some(values.clone());
+        }
+        let is_wanted = |key: Option<i32>| key.and_then(|key| self.wanted.get(usize::try_from(key).ok()?)) == Some(&true);
+        let rows = || keys.iter().enumerate().filter(|(_, key)| is_wanted(*key)).map(|(row, _)| row).collect();
+        self.are_few.then(rows)
+    }
 }
 
 /// When events of a customer are wanted.
@@ -52,6 +84,9 @@ impl CustomerChoice {
 
     fn times(&mut self, tenant: &str, external_id: &str, span: Span) -> &mut Times {
         self.span.add(span);
+        if !self.ids.contains(external_id) {
+            self.ids.insert(external_id.to_owned());
+        }
         self.customers.entry(tenant.to_owned()).or_default().entry(external_id.to_owned()).or_default()
     }
 
@@ -63,22 +98,6 @@ impl CustomerChoice {
     /// Whether a split may have rows that are wanted.
     pub fn may_want(&self, split: &SplitKeys) -> bool {
         !self.always.is_empty() || split.extent.is_some_and(|extent| self.span.touches(extent))
-    }
-
-    /// The rows of customers that are wanted at all, where a dictionary tells them apart and
-    /// they are few.
-    fn candidates(&self, batch: &EventBatch) -> Option<Vec<usize>> {
-        let Texts::Dictionary { keys, values } = &batch.external_customer_id else { return None };
-        if !self.always.is_empty() {
-            return None;
-        }
-        let is_wanted = |id: Option<&str>| id.is_some_and(|id| self.customers.values().any(|ids| ids.contains_key(id)));
-        let wanted: Vec<bool> = values.iter().map(is_wanted).collect();
-        if wanted.iter().filter(|wanted| **wanted).count() * 4 > wanted.len() {
-            return None;
-        }
-        let is_candidate = |key: Option<i32>| key.and_then(|key| wanted.get(usize::try_from(key).ok()?)) == Some(&true);
-        Some(keys.iter().enumerate().filter(|(_, key)| is_candidate(*key)).map(|(row, _)| row).collect())
     }
 
     fn times_of(&self, tenant: &str, external_id: &str) -> Option<&Times> {
@@ -110,10 +129,11 @@ impl RowChoice for CustomerChoice {
     fn chooser<'c>(&'c self) -> Chooser<'c> {
         let mut names: TextMemo<1, Option<u32>> = TextMemo::new(6);
         let mut customers: TextMemo<2, Option<&'c Times>> = TextMemo::new(12);
+        let mut candidates = Candidates::default();
         Box::new(move |batch| {
             names.begin_batch();
             customers.begin_batch();
-            let candidates = self.candidates(batch);
+            let candidates = candidates.of(self, batch);
             if candidates.as_ref().is_some_and(Vec::is_empty) {
                 return Vec::new();
             }

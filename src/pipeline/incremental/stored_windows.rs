@@ -37,10 +37,10 @@ pub fn read(
     let accumulations = Accumulations::new(inputs.reference);
     let mut check =
         Check { accumulations, periods: &stored.periods, timezone: inputs.job.timezone, windows: WindowCache::default() };
-    for (pair, rows) in divided(marks, &stored.windows) {
+    for (pair, period, rows) in divided(marks, &stored.windows, inputs.reference) {
         let left = rows.iter().map(|stored| &*stored.row).filter(|row| !marks.hold_window(pair, row));
         if !check.can_stand_in(pair, rows, left) {
-            whole.extend(rows.first().map(|first| (pair, first.row.period())));
+            whole.push((pair, period));
         }
     }
     for ((subscription, meter), period) in whole {
@@ -100,7 +100,7 @@ pub fn stand_in(
 ) -> u64 {
     let accumulations = Accumulations::new(reference);
     let mut count = 0;
-    for (pair, rows) in divided(marks, stored) {
+    for (pair, _, rows) in divided(marks, stored, reference) {
         let Some(of) = rows.first().and_then(|first| accumulations.of(pair, &first.row.key.period)) else { continue };
         let dimensions = rows.first().map_or(NO_DIMENSIONS, |first| dimensions.intern(&first.row.key.period.dimensions));
         for StoredWindow { row, .. } in rows.iter().filter(|stored| !marks.hold_window(pair, &stored.row)) {
@@ -112,13 +112,19 @@ pub fn stand_in(
     count
 }
 
-/// The rows of periods that are marked in part, by subscription and meter; those of one
-/// accumulation together.
-fn divided<'s>(marks: &Marks, stored: &'s [StoredWindow]) -> impl Iterator<Item = (Pair, &'s [StoredWindow])> {
+/// The rows of billing periods that are marked in part, by subscription and meter; those of
+/// one accumulation together. The period is the one that begins the rows' by the tables: what
+/// rows say of its end may have been altered.
+fn divided<'s>(
+    marks: &Marks,
+    stored: &'s [StoredWindow],
+    reference: &Reference,
+) -> impl Iterator<Item = (Pair, Span, &'s [StoredWindow])> {
     stored.chunk_by(|a, b| a.row.key.period == b.row.key.period).filter_map(|rows| {
-        let row = &rows.first()?.row;
-        let pair = marks.pair(&row.key.period)?;
-        marks.divide(pair, row.period()).then_some((pair, rows))
+        let key = &rows.first()?.row.key.period;
+        let pair = marks.pair(key)?;
+        let period = reference.subscriptions.get(pair.0)?.cycle.period(key.period_start);
+        marks.divide(pair, period).then_some((pair, period, rows))
     })
 }
 
