@@ -1,6 +1,7 @@
 //! What the pipeline talks about. No I/O.
 
 pub mod aggregate;
+pub mod calendar;
 pub mod causes;
 pub mod counts;
 pub mod decimal;

@@ -15,7 +15,8 @@ use super::event_forms::{event_json, identity};
 use super::held::{self, Held};
 use super::letters::VisitedLetters;
 use super::matches::{Match, Matches, NO_WINDOW};
-use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, StateKey, WindowCache, index};
+use super::places::{Numbered, Places};
+use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, StateKey, index};
 use super::text_memo::TextMemo;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
 use crate::model::counts::{EventCounts, UsageCounts};
@@ -84,6 +85,7 @@ pub struct Matcher<'c, 'r> {
     key: Vec<u8>,
     /// The windows that the event at hand is withdrawn from.
     replaced: Vec<StateKey>,
+    places: Places<'r>,
     scratch: Scratch,
     memo: Memo<'c, 'r>,
 }
@@ -105,11 +107,6 @@ impl Memo<'_, '_> {
 struct Scratch {
     text: String,
     bytes: Vec<u8>,
-    windows: WindowCache,
-    /// By meter: its window that was found last.
-    last_windows: Vec<Option<Numbered>>,
-    /// By subscription: its billing period that was found last.
-    periods: Vec<Option<Numbered>>,
 }
 
 /// An event, its subscription, and its place in time.
@@ -120,13 +117,6 @@ struct At<'e> {
     subscription: usize,
     window: Numbered,
     period: Numbered,
-}
-
-/// A span and its number.
-#[derive(Debug, Clone, Copy)]
-struct Numbered {
-    span: Span,
-    number: u32,
 }
 
 impl<'c, 'r> Matcher<'c, 'r> {
@@ -147,11 +137,8 @@ impl<'c, 'r> Matcher<'c, 'r> {
             key: Vec::new(),
             replaced: Vec::new(),
             memo: Memo { plans: TextMemo::new(6), customers: TextMemo::new(12) },
-            scratch: Scratch {
-                periods: vec![None; context.enricher.reference.subscriptions.len()],
-                last_windows: vec![None; context.enricher.reference.meters.len()],
-                ..Scratch::default()
-            },
+            places: Places::new(context.enricher.reference, context.timezone),
+            scratch: Scratch::default(),
         }
     }
 
@@ -398,7 +385,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
             if only_levels && meter.meter.aggregation != Aggregation::WeightedSum {
                 continue;
             }
-            let Some((window, period)) = self.place(t, subscription, meter) else { continue };
+            let Some((window, period)) = self.places.find(t, subscription, meter, &mut self.matches.spans) else { continue };
             if context.marks.as_ref().is_some_and(|marks| !marks.hold_event(subscription, meter.index, period.span, t)) {
                 self.visited.leave_out(&context.open_dead_letters, event, meter.index);
                 continue;
@@ -530,32 +517,6 @@ impl<'c, 'r> Matcher<'c, 'r> {
         let Some(subscription) = reference.subscriptions.get(subscription) else { return 0 };
         let end = reference.level_end(subscription, plan.index, t, period, &plan.dimension_values(slots));
         end.nanos().saturating_sub(t.nanos())
-    }
-
-    /// The window and the billing period of an instant.
-    fn place(&mut self, t: Timestamp, subscription: usize, meter: &MeterPlan<'_>) -> Option<(Numbered, Numbered)> {
-        let spans = &mut self.matches.spans;
-        let window = if matches!(meter.meter.window, WindowKind::Session { .. }) {
-            let span = self.scratch.windows.window(meter.meter.window, t, self.context.timezone);
-            Numbered { span, number: NO_WINDOW }
-        } else {
-            match self.scratch.last_windows.get_mut(meter.index)? {
-                Some(window) if window.span.contains(t) => *window,
-                last => {
-                    let span = self.scratch.windows.window(meter.meter.window, t, self.context.timezone);
-                    *last.insert(Numbered { span, number: spans.number(span) })
-                }
-            }
-        };
-        let cycle = &self.context.enricher.reference.subscriptions.get(subscription)?.cycle;
-        let period = match self.scratch.periods.get_mut(subscription)? {
-            Some(period) if period.span.contains(t) => *period,
-            last => {
-                let span = cycle.period(t);
-                *last.insert(Numbered { span, number: spans.number(span) })
-            }
-        };
-        Some((window, period))
     }
 
     fn dead_letter(&mut self, event: &EventRef<'_>, meter: Option<&str>, rejection: &Rejection) {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Value, json};
 use trueup::model::timestamp::{MINUTE, Timestamp};
 
-use crate::support::{Row, Workspace};
+use crate::support::{Row, Workspace, job};
 
 /// Two tenants with two customers each, in the job's zone Europe/Berlin. Hours of
 /// usage: one of each side of a local midnight, and of a local end of month.
@@ -20,18 +20,6 @@ const HOURS: [&str; 6] = [
     "2026-02-05T08:00:00Z",
 ];
 
-const JOB: &str = r#"version: 1
-job: shop
-timezone: Europe/Berlin
-source: {kind: files, paths: ["events/*"]}
-reference:
-  customers: {path: customers.csv}
-  subscriptions: {path: subscriptions.csv}
-  meters: {path: meters.yaml}
-  prices: {path: prices.yaml}
-window: hour
-store: {kind: sqlite, path: trueup.db}
-"#;
 const METERS: &str = "meters:
   - {meter_id: calls, event_name: api.call, aggregation: count}
   - {meter_id: tokens, event_name: api.call, aggregation: sum, property: value}
@@ -64,7 +52,7 @@ fn everywhere(prefix: &str, ingested: &str, value: &str) -> String {
 
 fn shop() -> Workspace {
     let workspace = Workspace::new();
-    workspace.write("job.yaml", JOB);
+    workspace.write("job.yaml", job("shop", "hour", "trueup") + "timezone: Europe/Berlin\n");
     workspace.write("meters.yaml", METERS);
     workspace.write("prices.yaml", PRICES);
     let mut customers = "tenant_id,customer_id,external_customer_id\n".to_owned();

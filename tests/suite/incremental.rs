@@ -10,7 +10,7 @@ use trueup::pipeline::enrich::Scope;
 use trueup::pipeline::{Completeness, Request};
 
 use crate::promises::{self, Event, Format, Settings, cases, check_idempotence, check_stored_ledger, full, state, within};
-use crate::support::{Row, Workspace};
+use crate::support::{Row, Workspace, job};
 
 // --- the promise -----------------------------------------------------------------------------
 
@@ -130,17 +130,6 @@ proptest! {
 
 // --- a shop ----------------------------------------------------------------------------------
 
-const JOB: &str = r#"version: 1
-job: shop
-source: {kind: files, paths: ["events/*"]}
-reference:
-  customers: {path: customers.csv}
-  subscriptions: {path: subscriptions.csv}
-  meters: {path: meters.yaml}
-  prices: {path: prices.yaml}
-window: day
-store: {kind: sqlite, path: trueup.db}
-"#;
 const METERS: &str = "meters:
   - {meter_id: calls, event_name: call, aggregation: count}
   - {meter_id: tokens, event_name: call, aggregation: sum, property: value}
@@ -163,7 +152,8 @@ fn event(id: &str, name: &str, customer: &str, time: &str, value: &str) -> Strin
 /// file a month; run once.
 fn shop() -> Workspace {
     let workspace = Workspace::new();
-    for (name, content) in [("job.yaml", JOB), ("meters.yaml", METERS), ("prices.yaml", PRICES)] {
+    workspace.write("job.yaml", job("shop", "day", "trueup"));
+    for (name, content) in [("meters.yaml", METERS), ("prices.yaml", PRICES)] {
         workspace.write(name, content);
     }
     workspace.write("customers.csv", "tenant_id,customer_id,external_customer_id\nt,a,xa\nt,b,xb\nt,c,xc\n");

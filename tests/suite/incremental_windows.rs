@@ -5,19 +5,8 @@ use serde_json::{Value, json};
 
 use crate::incremental::{increment, marked, read};
 use crate::promises::state;
-use crate::support::Workspace;
+use crate::support::{Workspace, job};
 
-const JOB: &str = r#"version: 1
-job: shop
-source: {kind: files, paths: ["events/*"]}
-reference:
-  customers: {path: customers.csv}
-  subscriptions: {path: subscriptions.csv}
-  meters: {path: meters.yaml}
-  prices: {path: prices.yaml}
-window: day
-store: {kind: sqlite, path: STORE.db}
-"#;
 /// Their quantities add up, or the greatest, the last, the sum of means tells enough.
 const METERS: &str = "meters:
   - {meter_id: calls, event_name: call, aggregation: count, window: hour}
@@ -75,7 +64,7 @@ fn shop(meters: &str, prices: &str) -> Workspace {
     workspace.write("meters.yaml", meters);
     workspace.write("prices.yaml", prices);
     for (name, store) in [("job", "trueup"), ("fresh", "fresh")] {
-        workspace.write(&format!("{name}.yaml"), JOB.replace("STORE", store));
+        workspace.write(&format!("{name}.yaml"), job("shop", "day", store));
     }
     let rows = |row: fn(&str) -> String| CUSTOMERS.map(row).concat();
     let customers = rows(|customer| format!("t,{customer},x{customer}\n"));

@@ -8,20 +8,8 @@ use serde_json::{Value, json};
 
 use crate::support::Workspace;
 
-const JOB: &str = r#"version: 1
-job: late
-source: {kind: files, paths: ["events/*"]}
-reference:
-  customers: {path: customers.csv}
-  subscriptions: {path: subscriptions.csv}
-  meters: {path: meters.yaml}
-  prices: {path: prices.yaml}
-window: hour
-store: {kind: sqlite, path: trueup.db}
-"#;
-
 fn job(policy: &str) -> String {
-    format!("{JOB}{policy}\n")
+    crate::support::job("late", "hour", "trueup") + policy + "\n"
 }
 
 /// Daily billing periods; a call is 1 EUR.

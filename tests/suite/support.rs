@@ -149,6 +149,23 @@ impl Workspace {
     }
 }
 
+/// A job over the files in `events`, with all four reference tables beside it.
+pub fn job(name: &str, window: &str, store: &str) -> String {
+    format!(
+        r#"version: 1
+job: {name}
+source: {{kind: files, paths: ["events/*"]}}
+reference:
+  customers: {{path: customers.csv}}
+  subscriptions: {{path: subscriptions.csv}}
+  meters: {{path: meters.yaml}}
+  prices: {{path: prices.yaml}}
+window: {window}
+store: {{kind: sqlite, path: {store}.db}}
+"#
+    )
+}
+
 pub fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
 }

@@ -16,7 +16,8 @@ use crate::pipeline::enrich::{Enricher, Scope};
 use crate::pipeline::keys::{KeyHashes, SplitKeys};
 use crate::pipeline::matcher::Matcher;
 use crate::pipeline::past::{Coverage as PastCoverage, Knowledge};
-use crate::pipeline::{Inputs, Timeline, check_stable, merge_workers, scan};
+use crate::pipeline::read::{check_stable, merge_workers};
+use crate::pipeline::{Inputs, Timeline, scan};
 use crate::source::{EventBatch, RowChoice, Split, Wanted};
 
 /// Reads what an incremental run needs.
