@@ -435,17 +435,17 @@ impl Report<'_> {
             marked = format!("{marked}; {} of them as stored", counted(skipping.stored_windows, "window"));
         }
         self.line(out, "marked", &marked)?;
-        self.line(
-            out,
-            "looked at",
-            &format!(
-                "{} of {} events, {} of {}",
-                number(skipping.rows),
-                number(skipping.all_rows),
-                number(skipping.files),
-                counted(skipping.all_files, "file")
-            ),
-        )
+        let mut looked_at = format!(
+            "{} of {} events, {} of {}",
+            number(skipping.rows),
+            number(skipping.all_rows),
+            number(skipping.files),
+            counted(skipping.all_files, "file")
+        );
+        if skipping.kept_matches > 0 {
+            looked_at = format!("{looked_at}; {} matches of others as kept", number(skipping.kept_matches));
+        }
+        self.line(out, "looked at", &looked_at)
     }
 
     fn counts(&self, out: &mut String) -> std::fmt::Result {

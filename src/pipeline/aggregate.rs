@@ -9,6 +9,7 @@ use rustc_hash::FxHashMap;
 use super::accumulator::Moment;
 use super::context::Context;
 use super::event_forms::contribution;
+use super::incremental::kept::Keeper;
 use super::matches::{Match, Matches, Reader};
 use super::state::{Sessions, StateKey, WindowState};
 use super::windows::Windows;
@@ -21,12 +22,16 @@ use crate::model::window::{Span, WindowKind};
 pub struct Shard {
     pub matches: Matches,
     pub dimensions: Vec<u32>,
+    /// Whether an earlier run has kept them.
+    pub is_kept: bool,
 }
 
 /// All matches, to be aggregated part by part.
 pub struct AllMatches<'c, 'r> {
     context: &'c Context<'r>,
-    shards: Vec<Shard>,
+    pub shards: Vec<Shard>,
+    /// Writes matches as they are aggregated, for later runs.
+    pub keeper: Option<Keeper>,
     /// By part: states of windows whose events are not among the matches.
     states: Vec<Mutex<Vec<(StateKey, WindowState)>>>,
     /// How many windows the part before had: the next one will have about as many.
@@ -39,7 +44,7 @@ const NO_MOMENT: Moment<'static> = Moment { timestamp: Timestamp::MIN, ingested_
 impl<'c, 'r> AllMatches<'c, 'r> {
     pub fn new(context: &'c Context<'r>, shards: Vec<Shard>) -> Self {
         let states = (0..context.parts.count()).map(|_| Mutex::default()).collect();
-        AllMatches { context, shards, states, expected: AtomicUsize::new(0) }
+        AllMatches { context, shards, keeper: None, states, expected: AtomicUsize::new(0) }
     }
 
     /// Adds a window as it is known without its events.
@@ -103,9 +108,12 @@ impl<'c, 'r> AllMatches<'c, 'r> {
         let mut windows = Windows::new(subscriptions, reference.meters.len(), self.expected.load(Ordering::Relaxed));
         let mut sessions: FxHashMap<StateKey, Sessions> = FxHashMap::default();
         let mut bytes = Vec::new();
-        for shard in &self.shards {
+        for (number, shard) in self.shards.iter().enumerate() {
             let mut reader = Reader::default();
             while shard.matches.next(at, &mut bytes)? {
+                if let Some(keeper) = self.keeper.as_ref().filter(|_| !shard.is_kept) {
+                    keeper.add(at, number, &bytes);
+                }
                 reader.read(&bytes, |of| self.count(of, shard, &mut windows, &mut sessions))?;
             }
         }

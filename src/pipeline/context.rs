@@ -23,4 +23,6 @@ pub struct Context<'r> {
     pub open_dead_letters: OpenDeadLetters,
     /// What is computed, where it is not everything.
     pub marks: Option<Marks>,
+    /// Whether matches of what is marked were kept by earlier runs.
+    pub has_kept: bool,
 }

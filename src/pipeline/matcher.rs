@@ -3,7 +3,7 @@
 //! Each thread has a [`Matcher`]; merging them gives the same whatever event went to which.
 
 use anyhow::Result;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::accumulator::{Measured, Moment};
@@ -82,6 +82,8 @@ pub struct Matcher<'c, 'r> {
     pub visited: VisitedLetters,
     /// How many copies were held by the hash of their key, where not all rows are read.
     pub copies: FxHashMap<u64, u64>,
+    /// The identities of chosen events, where an earlier run has kept matches of them.
+    pub read_again: FxHashSet<u128>,
     key: Vec<u8>,
     /// The windows that the event at hand is withdrawn from.
     replaced: Vec<StateKey>,
@@ -134,6 +136,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
             ingested_until: None,
             visited: VisitedLetters::default(),
             copies: FxHashMap::default(),
+            read_again: FxHashSet::default(),
             key: Vec::new(),
             replaced: Vec::new(),
             memo: Memo { plans: TextMemo::new(6), customers: TextMemo::new(12) },
@@ -166,7 +169,12 @@ impl<'c, 'r> Matcher<'c, 'r> {
         self.memo.begin_batch();
         let mut slots = Vec::new();
         let mut chosen = batch.rows().filter(|event| choice.wants(event));
-        chosen.try_for_each(|event| self.visit_event(&event, &is_known, &mut slots))
+        chosen.try_for_each(|event| {
+            if let Some(t) = event.timestamp.filter(|_| self.context.has_kept) {
+                self.read_again.insert(identity(&event, t, &mut self.scratch.bytes));
+            }
+            self.visit_event(&event, &is_known, &mut slots)
+        })
     }
 
     fn visit_event<'e>(
@@ -551,7 +559,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
             let dimensions = shard.dimensions.into_iter().map(rename).collect();
             self.shards.push(Shard { dimensions, ..shard });
         }
-        self.shards.push(Shard { matches: other.matches, dimensions: renamed });
+        self.shards.push(Shard { matches: other.matches, dimensions: renamed, is_kept: false });
         self.dead_letters.extend(other.dead_letters);
         self.events.merge(&other.events);
         self.usage.merge(&other.usage);
@@ -561,13 +569,21 @@ impl<'c, 'r> Matcher<'c, 'r> {
         for (hash, count) in other.copies {
             *self.copies.entry(hash).or_default() += count;
         }
+        self.read_again.extend(other.read_again);
+    }
+
+    /// Adds matches that an earlier run has kept.
+    pub fn adopt(&mut self, matches: Matches, dimensions: &Interner) {
+        let dimensions = dimensions.texts().iter().map(|text| self.dimensions.intern(text)).collect();
+        self.shards.push(Shard { matches, dimensions, is_kept: true });
     }
 
     /// All matches, once everything is read.
     pub fn take_matches(&mut self) -> AllMatches<'c, 'r> {
         let mut shards = std::mem::take(&mut self.shards);
         let own = std::mem::replace(&mut self.matches, Matches::new(&self.context.parts));
-        shards.push(Shard { matches: own, dimensions: (0..index(self.dimensions.texts().len())).collect() });
+        let dimensions = (0..index(self.dimensions.texts().len())).collect();
+        shards.push(Shard { matches: own, dimensions, is_kept: false });
         AllMatches::new(self.context, shards)
     }
 }

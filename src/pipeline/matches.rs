@@ -85,6 +85,11 @@ impl SpanNumbers {
     pub fn span(&self, number: u32) -> Option<Span> {
         self.spans.get(number as usize).copied()
     }
+
+    /// All spans, in the order of their numbers.
+    pub fn iter(&self) -> impl Iterator<Item = Span> + '_ {
+        self.spans.iter().copied()
+    }
 }
 
 /// What one thread has set aside.

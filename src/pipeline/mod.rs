@@ -67,8 +67,9 @@ use causes::{CurrentDigests, Evidence};
 use context::Context;
 use draft::Draft;
 use enrich::{Enricher, Scope};
+use incremental::kept::{Keep, Keeper};
 use incremental::snapshot::{STATE, Snapshot};
-use incremental::{Coverage, Mode, Passes, stored_windows};
+use incremental::{Coverage, Marked, Mode, Passes, stored_windows};
 pub use key_cache::KeyCache;
 pub use lateness::Lateness;
 use matches::Partitioning;
@@ -108,6 +109,8 @@ pub struct Plan {
     pub lateness: Lateness,
     /// What was asked for, with how far the job looks back.
     pub request: Request,
+    /// What later runs need not read again.
+    keep: Keep,
     states: Vec<(String, String)>,
     started_at: Timestamp,
     stored: Vec<StoredWindow>,
@@ -220,7 +223,11 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let snapshot = Snapshot::of(reference, range.end);
     let passes = baseline.as_ref().ok().map(|baseline| Passes { inputs, baseline, splits: &splits, keys: &keys.splits });
     let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), &mut timeline)).transpose()?;
-    let (mut marks, mut skipping) = marked.unzip();
+    let (mut marks, changed, mut skipping) = match marked {
+        Some(Marked { marks, changed, skipping }) => (Some(marks), Some(changed), Some(skipping)),
+        None => (None, None, None),
+    };
+    let kept = baseline.as_ref().ok().and_then(|baseline| baseline.kept(inputs));
     let known = marks.as_mut().map(|marks| {
         timeline.step("read stored", None, || {
             let stored = stored_windows::read(inputs, &past, (request, &lateness), (range, reach), marks)?;
@@ -241,14 +248,18 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         repeated: keys.repeated,
         open_dead_letters: past.open_dead_letters(reference),
         marks,
+        has_kept: kept.is_some(),
     };
     let coverage = past.coverage(reach);
     let mut seen = match (&passes, &mut skipping, &context.marks) {
         (Some(passes), Some(skipping), Some(marks)) => timeline.step("enrich", None, || {
-            let choice = marks.choice(reference);
-            let seen = resolve(&context, passes.aggregate(&context, &coverage, &choice, skipping)?, threads)?;
+            let choice = changed.filter(|_| kept.is_some()).unwrap_or_else(|| marks.choice(reference));
+            let mut seen = resolve(&context, passes.enrich(&context, &coverage, &choice, skipping)?, threads)?;
             let read = seen.events.read;
-            Ok((seen, read))
+            if let Some(kept) = &kept {
+                skipping.kept_matches = kept.load_into(&mut seen, &context, marks, threads)?;
+            }
+            Ok((seen, read + skipping.kept_matches))
         }),
         _ => enrich_all(inputs, &context, (&splits, &keys.splits), &coverage, &mut timeline),
     }?;
@@ -259,6 +270,10 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let withdrawn: FxHashMap<WindowKey, News> =
         seen.withdrawn.iter().map(|(key, news)| (names.window_key(key, &seen.dimensions), *news)).collect();
     let mut matches = seen.take_matches();
+    let rows = keys.splits.iter().map(|keys| keys.rows).sum();
+    // What an incremental run reads is of use to others only beside what was kept before.
+    let may_keep = baseline.is_err() || kept.is_some();
+    matches.keeper = may_keep.then(|| Keeper::new(inputs, request, rows)).flatten();
     if let (Some(marks), Some(stored), Some(skipping)) = (&context.marks, &known, &mut skipping) {
         let add = |key, state| matches.add(key, state);
         skipping.stored_windows = stored_windows::stand_in(marks, &stored.windows, reference, &mut seen.dimensions, add);
@@ -285,6 +300,11 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         Ok((priced, rows))
     })?;
     invariants::telescoping_cost(&priced)?;
+    let keep = match matches.keeper.take() {
+        Some(keeper) => keeper.finish(&context, (&matches.shards, &seen.dimensions), kept.as_ref(), &seen.read_again),
+        None => Keep::nothing(inputs, request),
+    };
+    drop(matches);
 
     // reconcile
     let reach = range::reach(range, reference, &request.scope);
@@ -362,6 +382,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         foreign_definitions,
         lateness,
         request: request.clone(),
+        keep,
         states: if is_part { Vec::new() } else { vec![(STATE.to_owned(), snapshot.encode()?)] },
         started_at,
         stored: windows,
@@ -417,6 +438,7 @@ impl Plan {
         let watch = Stopwatch::start();
         let publication = self.take_draft(RunMode::Run).into_publication(&job.name, &self.previous, origin);
         let run = store.publish(&publication)?;
+        std::mem::take(&mut self.keep).publish(&run.run_id);
         self.changes.corrections = publication.corrections;
         self.periods.upserts = publication.period_upserts;
         self.periods.deletions = publication.period_deletions;

@@ -47,6 +47,7 @@ pub fn widen(inputs: &Inputs<'_>, request: &Request, past: &Past, range: Span, t
             repeated: keys.repeated,
             open_dead_letters: OpenDeadLetters::default(),
             marks: None,
+            has_kept: false,
         };
         let windows = timeline.step("find sessions", None, || {
             let visit =

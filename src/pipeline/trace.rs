@@ -220,6 +220,7 @@ pub fn trace(inputs: &Inputs<'_>, question: Question) -> Result<Option<Trace>> {
         repeated,
         open_dead_letters: OpenDeadLetters::default(),
         marks: None,
+        has_kept: false,
     };
     let visit = |tracer: &mut Tracer<'_, '_>, _: usize, batch: &EventBatch| tracer.visit(batch);
     let new_tracer = || Tracer::new(&search, &context);

@@ -8,14 +8,14 @@ use crate::promises::state;
 use crate::support::{Workspace, job};
 
 /// Their quantities add up, or the greatest, the last, the sum of means tells enough.
-const METERS: &str = "meters:
+pub const METERS: &str = "meters:
   - {meter_id: calls, event_name: call, aggregation: count, window: hour}
   - {meter_id: tokens, event_name: call, aggregation: sum, property: value, dimensions: [model]}
   - {meter_id: peak, event_name: call, aggregation: max, property: value}
   - {meter_id: seats, event_name: call, aggregation: latest, property: value}
   - {meter_id: mean, event_name: call, aggregation: avg, property: value, charge_on: window_sum}
 ";
-const PRICES: &str = r#"prices:
+pub const PRICES: &str = r#"prices:
   - {price_id: p_calls, plan_id: pro, meter_id: calls, currency: EUR, model: graduated, tiers: [{up_to: "6", unit_amount: "2"}, {up_to: null, unit_amount: "1"}]}
   - {price_id: p_tokens, plan_id: pro, meter_id: tokens, currency: EUR, model: volume, minimum_amount: "3", tiers: [{up_to: "20", unit_amount: "1"}, {up_to: null, unit_amount: "0.5"}]}
   - {price_id: p_large, plan_id: pro, meter_id: tokens, currency: EUR, match: {model: large}, model: per_unit, unit_amount: "2", free_units: "4"}
@@ -27,18 +27,18 @@ const CUSTOMERS: [&str; 3] = ["a", "b", "c"];
 
 /// One call of a customer on a day of March.
 #[derive(Clone, Copy)]
-struct Call<'c> {
-    id: &'c str,
-    customer: &'c str,
-    day: u32,
-    hour: u32,
-    value: u32,
+pub struct Call<'c> {
+    pub id: &'c str,
+    pub customer: &'c str,
+    pub day: u32,
+    pub hour: u32,
+    pub value: u32,
     /// The day of April on which it came.
-    came: u32,
+    pub came: u32,
 }
 
 impl Call<'_> {
-    fn line(self) -> String {
+    pub fn line(self) -> String {
         let Call { id, customer, day, hour, value, came } = self;
         let model = if value.is_multiple_of(2) { "large" } else { "small" };
         format!(
@@ -48,7 +48,7 @@ impl Call<'_> {
 }
 
 /// Two calls of each customer on a day.
-fn day(day: u32) -> String {
+pub fn day(day: u32) -> String {
     let calls = CUSTOMERS.iter().zip(1..).flat_map(|(customer, number)| {
         [9, 17].map(|hour| {
             let id = format!("{customer}-{day}-{hour}");
@@ -59,7 +59,7 @@ fn day(day: u32) -> String {
 }
 
 /// Five days in March, a file a day, computed once.
-fn shop(meters: &str, prices: &str) -> Workspace {
+pub fn shop(meters: &str, prices: &str) -> Workspace {
     let workspace = Workspace::new();
     workspace.write("meters.yaml", meters);
     workspace.write("prices.yaml", prices);
@@ -81,7 +81,7 @@ fn shop(meters: &str, prices: &str) -> Workspace {
 
 /// An incremental run after which nobody finds anything to do.
 #[track_caller]
-fn night(workspace: &Workspace) -> Value {
+pub fn night(workspace: &Workspace) -> Value {
     let run = increment(workspace);
     check_against_a_fresh_store(workspace);
     run
@@ -98,7 +98,7 @@ fn check_against_a_fresh_store(workspace: &Workspace) {
 }
 
 /// Files that a run looked at, and windows that it took from the store.
-fn spared(run: &Value) -> (u64, u64) {
+pub fn spared(run: &Value) -> (u64, u64) {
     let skipping = &run["coverage"]["skipping"];
     (skipping["files"].as_u64().unwrap(), skipping["stored_windows"].as_u64().unwrap())
 }

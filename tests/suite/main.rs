@@ -17,6 +17,7 @@ mod incremental_windows;
 mod inputs;
 mod kafka;
 mod kafka_topic;
+mod kept_matches;
 mod lateness;
 mod parts;
 mod promises;

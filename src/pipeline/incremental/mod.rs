@@ -15,6 +15,7 @@
 //! proved here: a full run and `verify` see it.
 
 mod choice;
+pub mod kept;
 pub mod marks;
 mod passes;
 mod separable;
@@ -36,8 +37,9 @@ use crate::model::aggregate::StoredWindow;
 use crate::model::run::{RunBasis, RunMode, RunRecord};
 use crate::reference::ReferenceDigests;
 use crate::source::{Field, Split};
+use kept::Kept;
 pub use marks::Marks;
-pub use passes::Passes;
+pub use passes::{Marked, Passes};
 use snapshot::{STATE, Snapshot};
 
 /// How much of a job a run looked at, and why.
@@ -68,6 +70,9 @@ pub struct Skipping {
     pub marked_periods: u64,
     /// Windows of those periods whose usage is as it was stored.
     pub stored_windows: u64,
+    /// Matches of events with meters that were not read again, but taken as an earlier run
+    /// kept them.
+    pub kept_matches: u64,
     /// Files that were opened for their events, and the rows in what was looked at.
     pub files: u64,
     pub rows: u64,
@@ -237,6 +242,11 @@ fn moved_input(past: &Past, baseline: usize, splits: &[Split]) -> Option<String>
 }
 
 impl Baseline<'_> {
+    /// What it and the runs before it kept.
+    pub fn kept(&self, inputs: &Inputs<'_>) -> Option<Kept> {
+        Kept::open(inputs.keys.folder.as_deref()?, &self.run.run_id, inputs.reference)
+    }
+
     /// The splits that the baseline read, or those that are new.
     pub fn part<'s>(
         &'s self,

@@ -20,6 +20,14 @@ use crate::pipeline::read::{check_stable, merge_workers};
 use crate::pipeline::{Inputs, Timeline, scan};
 use crate::source::{EventBatch, RowChoice, Split, Wanted};
 
+/// What must be computed again.
+pub struct Marked {
+    pub marks: Marks,
+    /// The rows of known splits that changed reference rows touch.
+    pub changed: CustomerChoice,
+    pub skipping: Skipping,
+}
+
 /// Reads what an incremental run needs.
 pub struct Passes<'p> {
     pub inputs: &'p Inputs<'p>,
@@ -48,7 +56,7 @@ impl<'p> Passes<'p> {
         now: &Snapshot,
         (range, reach): (Span, Span),
         timeline: &mut Timeline<'_>,
-    ) -> Result<(Marks, Skipping)> {
+    ) -> Result<Marked> {
         let Inputs { job, reference, source, threads, progress, .. } = *self.inputs;
         let before = &self.baseline.snapshot;
         let differences = before.differences(now);
@@ -61,6 +69,7 @@ impl<'p> Passes<'p> {
         let separable = Separable::new(reference, job.timezone);
         let (new, new_rows) = self.new_splits();
         let skipping = self.skipping(&differences);
+        let changed = marks.choice(reference);
         timeline.step("mark", Some(skipping.new_events), || {
             let new_scan = || MarkScan::new(&enricher, &separable);
             let visit = |scan: &mut MarkScan<'_, '_>, _: usize, batch: &EventBatch| {
@@ -84,7 +93,7 @@ impl<'p> Passes<'p> {
             scans.into_iter().for_each(|scan| marks.add_events(scan));
             Ok(((), rows.iter().sum()))
         })?;
-        Ok((marks, skipping))
+        Ok(Marked { marks, changed, skipping })
     }
 
     /// The hashes of new keys that old splits have too, and those splits.
@@ -107,11 +116,12 @@ impl<'p> Passes<'p> {
         (again, holders)
     }
 
-    /// Aggregates the events of marked windows and periods, and every copy of their keys, undecided.
+    /// Matches the events of marked windows and periods that `choice` wants, new ones, and
+    /// every copy of their keys, undecided.
     ///
     /// # Errors
     /// Where the source cannot be read.
-    pub fn aggregate<'c, 'r>(
+    pub fn enrich<'c, 'r>(
         &self,
         context: &'c Context<'r>,
         past: &[PastCoverage<'_>],

@@ -1,0 +1,614 @@
+//! Matches of events with meters that runs leave for later ones: what was read and enriched
+//! once need not be again.
+//!
+//! A run that computes everything writes a *segment* with all of its matches; a run that
+//! builds on it adds one with those of its own events, and with what they replace. A later
+//! run takes the matches of marked windows from there instead of from the files; events that
+//! changed reference rows touch, and copies of events that came again, it reads from the
+//! files still. What is kept belongs to one run, and is of use as long as that is the last
+//! one of the whole job. Without it, events are read again.
+
+use std::fs::{self, File};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use rustc_hash::{FxHashMap, FxHashSet};
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::marks::Pair;
+use super::spans::Spans;
+use super::{LARGE_ROWS, Marks};
+use crate::config::{self, Source};
+use crate::model::timestamp::Timestamp;
+use crate::model::window::Span;
+use crate::pipeline::aggregate::Shard;
+use crate::pipeline::context::Context;
+use crate::pipeline::matcher::Matcher;
+use crate::pipeline::matches::{Match, Matches, NO_WINDOW, Partitioning, Reader};
+use crate::pipeline::range::Completeness;
+use crate::pipeline::state::{Interner, NO_PRICE, News, index};
+use crate::pipeline::{Inputs, Request};
+use crate::reference::Reference;
+use crate::source::Field;
+
+/// Says which segments there are, and of which run.
+const MANIFEST: &str = "matches.json";
+/// A segment that no run has published yet.
+const PARTIAL: &str = "matches.partial";
+const VERSION: u32 = 1;
+
+/// Events that a run may read again before it is cheaper to begin anew.
+const MOST_REPLACED: usize = 2_000_000;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Manifest {
+    version: u32,
+    run_id: String,
+    /// From the oldest to the newest, by the names of their files.
+    segments: Vec<String>,
+}
+
+/// What the numbers in the matches of a segment stand for, and where they lie.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Index {
+    /// Tenant and id, and the part that holds their matches.
+    subscriptions: Vec<(String, String, u32)>,
+    meters: Vec<String>,
+    /// Digests of their rows.
+    prices: Vec<String>,
+    shards: Vec<ShardIndex>,
+    pieces: Vec<Piece>,
+    replaced: Replaced,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct ShardIndex {
+    spans: Vec<(i64, i64)>,
+    dimensions: Vec<String>,
+}
+
+/// Bytes of one part and one shard; those of both follow each other as they were written.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct Piece {
+    part: usize,
+    shard: usize,
+    start: u64,
+    length: u64,
+    checksum: u64,
+}
+
+/// Matches of older segments that count no more: those of events that were read again, in
+/// windows that were marked.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Replaced {
+    /// The upper and the lower half of each event's identity.
+    events: Vec<(u64, u64)>,
+    /// By subscription and meter of the segment.
+    spans: Vec<(usize, usize, Vec<(i64, i64)>)>,
+}
+
+/// Whether what a request computes may be kept for later ones.
+fn may_keep(inputs: &Inputs<'_>, request: &Request, rows: u64) -> bool {
+    let Inputs { job, reference, .. } = *inputs;
+    let key = &job.deduplicate.key;
+    let is_worth_it = match (job.incremental, request.completeness) {
+        (config::Incremental::Never, _) => false,
+        (config::Incremental::Always, _) | (_, Completeness::Incremental) => true,
+        (config::Incremental::Auto, _) => rows >= LARGE_ROWS,
+    };
+    is_worth_it
+        && matches!(job.source, Source::Files { .. })
+        // Two events of another key could have the same identity.
+        && key.len() == 2 && key.contains(&Field::TenantId) && key.contains(&Field::Id)
+        // What a run leaves out depends on when it runs.
+        && job.lateness == config::Lateness::default()
+        && !reference.has_levels(None)
+        && request.range.is_none()
+        && request.scope.is_whole()
+}
+
+// --- writing ---------------------------------------------------------------------------------
+
+/// Writes the matches of a run as they are aggregated. What cannot be written is done
+/// without: the next run reads the events again.
+#[derive(Debug)]
+pub struct Keeper {
+    folder: PathBuf,
+    /// `None` once something could not be written.
+    writing: Mutex<Option<Writing>>,
+}
+
+#[derive(Debug)]
+struct Writing {
+    file: File,
+    end: u64,
+    pieces: Vec<Piece>,
+}
+
+impl Keeper {
+    /// `None` where nothing is to be kept of a job of so many rows, or it cannot be written.
+    pub fn new(inputs: &Inputs<'_>, request: &Request, rows: u64) -> Option<Keeper> {
+        let folder = inputs.keys.folder.as_deref().filter(|_| inputs.keys.writes && may_keep(inputs, request, rows))?;
+        let create = || {
+            fs::create_dir_all(folder)?;
+            File::create(folder.join(PARTIAL))
+        };
+        match create() {
+            Ok(file) => {
+                let writing = Some(Writing { file, end: 0, pieces: Vec::new() });
+                Some(Keeper { folder: folder.to_owned(), writing: Mutex::new(writing) })
+            }
+            Err(error) => {
+                tracing::debug!("{}: no matches are kept: {error}", folder.display());
+                None
+            }
+        }
+    }
+
+    /// Writes the next bytes of a part and a shard.
+    pub fn add(&self, part: usize, shard: usize, bytes: &[u8]) {
+        let mut guard = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(writing) = &mut *guard else { return };
+        if let Err(error) = writing.file.write_all(bytes) {
+            // Whatever fills the disk must not be in the way of publishing.
+            *guard = None;
+            let _ = fs::remove_file(self.folder.join(PARTIAL));
+            return tracing::warn!("{}: no matches are kept: {error}", self.folder.display());
+        }
+        let (start, length) = (writing.end, bytes.len() as u64);
+        writing.end += length;
+        writing.pieces.push(Piece { part, shard, start, length, checksum: xxh3_64(bytes) });
+    }
+
+    /// What is to be kept, once everything is aggregated.
+    pub fn finish(
+        self,
+        context: &Context<'_>,
+        (shards, dimensions): (&[Shard], &Interner),
+        before: Option<&Kept>,
+        replaced: &FxHashSet<u128>,
+    ) -> Keep {
+        let writing = self.writing.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let Some(writing) = writing.filter(|_| replaced.len() <= MOST_REPLACED) else {
+            let _ = fs::remove_file(self.folder.join(PARTIAL));
+            return Keep::Nothing(self.folder);
+        };
+        let of_shard = |shard: &Shard| match shard.is_kept {
+            // Nothing was written of it.
+            true => ShardIndex::default(),
+            false => ShardIndex {
+                spans: shard.matches.spans.iter().map(nanos).collect(),
+                dimensions: shard.dimensions.iter().map(|number| dimensions.text(*number).to_string()).collect(),
+            },
+        };
+        let Index { subscriptions, meters, prices, .. } = Index::of(context.enricher.reference, &context.parts);
+        let index = Index {
+            subscriptions,
+            meters,
+            prices,
+            shards: shards.iter().map(of_shard).collect(),
+            pieces: writing.pieces,
+            replaced: Replaced::of(replaced, context.marks.as_ref()),
+        };
+        let before = before.map(|kept| kept.segments.iter().map(|segment| segment.name.clone()).collect());
+        Keep::Segment(Draft { folder: self.folder, index, before: before.unwrap_or_default() })
+    }
+}
+
+impl Index {
+    fn of(reference: &Reference, parts: &Partitioning) -> Index {
+        let subscription = |(at, row): (usize, &crate::reference::Subscription)| {
+            (row.tenant_id.clone(), row.id.clone(), u32::try_from(parts.part(index(at))).unwrap_or_default())
+        };
+        Index {
+            subscriptions: reference.subscriptions.iter().enumerate().map(subscription).collect(),
+            meters: reference.meters.iter().map(|meter| meter.id.clone()).collect(),
+            prices: reference.prices.iter().map(crate::model::price::Price::row_digest).collect(),
+            ..Index::default()
+        }
+    }
+}
+
+impl Replaced {
+    fn of(events: &FxHashSet<u128>, marks: Option<&Marks>) -> Replaced {
+        if events.is_empty() {
+            return Replaced::default();
+        }
+        let half = |bits: u128| u64::try_from(bits & u128::from(u64::MAX)).unwrap_or_default();
+        let spans = marks.into_iter().flat_map(Marks::spans);
+        Replaced {
+            events: events.iter().map(|identity| (half(identity >> 64), half(*identity))).collect(),
+            spans: spans.map(|((subscription, meter), spans)| (subscription, meter, spans.iter().map(nanos).collect())).collect(),
+        }
+    }
+}
+
+fn nanos(span: Span) -> (i64, i64) {
+    (span.start.nanos(), span.end.nanos())
+}
+
+fn span((start, end): (i64, i64)) -> Span {
+    Span { start: Timestamp::from_nanos(start), end: Timestamp::from_nanos(end) }
+}
+
+/// What is to become of kept matches when a run is published.
+#[derive(Debug, Default)]
+pub enum Keep {
+    /// The run says nothing about them.
+    #[default]
+    AsTheyAre,
+    /// They are of no use any more.
+    Nothing(PathBuf),
+    Segment(Draft),
+}
+
+impl Keep {
+    /// After a run of the whole job that kept nothing.
+    pub fn nothing(inputs: &Inputs<'_>, request: &Request) -> Keep {
+        let is_whole = request.range.is_none() && request.scope.is_whole();
+        let folder = inputs.keys.folder.clone().filter(|_| inputs.keys.writes && is_whole);
+        folder.map_or(Keep::AsTheyAre, Keep::Nothing)
+    }
+
+    /// Lets later runs find what is kept. What cannot be written is done without.
+    pub fn publish(self, run_id: &str) {
+        let (folder, kept) = match self {
+            Keep::AsTheyAre => return,
+            Keep::Nothing(folder) => (folder, None),
+            Keep::Segment(draft) => {
+                let folder = draft.folder.clone();
+                match draft.write(run_id) {
+                    Ok(segments) => (folder, Some(segments)),
+                    Err(error) => {
+                        tracing::warn!("{}: no matches are kept: {error:#}", folder.display());
+                        (folder, None)
+                    }
+                }
+            }
+        };
+        if kept.is_none() {
+            let _ = fs::remove_file(folder.join(MANIFEST));
+        }
+        remove_segments_but(&folder, kept.as_deref().unwrap_or_default());
+    }
+}
+
+/// A segment that is written but not published.
+#[derive(Debug)]
+pub struct Draft {
+    folder: PathBuf,
+    index: Index,
+    before: Vec<String>,
+}
+
+impl Draft {
+    /// Returns the names of all segments.
+    fn write(mut self, run_id: &str) -> Result<Vec<String>> {
+        let mut segments = std::mem::take(&mut self.before);
+        if !self.index.pieces.is_empty() || !self.index.replaced.events.is_empty() {
+            fs::rename(self.folder.join(PARTIAL), matches_path(&self.folder, run_id))?;
+            let bytes = zstd::encode_all(serde_json::to_vec(&self.index)?.as_slice(), 1)?;
+            fs::write(index_path(&self.folder, run_id), bytes)?;
+            segments.push(run_id.to_owned());
+        }
+        let manifest = Manifest { version: VERSION, run_id: run_id.to_owned(), segments };
+        let partial = self.folder.join("matches.json.partial");
+        fs::write(&partial, serde_json::to_vec(&manifest)?)?;
+        fs::rename(&partial, self.folder.join(MANIFEST))?;
+        Ok(manifest.segments)
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.folder.join(PARTIAL));
+    }
+}
+
+fn matches_path(folder: &Path, segment: &str) -> PathBuf {
+    folder.join(format!("{segment}.matches"))
+}
+
+fn index_path(folder: &Path, segment: &str) -> PathBuf {
+    folder.join(format!("{segment}.index"))
+}
+
+fn remove_segments_but(folder: &Path, kept: &[String]) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let is_ours = path.extension().is_some_and(|extension| extension == "matches" || extension == "index");
+        let is_kept = path.file_stem().is_some_and(|stem| kept.iter().any(|segment| stem == segment.as_str()));
+        if is_ours && !is_kept {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+// --- reading ---------------------------------------------------------------------------------
+
+/// What the runs up to the baseline kept.
+#[derive(Debug)]
+pub struct Kept {
+    folder: PathBuf,
+    segments: Vec<Segment>,
+}
+
+#[derive(Debug)]
+struct Segment {
+    name: String,
+    file: Mutex<File>,
+    index: Index,
+    /// The numbers of its subscriptions, meters and prices in the tables of now.
+    subscriptions: Vec<Option<usize>>,
+    meters: Vec<Option<usize>>,
+    prices: Vec<Option<u32>>,
+    replaced: FxHashSet<u128>,
+    /// Where they are replaced, by the numbers of now.
+    spans: FxHashMap<Pair, Spans>,
+}
+
+impl Kept {
+    /// What is kept of a run; `None` where there is nothing, or nothing whole.
+    pub fn open(folder: &Path, run_id: &str, reference: &Reference) -> Option<Kept> {
+        let bytes = fs::read(folder.join(MANIFEST)).ok()?;
+        let manifest: Manifest = serde_json::from_slice(&bytes).ok()?;
+        if manifest.version != VERSION || manifest.run_id != run_id {
+            return None;
+        }
+        let numbers = Numbers::of(reference);
+        let segments: Result<Vec<_>> = manifest.segments.into_iter().map(|name| Segment::open(folder, name, &numbers)).collect();
+        match segments {
+            Ok(segments) => Some(Kept { folder: folder.to_owned(), segments }),
+            Err(error) => {
+                tracing::debug!("{}: kept matches are of no use: {error:#}", folder.display());
+                None
+            }
+        }
+    }
+
+    /// Adds the matches of marked windows to what was `seen`, but for those of events that were
+    /// read again. Returns how many.
+    ///
+    /// # Errors
+    /// As [`Kept::load`].
+    pub fn load_into(&self, seen: &mut Matcher<'_, '_>, context: &Context<'_>, marks: &Marks, threads: usize) -> Result<u64> {
+        let mut count = 0;
+        for (matches, dimensions, loaded) in self.load(context, marks, &seen.read_again, threads)? {
+            seen.adopt(matches, &dimensions);
+            count += loaded;
+        }
+        Ok(count)
+    }
+
+    /// With each thread's matches come the texts of their dimensions, and how many they are.
+    ///
+    /// # Errors
+    /// Where they cannot be read, or are not what was written: they are removed then, so
+    /// that the next run does without.
+    fn load(
+        &self,
+        context: &Context<'_>,
+        marks: &Marks,
+        replaced: &FxHashSet<u128>,
+        threads: usize,
+    ) -> Result<Vec<(Matches, Interner, u64)>> {
+        let wanted: FxHashSet<usize> = marks.spans().map(|((subscription, _), _)| subscription).collect();
+        let mut work: Vec<(usize, usize, Vec<Piece>)> = Vec::new();
+        for (at, segment) in self.segments.iter().enumerate() {
+            let parts = segment.parts_of(&wanted);
+            let mut by_part: FxHashMap<usize, Vec<Piece>> = FxHashMap::default();
+            for piece in segment.index.pieces.iter().filter(|piece| parts.contains(&piece.part)) {
+                by_part.entry(piece.part).or_default().push(*piece);
+            }
+            work.extend(by_part.into_iter().map(|(part, pieces)| (part, at, pieces)));
+        }
+        work.sort_unstable_by_key(|(part, at, _)| (*part, *at));
+        let next = AtomicUsize::new(0);
+        let read = || -> Result<(Matches, Interner, u64)> {
+            let mut loader = Loader::new(self, context, marks, replaced, &wanted);
+            while let Some((_, segment, pieces)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+                crate::interrupt::check()?;
+                loader.read(*segment, pieces)?;
+            }
+            Ok((loader.matches, loader.dimensions, loader.count))
+        };
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads.clamp(1, work.len().max(1))).map(|_| scope.spawn(read)).collect();
+            threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
+        });
+        let joined = |result: std::thread::Result<Result<_>>| {
+            result.map_err(|_| anyhow!("a thread that reads kept matches panicked: this is a bug in trueup"))?
+        };
+        results.into_iter().map(joined).collect()
+    }
+
+    /// Says that what is kept is damaged, and removes it.
+    fn damaged(&self, segment: &Segment, why: &str) -> anyhow::Error {
+        let _ = fs::remove_file(self.folder.join(MANIFEST));
+        let path = matches_path(&self.folder, &segment.name);
+        anyhow!("{}: {why}; it is used no more: run again, and events are read instead", path.display())
+    }
+}
+
+/// The places of rows in the reference tables of now.
+struct Numbers<'r> {
+    subscriptions: FxHashMap<(&'r str, &'r str), usize>,
+    meters: FxHashMap<&'r str, usize>,
+    prices: FxHashMap<String, u32>,
+}
+
+impl<'r> Numbers<'r> {
+    fn of(reference: &'r Reference) -> Self {
+        let subscriptions = reference.subscriptions.iter().enumerate();
+        Numbers {
+            subscriptions: subscriptions.map(|(at, row)| ((row.tenant_id.as_str(), row.id.as_str()), at)).collect(),
+            meters: reference.meters.iter().enumerate().map(|(at, meter)| (meter.id.as_str(), at)).collect(),
+            prices: reference.prices.iter().enumerate().map(|(at, price)| (price.row_digest(), index(at))).collect(),
+        }
+    }
+}
+
+impl Segment {
+    fn open(folder: &Path, name: String, numbers: &Numbers<'_>) -> Result<Segment> {
+        let file = File::open(matches_path(folder, &name))?;
+        let bytes = zstd::decode_all(File::open(index_path(folder, &name))?)?;
+        let index: Index = serde_json::from_slice(&bytes)?;
+        let end = index.pieces.iter().map(|piece| piece.start + piece.length).max().unwrap_or_default();
+        ensure!(file.metadata()?.len() == end, "segment {name} is not as long as it was");
+        let subscriptions = index.subscriptions.iter();
+        let subscriptions: Vec<_> =
+            subscriptions.map(|(tenant, id, _)| numbers.subscriptions.get(&(tenant.as_str(), id.as_str())).copied()).collect();
+        let meters: Vec<_> = index.meters.iter().map(|id| numbers.meters.get(id.as_str()).copied()).collect();
+        let prices = index.prices.iter().map(|digest| numbers.prices.get(digest).copied()).collect();
+        let replaced = index.replaced.events.iter().map(|(high, low)| u128::from(*high) << 64 | u128::from(*low)).collect();
+        let mut spans: FxHashMap<Pair, Spans> = FxHashMap::default();
+        for (subscription, meter, of) in &index.replaced.spans {
+            let pair = (subscriptions.get(*subscription).copied().flatten(), meters.get(*meter).copied().flatten());
+            if let (Some(subscription), Some(meter)) = pair {
+                let spans = spans.entry((subscription, meter)).or_default();
+                of.iter().for_each(|nanos| spans.add(span(*nanos)));
+            }
+        }
+        Ok(Segment { name, file: Mutex::new(file), index, subscriptions, meters, prices, replaced, spans })
+    }
+
+    /// The parts that hold matches of some subscriptions.
+    fn parts_of(&self, wanted: &FxHashSet<usize>) -> FxHashSet<usize> {
+        let rows = self.index.subscriptions.iter().zip(&self.subscriptions);
+        let of = |((_, _, part), at): (&(String, String, u32), &Option<usize>)| {
+            at.filter(|at| wanted.contains(at)).map(|_| *part as usize)
+        };
+        rows.filter_map(of).collect()
+    }
+
+    /// Whether this segment replaces a match of an older one.
+    fn replaces(&self, identity: u128, pair: Pair, at: Timestamp) -> bool {
+        self.replaced.contains(&identity) && self.spans.get(&pair).is_some_and(|spans| spans.contains(at))
+    }
+}
+
+/// One thread that reads.
+struct Loader<'l> {
+    kept: &'l Kept,
+    context: &'l Context<'l>,
+    marks: &'l Marks,
+    replaced: &'l FxHashSet<u128>,
+    wanted: &'l FxHashSet<usize>,
+    matches: Matches,
+    dimensions: Interner,
+    count: u64,
+    bytes: Vec<u8>,
+    /// What the numbers of a segment's shard are in `matches` and `dimensions`.
+    renamed: FxHashMap<(usize, usize), Renamed>,
+}
+
+struct Renamed {
+    spans: Vec<(Span, u32)>,
+    dimensions: Vec<u32>,
+}
+
+impl<'l> Loader<'l> {
+    fn new(
+        kept: &'l Kept,
+        context: &'l Context<'l>,
+        marks: &'l Marks,
+        replaced: &'l FxHashSet<u128>,
+        wanted: &'l FxHashSet<usize>,
+    ) -> Self {
+        Loader {
+            kept,
+            context,
+            marks,
+            replaced,
+            wanted,
+            matches: Matches::new(&context.parts),
+            dimensions: Interner::starting_with("{}"),
+            count: 0,
+            bytes: Vec::new(),
+            renamed: FxHashMap::default(),
+        }
+    }
+
+    /// Reads what a segment has of one part.
+    fn read(&mut self, at: usize, pieces: &[Piece]) -> Result<()> {
+        let Some(segment) = self.kept.segments.get(at) else { return Ok(()) };
+        let later = self.kept.segments.get(at + 1..).unwrap_or_default();
+        let later: Vec<_> = later.iter().filter(|segment| !segment.replaced.is_empty()).collect();
+        let mut readers: FxHashMap<usize, Reader> = FxHashMap::default();
+        let mut bytes = std::mem::take(&mut self.bytes);
+        for piece in pieces {
+            bytes.clear();
+            let mut file = segment.file.lock().unwrap_or_else(PoisonError::into_inner);
+            file.seek(SeekFrom::Start(piece.start))?;
+            (&mut *file).take(piece.length).read_to_end(&mut bytes)?;
+            drop(file);
+            if xxh3_64(&bytes) != piece.checksum {
+                return Err(self.kept.damaged(segment, "kept matches are not what was written"));
+            }
+            let renamed = match self.renamed.remove(&(at, piece.shard)) {
+                Some(renamed) => renamed,
+                None => self.rename(segment, piece.shard).with_context(|| format!("segment {}", segment.name))?,
+            };
+            let reader = readers.entry(piece.shard).or_default();
+            reader.read(&bytes, |of| self.take(of, segment, &later, &renamed))?;
+            self.renamed.insert((at, piece.shard), renamed);
+        }
+        self.bytes = bytes;
+        Ok(())
+    }
+
+    fn rename(&mut self, segment: &Segment, shard: usize) -> Result<Renamed> {
+        let shard = segment.index.shards.get(shard).context("a piece belongs to no shard")?;
+        Ok(Renamed {
+            spans: shard.spans.iter().map(|nanos| (span(*nanos), self.matches.spans.number(span(*nanos)))).collect(),
+            dimensions: shard.dimensions.iter().map(|text| self.dimensions.intern(text)).collect(),
+        })
+    }
+
+    fn take(&mut self, of: &Match<'_>, segment: &Segment, later: &[&Segment], renamed: &Renamed) -> Result<()> {
+        let number = |at: u32, of: &[Option<usize>]| of.get(at as usize).copied().flatten();
+        let Some(subscription) = number(of.subscription, &segment.subscriptions).filter(|at| self.wanted.contains(at)) else {
+            return Ok(());
+        };
+        let Some(meter) = number(of.meter, &segment.meters) else { return Ok(()) };
+        let unknown = || format!("a kept match of meter {} has no window", of.meter);
+        let (period, period_number) = *renamed.spans.get(of.period as usize).with_context(unknown)?;
+        let (start, window_number) = match of.window {
+            NO_WINDOW => (period.start, NO_WINDOW),
+            window => {
+                let (window, number) = *renamed.spans.get(window as usize).with_context(unknown)?;
+                (window.start.max(period.start), number)
+            }
+        };
+        if !self.marks.hold_event(subscription, meter, period, start)
+            || self.replaced.contains(&of.identity)
+            || later.iter().any(|later| later.replaces(of.identity, (subscription, meter), start))
+        {
+            return Ok(());
+        }
+        let price = match of.price {
+            NO_PRICE => NO_PRICE,
+            price => match segment.prices.get(price as usize).copied().flatten() {
+                Some(price) => price,
+                None => bail!(self.kept.damaged(segment, "a kept match has a price that there is no more")),
+            },
+        };
+        let found = Match {
+            subscription: index(subscription),
+            meter: index(meter),
+            price,
+            dimensions: *renamed.dimensions.get(of.dimensions as usize).with_context(unknown)?,
+            window: window_number,
+            period: period_number,
+            // Whatever was news to the run that kept it is known now.
+            news: News::default(),
+            ..*of
+        };
+        self.count += 1;
+        self.matches.write(self.context.parts.part(found.subscription), &found)
+    }
+}

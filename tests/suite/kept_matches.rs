@@ -1,0 +1,197 @@
+//! Matches that runs keep for later ones: what was read once is not read again, and tables are
+//! as if it had been.
+
+use std::fs;
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use crate::incremental::read;
+use crate::incremental_windows::{Call, METERS, PRICES, day, night, shop, spared};
+use crate::support::Workspace;
+
+const USERS: &str = "  - {meter_id: users, event_name: call, aggregation: count_unique, property: user, dimensions: [model]}
+  - {meter_id: visits, event_name: call, aggregation: count, window: {session: {gap: 3h}}}
+";
+const USER_PRICE: &str = r#"  - {price_id: p_users, plan_id: pro, meter_id: users, currency: EUR, model: per_unit, unit_amount: "1"}
+  - {price_id: p_visits, plan_id: pro, meter_id: visits, currency: EUR, model: per_unit, unit_amount: "1"}
+"#;
+
+/// Five days of three customers, computed once by a job that keeps matches. Some of its
+/// meters need all events of a billing period.
+fn keeping() -> Workspace {
+    let workspace = shop(&format!("{METERS}{USERS}"), &format!("{PRICES}{USER_PRICE}"));
+    workspace.write("job.yaml", workspace.read("job.yaml") + "incremental: always\n");
+    workspace.run(&["--full"]);
+    workspace
+}
+
+fn kept(run: &Value) -> u64 {
+    run["coverage"]["skipping"]["kept_matches"].as_u64().unwrap()
+}
+
+/// Files of kept matches, sorted.
+fn segments(workspace: &Workspace) -> Vec<PathBuf> {
+    let entries = fs::read_dir(workspace.path("trueup.db.keys/shop")).unwrap().map(|entry| entry.unwrap().path());
+    let mut files: Vec<_> = entries.filter(|path| path.extension().is_some_and(|extension| extension == "matches")).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn periods_that_need_all_their_events_read_the_new_ones_alone() {
+    let workspace = keeping();
+    workspace.write("events/6.ndjson", day(6));
+    let run = night(&workspace);
+    assert_eq!((read(&run), spared(&run).0), ((6, 6), 1));
+    // Ten calls of each customer, each a user and a visit.
+    assert_eq!(kept(&run), 3 * 10 * 2);
+    assert_eq!(segments(&workspace).len(), 2);
+    let late = |id, customer, day, came| Call { id, customer, day, hour: 12, value: 7, came }.line();
+    workspace.write("events/late.ndjson", late("l1", "a", 1, 2) + &late("l2", "b", 3, 2) + &late("l3", "c", 6, 2));
+    let run = night(&workspace);
+    assert_eq!(read(&run), (3, 3));
+    assert!(kept(&run) > 3 * 12 * 2, "{}", run["coverage"]);
+    // Nothing new is nothing more to keep.
+    let before = segments(&workspace);
+    assert_eq!((read(&night(&workspace)), segments(&workspace)), ((0, 0), before));
+}
+
+#[test]
+fn what_came_again_replaces_what_was_kept() {
+    let workspace = keeping();
+    let old = Call { id: "a-2-9", customer: "a", day: 2, hour: 9, value: 3, came: 2 };
+    let steps = [
+        // Another value, another day, back again, another customer, the same once more.
+        Call { value: 30, ..old },
+        Call { day: 4, came: 3, ..old },
+        Call { day: 2, came: 4, ..old },
+        Call { customer: "b", came: 5, ..old },
+        Call { customer: "b", came: 6, ..old },
+    ];
+    for (number, call) in (0..).zip(steps) {
+        workspace.write(&format!("events/again-{number}.ndjson"), call.line());
+        let run = night(&workspace);
+        assert!(kept(&run) > 0, "{}", run["coverage"]);
+        // Of other customers' windows, every event is still there.
+        let late = Call { id: &format!("late-{number}"), customer: "c", day: 2, hour: 9, value: 1, came: 7 };
+        workspace.write(
+            &format!("events/late-{number}.ndjson"),
+            late.line() + &Call { customer: "a", ..late }.line().replace("late-", "too-"),
+        );
+        night(&workspace);
+    }
+    let void = r#"{"tenant_id":"t","id":"a-2-9","deleted":true,"ingested_at":"2026-04-20"}"#;
+    workspace.write("events/void.ndjson", format!("{void}\n"));
+    assert_eq!(night(&workspace)["events"]["voided"], 1);
+    workspace.write("events/6.ndjson", day(6));
+    assert_eq!(read(&night(&workspace)), (6, 6));
+}
+
+#[test]
+fn changed_tables_read_what_they_touch_and_nothing_else() {
+    let workspace = keeping();
+    let night_of = |number: u32| {
+        workspace.write(&format!("events/{number}.ndjson"), day(number));
+        night(&workspace)
+    };
+    // A new customer, whose events are old.
+    let stranger = Call { id: "d", customer: "d", day: 3, hour: 9, value: 4, came: 1 };
+    workspace.write("events/stranger.ndjson", stranger.line());
+    assert_eq!(night(&workspace)["events"]["dead_lettered"], 1);
+    workspace.write("customers.csv", workspace.read("customers.csv") + "t,d,xd\n");
+    workspace.write("subscriptions.csv", workspace.read("subscriptions.csv") + "t,aa,d,pro,EUR,month,2025-01-01\n");
+    let run = night_of(6);
+    assert_eq!((run["events"]["read"].as_u64(), kept(&run)), (Some(6 + 1), 60));
+    // A price and a meter's filter need all events of their name again, as the price was theirs.
+    workspace.edit(
+        "prices.yaml",
+        "meter_id: peak, currency: EUR, model: per_unit, unit_amount: \"3\"",
+        "meter_id: peak, currency: EUR, model: per_unit, unit_amount: \"4\"",
+    );
+    assert_eq!(kept(&night_of(7)), 0);
+    assert!(kept(&night_of(8)) > 60);
+    workspace.edit(
+        "meters.yaml",
+        "aggregation: max, property: value",
+        "aggregation: max, property: value, filters: [{property: model, op: eq, value: large}]",
+    );
+    assert_eq!(kept(&night_of(9)), 0);
+    // A customer who moves, and back; a subscription that begins later.
+    workspace.edit("customers.csv", "t,b,xb\n", "t,b,xother\n");
+    let run = night_of(10);
+    assert_eq!((run["events"]["read"].as_u64(), kept(&run)), (Some(6 + 9 * 2), 2 * 9 * 2 * 2));
+    workspace.edit("customers.csv", "t,b,xother\n", "t,b,xb\n");
+    night_of(11);
+    workspace.edit("subscriptions.csv", "t,sc,c,pro,EUR,month,2025-01-01", "t,sc,c,pro,EUR,month,2026-03-04");
+    night_of(12);
+    assert_eq!(read(&night_of(13)), (6, 6));
+    // A subscription less, before others in the table.
+    workspace.edit("subscriptions.csv", "t,sa,a,pro,EUR,month,2025-01-01\n", "");
+    night_of(14);
+    night_of(15);
+}
+
+#[test]
+fn a_run_of_everything_begins_anew() {
+    let workspace = keeping();
+    workspace.write("events/6.ndjson", day(6));
+    night(&workspace);
+    assert_eq!(segments(&workspace).len(), 2);
+    workspace.run(&["--full"]);
+    assert_eq!(segments(&workspace).len(), 1);
+    // A part of the job says nothing about what is kept.
+    workspace.run(&["--day", "2026-03-02"]);
+    workspace.write("events/7.ndjson", day(7));
+    assert_eq!(read(&night(&workspace)), (6, 6));
+    // Nobody asks for it any more.
+    workspace.edit("job.yaml", "incremental: always", "incremental: never");
+    workspace.run(&[]);
+    assert!(segments(&workspace).is_empty());
+    // A plan keeps nothing either.
+    workspace.edit("job.yaml", "incremental: never", "incremental: always");
+    assert_eq!(workspace.trueup(&["plan", "job.yaml"]).code, 0);
+    assert!(segments(&workspace).is_empty());
+}
+
+#[test]
+fn what_is_of_another_run_or_damaged_is_not_used() {
+    let workspace = keeping();
+    let manifest = "trueup.db.keys/shop/matches.json";
+    let first = workspace.read(manifest);
+    workspace.write("events/6.ndjson", day(6));
+    night(&workspace);
+    // As if the second run had been interrupted after it was published.
+    workspace.write(manifest, &first);
+    workspace.write("events/7.ndjson", day(7));
+    let run = night(&workspace);
+    assert_eq!((kept(&run), read(&run)), (0, (7 * 6, 7 * 6)));
+    assert!(segments(&workspace).is_empty());
+
+    let damage = |number: u32, damage: &dyn Fn(&mut Vec<u8>), suffix: &str| {
+        workspace.run(&["--full"]);
+        let path = segments(&workspace)[0].with_extension(suffix);
+        let mut bytes = fs::read(&path).unwrap();
+        damage(&mut bytes);
+        fs::write(&path, bytes).unwrap();
+        workspace.write(&format!("events/{number}.ndjson"), day(number));
+        path
+    };
+    for (number, suffix) in [(8, "index"), (9, "matches")] {
+        damage(number, &|bytes| bytes.truncate(bytes.len() / 2), suffix);
+        assert_eq!(kept(&night(&workspace)), 0, "{suffix}");
+    }
+    let path = damage(10, &|bytes| bytes[70] ^= 1, "matches");
+    let plan = workspace.trueup(&["run", "job.yaml"]);
+    plan.fails_with(1, &[path.to_str().unwrap(), "not what was written", "run again"]);
+    assert_eq!(kept(&night(&workspace)), 0);
+}
+
+#[test]
+fn the_report_says_what_was_kept() {
+    let workspace = keeping();
+    workspace.write("events/6.ndjson", day(6));
+    let plan = workspace.trueup(&["plan", "job.yaml", "--incremental"]).stdout;
+    let line = "looked at    6 of 36 events, 1 of 6 files; 60 matches of others as kept\n";
+    assert!(plan.contains(line), "`{line}` is missing in:\n{plan}");
+}
