@@ -9,7 +9,7 @@ use rustc_hash::FxHashMap;
 use super::accumulator::Moment;
 use super::context::Context;
 use super::event_forms::contribution;
-use super::incremental::kept::Keeper;
+use super::incremental::kept::{Keeper, KeptMatches};
 use super::matches::{Match, Matches, Reader};
 use super::state::{Sessions, StateKey, WindowState};
 use super::windows::Windows;
@@ -22,8 +22,16 @@ use crate::model::window::{Span, WindowKind};
 pub struct Shard {
     pub matches: Matches,
     pub dimensions: Vec<u32>,
-    /// Whether an earlier run has kept them.
-    pub is_kept: bool,
+}
+
+/// Where a match counts.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// `None` for a session, which has no window yet.
+    pub window: Option<Span>,
+    pub period: Span,
+    /// Among those of all threads.
+    pub dimensions: u32,
 }
 
 /// All matches, to be aggregated part by part.
@@ -32,6 +40,8 @@ pub struct AllMatches<'c, 'r> {
     pub shards: Vec<Shard>,
     /// Writes matches as they are aggregated, for later runs.
     pub keeper: Option<Keeper>,
+    /// Those that earlier runs have kept.
+    pub kept: Option<KeptMatches<'c>>,
     /// By part: states of windows whose events are not among the matches.
     states: Vec<Mutex<Vec<(StateKey, WindowState)>>>,
     /// How many windows the part before had: the next one will have about as many.
@@ -41,10 +51,22 @@ pub struct AllMatches<'c, 'r> {
 /// What matches say that have no moment: nothing depends on it.
 const NO_MOMENT: Moment<'static> = Moment { timestamp: Timestamp::MIN, ingested_at: Timestamp::MIN, id: "", remaining: 0 };
 
+impl Shard {
+    fn place(&self, of: &Match<'_>) -> Result<Place> {
+        let period = self.matches.spans.span(of.period).with_context(|| damaged(of))?;
+        let dimensions = self.dimensions.get(of.dimensions as usize).copied().with_context(|| damaged(of))?;
+        Ok(Place { window: self.matches.spans.span(of.window), period, dimensions })
+    }
+}
+
+fn damaged(of: &Match<'_>) -> String {
+    format!("a match of meter {} that was set aside is damaged", of.meter)
+}
+
 impl<'c, 'r> AllMatches<'c, 'r> {
     pub fn new(context: &'c Context<'r>, shards: Vec<Shard>) -> Self {
         let states = (0..context.parts.count()).map(|_| Mutex::default()).collect();
-        AllMatches { context, shards, keeper: None, states, expected: AtomicUsize::new(0) }
+        AllMatches { context, shards, keeper: None, kept: None, states, expected: AtomicUsize::new(0) }
     }
 
     /// Adds a window as it is known without its events.
@@ -111,11 +133,14 @@ impl<'c, 'r> AllMatches<'c, 'r> {
         for (number, shard) in self.shards.iter().enumerate() {
             let mut reader = Reader::default();
             while shard.matches.next(at, &mut bytes)? {
-                if let Some(keeper) = self.keeper.as_ref().filter(|_| !shard.is_kept) {
+                if let Some(keeper) = &self.keeper {
                     keeper.add(at, number, &bytes);
                 }
-                reader.read(&bytes, |of| self.count(of, shard, &mut windows, &mut sessions))?;
+                reader.read(&bytes, |of| self.count(of, &shard.place(of)?, &mut windows, &mut sessions))?;
             }
+        }
+        if let Some(kept) = &self.kept {
+            kept.read(at, |of, place| self.count(of, place, &mut windows, &mut sessions))?;
         }
         for (key, of) in sessions {
             let closed = of.into_windows(self.session_gap(key.meter).unwrap_or_default());
@@ -132,14 +157,12 @@ impl<'c, 'r> AllMatches<'c, 'r> {
     fn count(
         &self,
         of: &Match<'_>,
-        shard: &Shard,
+        &Place { window, period, dimensions }: &Place,
         windows: &mut Windows,
         sessions: &mut FxHashMap<StateKey, Sessions>,
     ) -> Result<()> {
         let reference = self.context.enricher.reference;
-        let damaged = || format!("a match of meter {} that was set aside is damaged", of.meter);
-        let meter = reference.meters.get(of.meter as usize).with_context(damaged)?;
-        let period = shard.matches.spans.span(of.period).with_context(damaged)?;
+        let meter = reference.meters.get(of.meter as usize).with_context(|| damaged(of))?;
         let price = reference.prices.get(of.price as usize);
         let percentage = price.and_then(Price::transactions);
         let contribution = contribution(of.identity, &of.value);
@@ -148,7 +171,7 @@ impl<'c, 'r> AllMatches<'c, 'r> {
             subscription: of.subscription,
             meter: of.meter,
             price: of.price,
-            dimensions: shard.dimensions.get(of.dimensions as usize).copied().with_context(damaged)?,
+            dimensions,
             period_start: period.start,
             window_start: period.start,
         };
@@ -160,7 +183,7 @@ impl<'c, 'r> AllMatches<'c, 'r> {
             state.count(&of.value, moment, percentage, contribution, of.news)?;
             sessions.entry(key).or_default().add(t, t, state, gap_nanos, percentage);
         } else {
-            let window = shard.matches.spans.span(of.window).with_context(damaged)?;
+            let window = window.with_context(|| damaged(of))?;
             key.window_start = window.start;
             let new = || WindowState::new(meter, price, window, period);
             windows.change(key, new, |state| state.count(&of.value, moment, percentage, contribution, of.news))?;

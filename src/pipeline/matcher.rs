@@ -559,7 +559,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
             let dimensions = shard.dimensions.into_iter().map(rename).collect();
             self.shards.push(Shard { dimensions, ..shard });
         }
-        self.shards.push(Shard { matches: other.matches, dimensions: renamed, is_kept: false });
+        self.shards.push(Shard { matches: other.matches, dimensions: renamed });
         self.dead_letters.extend(other.dead_letters);
         self.events.merge(&other.events);
         self.usage.merge(&other.usage);
@@ -572,18 +572,12 @@ impl<'c, 'r> Matcher<'c, 'r> {
         self.read_again.extend(other.read_again);
     }
 
-    /// Adds matches that an earlier run has kept.
-    pub fn adopt(&mut self, matches: Matches, dimensions: &Interner) {
-        let dimensions = dimensions.texts().iter().map(|text| self.dimensions.intern(text)).collect();
-        self.shards.push(Shard { matches, dimensions, is_kept: true });
-    }
-
     /// All matches, once everything is read.
     pub fn take_matches(&mut self) -> AllMatches<'c, 'r> {
         let mut shards = std::mem::take(&mut self.shards);
         let own = std::mem::replace(&mut self.matches, Matches::new(&self.context.parts));
         let dimensions = (0..index(self.dimensions.texts().len())).collect();
-        shards.push(Shard { matches: own, dimensions, is_kept: false });
+        shards.push(Shard { matches: own, dimensions });
         AllMatches::new(self.context, shards)
     }
 }

@@ -254,12 +254,9 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let mut seen = match (&passes, &mut skipping, &context.marks) {
         (Some(passes), Some(skipping), Some(marks)) => timeline.step("enrich", None, || {
             let choice = changed.filter(|_| kept.is_some()).unwrap_or_else(|| marks.choice(reference));
-            let mut seen = resolve(&context, passes.enrich(&context, &coverage, &choice, skipping)?, threads)?;
+            let seen = resolve(&context, passes.enrich(&context, &coverage, &choice, skipping)?, threads)?;
             let read = seen.events.read;
-            if let Some(kept) = &kept {
-                skipping.kept_matches = kept.load_into(&mut seen, &context, marks, threads)?;
-            }
-            Ok((seen, read + skipping.kept_matches))
+            Ok((seen, read))
         }),
         _ => enrich_all(inputs, &context, (&splits, &keys.splits), &coverage, &mut timeline),
     }?;
@@ -270,6 +267,10 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let withdrawn: FxHashMap<WindowKey, News> =
         seen.withdrawn.iter().map(|(key, news)| (names.window_key(key, &seen.dimensions), *news)).collect();
     let mut matches = seen.take_matches();
+    let replaced = std::mem::take(&mut seen.read_again);
+    if let (Some(kept), Some(marks)) = (&kept, &context.marks) {
+        matches.kept = Some(kept.matches(&context, marks, &replaced, &mut seen.dimensions));
+    }
     let rows = keys.splits.iter().map(|keys| keys.rows).sum();
     // What an incremental run reads is of use to others only beside what was kept before.
     let may_keep = baseline.is_err() || kept.is_some();
@@ -300,8 +301,11 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         Ok((priced, rows))
     })?;
     invariants::telescoping_cost(&priced)?;
+    if let (Some(skipping), Some(kept)) = (&mut skipping, &matches.kept) {
+        skipping.kept_matches = kept.count();
+    }
     let keep = match matches.keeper.take() {
-        Some(keeper) => keeper.finish(&context, (&matches.shards, &seen.dimensions), kept.as_ref(), &seen.read_again),
+        Some(keeper) => keeper.finish(&context, (&matches.shards, &seen.dimensions), kept.as_ref(), &replaced),
         None => Keep::nothing(inputs, request),
     };
     drop(matches);

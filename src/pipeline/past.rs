@@ -1,6 +1,8 @@
 //! What earlier runs left: which rows are stored, which events were known, which
 //! dead letters are open.
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
@@ -224,9 +226,15 @@ impl Stored {
         let is_marked = |key: &PeriodKey, period: Span| marks.is_none_or(|marks| marks.hold_row(key, period));
         // A row that is computed now is compared whoever it belonged to.
         let is_computed = |key: &WindowKey| priced.windows.binary_search_by(|window| window.row.key.cmp(key)).is_ok();
+        // Windows of a period follow each other.
+        let mut last: Option<(Arc<PeriodKey>, Span, bool)> = None;
         self.windows.retain(|StoredWindow { row, .. }| {
-            let in_scope = scope.holds(&row.key.period.tenant_id, &row.customer_id, &row.key.period.meter_id);
-            let in_scope = in_scope && is_marked(&row.key.period, row.period());
+            let (key, period) = (&row.key.period, row.period());
+            let is_marked = match &last {
+                Some((last, span, is_marked)) if Arc::ptr_eq(last, key) && *span == period => *is_marked,
+                _ => last.insert((Arc::clone(key), period, is_marked(key, period))).2,
+            };
+            let in_scope = is_marked && scope.holds(&key.tenant_id, &row.customer_id, &key.meter_id);
             row.period().overlaps(range) && (in_scope || is_computed(&row.key))
         });
         let period_keys: FxHashSet<_> = priced.periods.iter().map(|period| &period.key).collect();

@@ -8,10 +8,11 @@
 //! files still. What is kept belongs to one run, and is of use as long as that is the last
 //! one of the whole job. Without it, events are read again.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -25,10 +26,9 @@ use super::{LARGE_ROWS, Marks};
 use crate::config::{self, Source};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
-use crate::pipeline::aggregate::Shard;
+use crate::pipeline::aggregate::{Place, Shard};
 use crate::pipeline::context::Context;
-use crate::pipeline::matcher::Matcher;
-use crate::pipeline::matches::{Match, Matches, NO_WINDOW, Partitioning, Reader};
+use crate::pipeline::matches::{Match, NO_WINDOW, Partitioning, Reader};
 use crate::pipeline::range::Completeness;
 use crate::pipeline::state::{Interner, NO_PRICE, News, index};
 use crate::pipeline::{Inputs, Request};
@@ -65,9 +65,9 @@ struct Index {
     replaced: Replaced,
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct ShardIndex {
-    spans: Vec<(i64, i64)>,
+    spans: Vec<Nanos>,
     dimensions: Vec<String>,
 }
 
@@ -88,8 +88,11 @@ struct Replaced {
     /// The upper and the lower half of each event's identity.
     events: Vec<(u64, u64)>,
     /// By subscription and meter of the segment.
-    spans: Vec<(usize, usize, Vec<(i64, i64)>)>,
+    spans: Vec<(usize, usize, Vec<Nanos>)>,
 }
+
+/// A span of time: its start and its end.
+type Nanos = (i64, i64);
 
 /// Whether what a request computes may be kept for later ones.
 fn may_keep(inputs: &Inputs<'_>, request: &Request, rows: u64) -> bool {
@@ -177,13 +180,9 @@ impl Keeper {
             let _ = fs::remove_file(self.folder.join(PARTIAL));
             return Keep::Nothing(self.folder);
         };
-        let of_shard = |shard: &Shard| match shard.is_kept {
-            // Nothing was written of it.
-            true => ShardIndex::default(),
-            false => ShardIndex {
-                spans: shard.matches.spans.iter().map(nanos).collect(),
-                dimensions: shard.dimensions.iter().map(|number| dimensions.text(*number).to_string()).collect(),
-            },
+        let of_shard = |shard: &Shard| ShardIndex {
+            spans: shard.matches.spans.iter().map(nanos).collect(),
+            dimensions: shard.dimensions.iter().map(|number| dimensions.text(*number).to_string()).collect(),
         };
         let Index { subscriptions, meters, prices, .. } = Index::of(context.enricher.reference, &context.parts);
         let index = Index {
@@ -227,11 +226,11 @@ impl Replaced {
     }
 }
 
-fn nanos(span: Span) -> (i64, i64) {
+fn nanos(span: Span) -> Nanos {
     (span.start.nanos(), span.end.nanos())
 }
 
-fn span((start, end): (i64, i64)) -> Span {
+fn span((start, end): Nanos) -> Span {
     Span { start: Timestamp::from_nanos(start), end: Timestamp::from_nanos(end) }
 }
 
@@ -370,60 +369,28 @@ impl Kept {
         }
     }
 
-    /// Adds the matches of marked windows to what was `seen`, but for those of events that were
-    /// read again. Returns how many.
-    ///
-    /// # Errors
-    /// As [`Kept::load`].
-    pub fn load_into(&self, seen: &mut Matcher<'_, '_>, context: &Context<'_>, marks: &Marks, threads: usize) -> Result<u64> {
-        let mut count = 0;
-        for (matches, dimensions, loaded) in self.load(context, marks, &seen.read_again, threads)? {
-            seen.adopt(matches, &dimensions);
-            count += loaded;
-        }
-        Ok(count)
-    }
-
-    /// With each thread's matches come the texts of their dimensions, and how many they are.
-    ///
-    /// # Errors
-    /// Where they cannot be read, or are not what was written: they are removed then, so
-    /// that the next run does without.
-    fn load(
-        &self,
-        context: &Context<'_>,
-        marks: &Marks,
-        replaced: &FxHashSet<u128>,
-        threads: usize,
-    ) -> Result<Vec<(Matches, Interner, u64)>> {
+    /// The matches of marked windows, but for those of events that were read again.
+    pub fn matches<'k>(
+        &'k self,
+        context: &'k Context<'_>,
+        marks: &'k Marks,
+        replaced: &'k FxHashSet<u128>,
+        dimensions: &mut Interner,
+    ) -> KeptMatches<'k> {
         let wanted: FxHashSet<usize> = marks.spans().map(|((subscription, _), _)| subscription).collect();
-        let mut work: Vec<(usize, usize, Vec<Piece>)> = Vec::new();
-        for (at, segment) in self.segments.iter().enumerate() {
-            let parts = segment.parts_of(&wanted);
-            let mut by_part: FxHashMap<usize, Vec<Piece>> = FxHashMap::default();
-            for piece in segment.index.pieces.iter().filter(|piece| parts.contains(&piece.part)) {
-                by_part.entry(piece.part).or_default().push(*piece);
+        let mut pieces: BTreeMap<(usize, usize), BTreeSet<usize>> = BTreeMap::new();
+        for (number, segment) in self.segments.iter().enumerate() {
+            let rows = segment.index.subscriptions.iter().zip(&segment.subscriptions);
+            for ((.., part), at) in rows.filter_map(|(row, at)| Some((row, at.filter(|at| wanted.contains(at))?))) {
+                pieces.entry((context.parts.part(index(at)), number)).or_default().insert(*part as usize);
             }
-            work.extend(by_part.into_iter().map(|(part, pieces)| (part, at, pieces)));
         }
-        work.sort_unstable_by_key(|(part, at, _)| (*part, *at));
-        let next = AtomicUsize::new(0);
-        let read = || -> Result<(Matches, Interner, u64)> {
-            let mut loader = Loader::new(self, context, marks, replaced, &wanted);
-            while let Some((_, segment, pieces)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
-                crate::interrupt::check()?;
-                loader.read(*segment, pieces)?;
-            }
-            Ok((loader.matches, loader.dimensions, loader.count))
+        let mut renamed = |shard: &ShardIndex| Renamed {
+            spans: shard.spans.iter().map(|nanos| span(*nanos)).collect(),
+            dimensions: shard.dimensions.iter().map(|text| dimensions.intern(text)).collect(),
         };
-        let results: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..threads.clamp(1, work.len().max(1))).map(|_| scope.spawn(read)).collect();
-            threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
-        });
-        let joined = |result: std::thread::Result<Result<_>>| {
-            result.map_err(|_| anyhow!("a thread that reads kept matches panicked: this is a bug in trueup"))?
-        };
-        results.into_iter().map(joined).collect()
+        let renamed = self.segments.iter().map(|segment| segment.index.shards.iter().map(&mut renamed).collect()).collect();
+        KeptMatches { kept: self, parts: &context.parts, marks, replaced, wanted, pieces, renamed, count: AtomicU64::new(0) }
     }
 
     /// Says that what is kept is damaged, and removes it.
@@ -476,13 +443,12 @@ impl Segment {
         Ok(Segment { name, file: Mutex::new(file), index, subscriptions, meters, prices, replaced, spans })
     }
 
-    /// The parts that hold matches of some subscriptions.
-    fn parts_of(&self, wanted: &FxHashSet<usize>) -> FxHashSet<usize> {
-        let rows = self.index.subscriptions.iter().zip(&self.subscriptions);
-        let of = |((_, _, part), at): (&(String, String, u32), &Option<usize>)| {
-            at.filter(|at| wanted.contains(at)).map(|_| *part as usize)
-        };
-        rows.filter_map(of).collect()
+    fn read(&self, piece: &Piece, out: &mut Vec<u8>) -> Result<()> {
+        out.clear();
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        file.seek(SeekFrom::Start(piece.start))?;
+        (&mut *file).take(piece.length).read_to_end(out)?;
+        Ok(())
     }
 
     /// Whether this segment replaces a match of an older one.
@@ -491,104 +457,92 @@ impl Segment {
     }
 }
 
-/// One thread that reads.
-struct Loader<'l> {
-    kept: &'l Kept,
-    context: &'l Context<'l>,
-    marks: &'l Marks,
-    replaced: &'l FxHashSet<u128>,
-    wanted: &'l FxHashSet<usize>,
-    matches: Matches,
-    dimensions: Interner,
-    count: u64,
-    bytes: Vec<u8>,
-    /// What the numbers of a segment's shard are in `matches` and `dimensions`.
-    renamed: FxHashMap<(usize, usize), Renamed>,
+/// Kept matches of marked windows, to be aggregated beside those of events that were read.
+#[derive(Debug)]
+pub struct KeptMatches<'k> {
+    kept: &'k Kept,
+    parts: &'k Partitioning,
+    marks: &'k Marks,
+    replaced: &'k FxHashSet<u128>,
+    /// Subscriptions that have marked windows.
+    wanted: FxHashSet<usize>,
+    /// By part and segment: the segment's parts that hold matches of it.
+    pieces: BTreeMap<(usize, usize), BTreeSet<usize>>,
+    /// By segment and shard.
+    renamed: Vec<Vec<Renamed>>,
+    count: AtomicU64,
 }
 
+/// What the numbers of a segment's shard stand for.
+#[derive(Debug)]
 struct Renamed {
-    spans: Vec<(Span, u32)>,
+    spans: Vec<Span>,
     dimensions: Vec<u32>,
 }
 
-impl<'l> Loader<'l> {
-    fn new(
-        kept: &'l Kept,
-        context: &'l Context<'l>,
-        marks: &'l Marks,
-        replaced: &'l FxHashSet<u128>,
-        wanted: &'l FxHashSet<usize>,
-    ) -> Self {
-        Loader {
-            kept,
-            context,
-            marks,
-            replaced,
-            wanted,
-            matches: Matches::new(&context.parts),
-            dimensions: Interner::starting_with("{}"),
-            count: 0,
-            bytes: Vec::new(),
-            renamed: FxHashMap::default(),
-        }
+impl KeptMatches<'_> {
+    /// How many there were.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
     }
 
-    /// Reads what a segment has of one part.
-    fn read(&mut self, at: usize, pieces: &[Piece]) -> Result<()> {
-        let Some(segment) = self.kept.segments.get(at) else { return Ok(()) };
-        let later = self.kept.segments.get(at + 1..).unwrap_or_default();
-        let later: Vec<_> = later.iter().filter(|segment| !segment.replaced.is_empty()).collect();
-        let mut readers: FxHashMap<usize, Reader> = FxHashMap::default();
-        let mut bytes = std::mem::take(&mut self.bytes);
-        for piece in pieces {
-            bytes.clear();
-            let mut file = segment.file.lock().unwrap_or_else(PoisonError::into_inner);
-            file.seek(SeekFrom::Start(piece.start))?;
-            (&mut *file).take(piece.length).read_to_end(&mut bytes)?;
-            drop(file);
-            if xxh3_64(&bytes) != piece.checksum {
-                return Err(self.kept.damaged(segment, "kept matches are not what was written"));
+    /// Calls `each` with the matches of one part, and with the windows that they count in.
+    ///
+    /// # Errors
+    /// Where they cannot be read, or are not what was written: they are removed then, so
+    /// that the next run does without. Or where `each` fails.
+    pub fn read(&self, at: usize, mut each: impl FnMut(&Match<'_>, &Place) -> Result<()>) -> Result<()> {
+        let mut bytes = Vec::new();
+        for ((_, number), parts) in self.pieces.range((at, 0)..(at + 1, 0)) {
+            let Some(segment) = self.kept.segments.get(*number) else { continue };
+            let later = self.kept.segments.get(number + 1..).unwrap_or_default();
+            let later: Vec<_> = later.iter().filter(|segment| !segment.replaced.is_empty()).collect();
+            let mut readers: FxHashMap<(usize, usize), Reader> = FxHashMap::default();
+            for piece in segment.index.pieces.iter().filter(|piece| parts.contains(&piece.part)) {
+                segment.read(piece, &mut bytes)?;
+                if xxh3_64(&bytes) != piece.checksum {
+                    return Err(self.kept.damaged(segment, "kept matches are not what was written"));
+                }
+                let renamed = self.renamed.get(*number).and_then(|shards| shards.get(piece.shard));
+                let renamed = renamed.with_context(|| format!("segment {}: a piece belongs to no shard", segment.name))?;
+                let reader = readers.entry((piece.part, piece.shard)).or_default();
+                reader.read(&bytes, |of| match self.find(at, of, segment, &later, renamed)? {
+                    Some((found, place)) => {
+                        self.count.fetch_add(1, Ordering::Relaxed);
+                        each(&found, &place)
+                    }
+                    None => Ok(()),
+                })?;
             }
-            let renamed = match self.renamed.remove(&(at, piece.shard)) {
-                Some(renamed) => renamed,
-                None => self.rename(segment, piece.shard).with_context(|| format!("segment {}", segment.name))?,
-            };
-            let reader = readers.entry(piece.shard).or_default();
-            reader.read(&bytes, |of| self.take(of, segment, &later, &renamed))?;
-            self.renamed.insert((at, piece.shard), renamed);
         }
-        self.bytes = bytes;
         Ok(())
     }
 
-    fn rename(&mut self, segment: &Segment, shard: usize) -> Result<Renamed> {
-        let shard = segment.index.shards.get(shard).context("a piece belongs to no shard")?;
-        Ok(Renamed {
-            spans: shard.spans.iter().map(|nanos| (span(*nanos), self.matches.spans.number(span(*nanos)))).collect(),
-            dimensions: shard.dimensions.iter().map(|text| self.dimensions.intern(text)).collect(),
-        })
-    }
-
-    fn take(&mut self, of: &Match<'_>, segment: &Segment, later: &[&Segment], renamed: &Renamed) -> Result<()> {
+    /// A match in the numbers of now, if it is of the part and counts.
+    fn find<'m>(
+        &self,
+        part: usize,
+        of: &Match<'m>,
+        segment: &Segment,
+        later: &[&Segment],
+        renamed: &Renamed,
+    ) -> Result<Option<(Match<'m>, Place)>> {
         let number = |at: u32, of: &[Option<usize>]| of.get(at as usize).copied().flatten();
-        let Some(subscription) = number(of.subscription, &segment.subscriptions).filter(|at| self.wanted.contains(at)) else {
-            return Ok(());
+        let subscription = number(of.subscription, &segment.subscriptions);
+        let subscription = subscription.filter(|at| self.parts.part(index(*at)) == part && self.wanted.contains(at));
+        let (Some(subscription), Some(meter)) = (subscription, number(of.meter, &segment.meters)) else { return Ok(None) };
+        let unknown = || format!("segment {}: a match of meter {} has no window", segment.name, of.meter);
+        let period = *renamed.spans.get(of.period as usize).with_context(unknown)?;
+        let window = match of.window {
+            NO_WINDOW => None,
+            window => Some(*renamed.spans.get(window as usize).with_context(unknown)?),
         };
-        let Some(meter) = number(of.meter, &segment.meters) else { return Ok(()) };
-        let unknown = || format!("a kept match of meter {} has no window", of.meter);
-        let (period, period_number) = *renamed.spans.get(of.period as usize).with_context(unknown)?;
-        let (start, window_number) = match of.window {
-            NO_WINDOW => (period.start, NO_WINDOW),
-            window => {
-                let (window, number) = *renamed.spans.get(window as usize).with_context(unknown)?;
-                (window.start.max(period.start), number)
-            }
-        };
+        let start = window.map_or(period.start, |window| window.start.max(period.start));
         if !self.marks.hold_event(subscription, meter, period, start)
             || self.replaced.contains(&of.identity)
             || later.iter().any(|later| later.replaces(of.identity, (subscription, meter), start))
         {
-            return Ok(());
+            return Ok(None);
         }
         let price = match of.price {
             NO_PRICE => NO_PRICE,
@@ -597,18 +551,9 @@ impl<'l> Loader<'l> {
                 None => bail!(self.kept.damaged(segment, "a kept match has a price that there is no more")),
             },
         };
-        let found = Match {
-            subscription: index(subscription),
-            meter: index(meter),
-            price,
-            dimensions: *renamed.dimensions.get(of.dimensions as usize).with_context(unknown)?,
-            window: window_number,
-            period: period_number,
-            // Whatever was news to the run that kept it is known now.
-            news: News::default(),
-            ..*of
-        };
-        self.count += 1;
-        self.matches.write(self.context.parts.part(found.subscription), &found)
+        let dimensions = *renamed.dimensions.get(of.dimensions as usize).with_context(unknown)?;
+        // Whatever was news to the run that kept it is known now.
+        let found = Match { subscription: index(subscription), meter: index(meter), price, news: News::default(), ..*of };
+        Ok(Some((found, Place { window, period, dimensions })))
     }
 }

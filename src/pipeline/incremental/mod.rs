@@ -23,6 +23,8 @@ pub mod snapshot;
 mod spans;
 pub mod stored_windows;
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 use serde::Serialize;
@@ -33,7 +35,7 @@ use super::price::PricedWindow;
 use super::range::Completeness;
 use super::{Inputs, Request};
 use crate::config::{Incremental, Source};
-use crate::model::aggregate::StoredWindow;
+use crate::model::aggregate::{StoredWindow, WindowRow};
 use crate::model::run::{RunBasis, RunMode, RunRecord};
 use crate::reference::ReferenceDigests;
 use crate::source::{Field, Split};
@@ -284,10 +286,17 @@ pub fn coverage(
         Ok(baseline) => baseline,
         Err(coverage) => return coverage.clone(),
     };
-    let rows = || computed.iter().map(|window| &window.row).chain(stored.iter().map(|stored| &stored.row));
-    let customers: FxHashSet<_> = rows().map(|row| (&row.key.period.tenant_id, &row.customer_id)).collect();
-    let periods: FxHashSet<_> =
-        rows().map(|row| (&row.key.period.tenant_id, &row.key.period.subscription_id, row.key.period.period_start)).collect();
+    let rows = computed.iter().map(|window| &window.row).chain(stored.iter().map(|stored| &stored.row));
+    let (mut customers, mut periods) = (FxHashSet::default(), FxHashSet::default());
+    let mut last: Option<&WindowRow> = None;
+    for row in rows {
+        // Windows of a period follow each other.
+        let of = |row: &WindowRow| (Arc::as_ptr(&row.key.period), row.customer_id.as_ptr());
+        if last.replace(row).is_none_or(|last| of(last) != of(row)) {
+            customers.insert((&row.key.period.tenant_id, &row.customer_id));
+            periods.insert((&row.key.period.tenant_id, &row.key.period.subscription_id, row.key.period.period_start));
+        }
+    }
     let (marked_customers, marked_periods) = (customers.len() as u64, periods.len() as u64);
     Coverage {
         mode: Mode::Incremental,
