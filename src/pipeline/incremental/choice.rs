@@ -100,6 +100,22 @@ impl CustomerChoice {
         !self.always.is_empty() || split.extent.is_some_and(|extent| self.span.touches(extent))
     }
 
+    /// About how many in a hundred events of so many customers and names in `extent` are
+    /// wanted, if they are spread evenly.
+    pub fn percent(&self, extent: Span, customers: usize, names: usize) -> u128 {
+        let length = |span: Span| {
+            let length = span.end.min(extent.end).nanos().saturating_sub(span.start.max(extent.start).nanos());
+            u128::try_from(length).unwrap_or_default()
+        };
+        let of = |spans: &Spans| spans.iter().map(length).sum::<u128>();
+        let (customers, names) = (customers.max(1) as u128, names.max(1) as u128);
+        let times = self.customers.values().flat_map(FxHashMap::values);
+        let chosen = times.map(|times| of(&times.of_all) * names + times.by_name.values().map(of).sum::<u128>());
+        let always = length(extent) * customers * self.always.len() as u128;
+        let wanted = chosen.sum::<u128>() + always;
+        (wanted * 100 / (length(extent) * customers * names).max(1)).min(100)
+    }
+
     fn times_of(&self, tenant: &str, external_id: &str) -> Option<&Times> {
         self.customers.get(tenant)?.get(external_id)
     }
@@ -230,5 +246,29 @@ impl EventSource for Chosen<'_> {
             }
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_share_that_is_wanted_grows_with_customers_names_and_time() {
+        let span = |start, end| Span { start: Timestamp::from_nanos(start), end: Timestamp::from_nanos(end) };
+        let percent = |choice: &CustomerChoice| choice.percent(span(0, 100), 5, 2);
+        let mut choice = CustomerChoice::default();
+        assert_eq!(percent(&choice), 0);
+        // A tenth of everything for half of the time; what lies outside is not there.
+        choice.add(("t", "a"), "call", span(50, 300));
+        assert_eq!(percent(&choice), 5);
+        choice.add(("t", "a"), "call", span(-100, 60));
+        assert_eq!(percent(&choice), 10);
+        choice.add_customer("t", "b");
+        assert_eq!(percent(&choice), 30);
+        choice.add_name("login");
+        assert_eq!(percent(&choice), 80);
+        choice.add_name("call");
+        assert_eq!(percent(&choice), 100);
     }
 }

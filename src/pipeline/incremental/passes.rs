@@ -10,6 +10,7 @@ use super::marks::MarkScan;
 use super::separable::Separable;
 use super::snapshot::{Differences, Snapshot};
 use super::{Baseline, Marks, Skipping};
+use crate::config::Incremental;
 use crate::model::window::Span;
 use crate::pipeline::context::Context;
 use crate::pipeline::enrich::{Enricher, Scope};
@@ -17,8 +18,12 @@ use crate::pipeline::keys::{KeyHashes, SplitKeys};
 use crate::pipeline::matcher::Matcher;
 use crate::pipeline::past::{Coverage as PastCoverage, Knowledge};
 use crate::pipeline::read::{check_stable, merge_workers};
-use crate::pipeline::{Inputs, Timeline, scan};
+use crate::pipeline::{Completeness, Inputs, Request, Timeline, scan};
 use crate::source::{EventBatch, RowChoice, Split, Wanted};
+
+/// Beyond so many in a hundred events it is faster to read everything: choosing takes a
+/// second pass over what is chosen from.
+const MOST_OF_ALL: u128 = 50;
 
 /// What must be computed again.
 pub struct Marked {
@@ -114,6 +119,19 @@ impl<'p> Passes<'p> {
             }
         }
         (again, holders)
+    }
+
+    /// Whether so much is marked that one run over everything takes less time than to choose
+    /// from it. Who asks for an incremental run gets it all the same.
+    pub fn are_in_vain(&self, request: &Request, marks: &Marks) -> bool {
+        let Inputs { job, reference, .. } = *self.inputs;
+        if (request.completeness, job.incremental) != (Completeness::Auto, Incremental::Auto) {
+            return false;
+        }
+        let extents = self.old().filter_map(|(_, keys)| keys.extent.map(|(start, end)| Span { start, end }));
+        let Some(extent) = extents.reduce(Span::union) else { return false };
+        let names: BTreeSet<_> = reference.meters.iter().map(|meter| &meter.event_name).collect();
+        marks.choice(reference).percent(extent, reference.externals().count(), names.len()) > MOST_OF_ALL
     }
 
     /// Matches the events of marked windows and periods that `choice` wants, new ones, and
