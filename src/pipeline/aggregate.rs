@@ -9,7 +9,7 @@ use rustc_hash::FxHashMap;
 use super::accumulator::Moment;
 use super::context::Context;
 use super::event_forms::contribution;
-use super::incremental::kept::{Keeper, KeptMatches};
+use super::incremental::kept::KeptMatches;
 use super::matches::{Match, Matches, Reader};
 use super::state::{Sessions, StateKey, WindowState};
 use super::windows::Windows;
@@ -38,8 +38,6 @@ pub struct Place {
 pub struct AllMatches<'c, 'r> {
     context: &'c Context<'r>,
     pub shards: Vec<Shard>,
-    /// Writes matches as they are aggregated, for later runs.
-    pub keeper: Option<Keeper>,
     /// Those that earlier runs have kept.
     pub kept: Option<KeptMatches<'c>>,
     /// By part: states of windows whose events are not among the matches.
@@ -66,7 +64,7 @@ fn damaged(of: &Match<'_>) -> String {
 impl<'c, 'r> AllMatches<'c, 'r> {
     pub fn new(context: &'c Context<'r>, shards: Vec<Shard>) -> Self {
         let states = (0..context.parts.count()).map(|_| Mutex::default()).collect();
-        AllMatches { context, shards, keeper: None, kept: None, states, expected: AtomicUsize::new(0) }
+        AllMatches { context, shards, kept: None, states, expected: AtomicUsize::new(0) }
     }
 
     /// Adds a window as it is known without its events.
@@ -130,12 +128,9 @@ impl<'c, 'r> AllMatches<'c, 'r> {
         let mut windows = Windows::new(subscriptions, reference.meters.len(), self.expected.load(Ordering::Relaxed));
         let mut sessions: FxHashMap<StateKey, Sessions> = FxHashMap::default();
         let mut bytes = Vec::new();
-        for (number, shard) in self.shards.iter().enumerate() {
+        for shard in &self.shards {
             let mut reader = Reader::default();
             while shard.matches.next(at, &mut bytes)? {
-                if let Some(keeper) = &self.keeper {
-                    keeper.add(at, number, &bytes);
-                }
                 reader.read(&bytes, |of| self.count(of, &shard.place(of)?, &mut windows, &mut sessions))?;
             }
         }

@@ -1,5 +1,7 @@
 //! What enrichment and aggregation rest on.
 
+use std::path::PathBuf;
+
 use super::deduplicate::RepeatedKeys;
 use super::enrich::Enricher;
 use super::incremental::marks::Marks;
@@ -25,4 +27,6 @@ pub struct Context<'r> {
     pub marks: Option<Marks>,
     /// Whether matches of what is marked were kept by earlier runs.
     pub has_kept: bool,
+    /// Where matches are kept for later runs.
+    pub keep_in: Option<PathBuf>,
 }

@@ -125,7 +125,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
     pub fn new(context: &'c Context<'r>) -> Self {
         Matcher {
             context,
-            matches: Matches::new(&context.parts),
+            matches: Matches::new(&context.parts, context.keep_in.as_deref()),
             shards: Vec::new(),
             withdrawn: FxHashMap::default(),
             dimensions: Interner::starting_with("{}"),
@@ -575,7 +575,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
     /// All matches, once everything is read.
     pub fn take_matches(&mut self) -> AllMatches<'c, 'r> {
         let mut shards = std::mem::take(&mut self.shards);
-        let own = std::mem::replace(&mut self.matches, Matches::new(&self.context.parts));
+        let own = std::mem::replace(&mut self.matches, Matches::new(&self.context.parts, None));
         let dimensions = (0..index(self.dimensions.texts().len())).collect();
         shards.push(Shard { matches: own, dimensions });
         AllMatches::new(self.context, shards)

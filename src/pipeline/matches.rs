@@ -2,13 +2,15 @@
 //! subscription, so that the windows of a part of the subscriptions can be aggregated and
 //! priced on their own, in little memory.
 
+use std::io;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result};
 use rustc_hash::FxHashMap;
 
 use super::accumulator::{Measured, Moment};
-use super::spill::Partitions;
+use super::spill::{KeptFile, Partitions};
 use super::state::{NO_DIMENSIONS, News};
 use crate::model::decimal::Decimal;
 use crate::model::timestamp::Timestamp;
@@ -102,12 +104,13 @@ pub struct Matches {
 }
 
 impl Matches {
-    pub fn new(parts: &Partitioning) -> Self {
-        Matches::with_limit(parts.count(), MOST_IN_MEMORY)
+    /// In a folder, if there is one, everything is kept that is taken up.
+    pub fn new(parts: &Partitioning, keep_in: Option<&Path>) -> Self {
+        Matches::with_limit(parts.count(), MOST_IN_MEMORY, keep_in)
     }
 
-    fn with_limit(parts: usize, most_in_memory: usize) -> Self {
-        let partitions = Partitions::new("matches of events with meters", parts, most_in_memory);
+    fn with_limit(parts: usize, most_in_memory: usize, keep_in: Option<&Path>) -> Self {
+        let partitions = Partitions::new("matches of events with meters", parts, most_in_memory).kept_in(keep_in);
         Matches { partitions: Mutex::new(partitions), last: vec![None; parts], spans: SpanNumbers::default() }
     }
 
@@ -131,6 +134,15 @@ impl Matches {
     /// Where the temporary file cannot be read.
     pub fn next(&self, part: usize, out: &mut Vec<u8>) -> Result<bool> {
         self.partitions.lock().unwrap_or_else(PoisonError::into_inner).next(part, out)
+    }
+
+    /// What was kept of them, with the spans that their numbers stand for.
+    ///
+    /// # Errors
+    /// Where it could not be written.
+    pub fn into_kept(self) -> io::Result<Option<(KeptFile, SpanNumbers)>> {
+        let kept = self.partitions.into_inner().unwrap_or_else(PoisonError::into_inner).into_kept()?;
+        Ok(kept.map(|kept| (kept, self.spans)))
     }
 
     /// Calls `each` with all matches, and forgets them.
@@ -355,7 +367,7 @@ mod tests {
                 },
             }).collect();
             let part = |of: &Match<'_>| of.subscription as usize % parts;
-            let mut set_aside = Matches::with_limit(parts, limit);
+            let mut set_aside = Matches::with_limit(parts, limit, None);
             matches.iter().try_for_each(|of| set_aside.write(part(of), of)).unwrap();
             for at in 0..parts {
                 let (mut bytes, mut found, mut reader) = (Vec::new(), Vec::new(), Reader::default());

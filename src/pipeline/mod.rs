@@ -67,7 +67,7 @@ use causes::{CurrentDigests, Evidence};
 use context::Context;
 use draft::Draft;
 use enrich::{Enricher, Scope};
-use incremental::kept::{Keep, Keeper};
+use incremental::kept::{self, Keep};
 use incremental::snapshot::{STATE, Snapshot};
 use incremental::{Coverage, Marked, Mode, Passes, stored_windows};
 pub use key_cache::KeyCache;
@@ -245,6 +245,8 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let known = known.transpose()?;
 
     // read -> enrich
+    let rows = keys.splits.iter().map(|keys| keys.rows).sum();
+    let may_keep = baseline.is_err() || kept.is_some();
     let context = Context {
         enricher: Enricher::new(reference, request.scope.clone()),
         rules: &job.deduplicate,
@@ -256,6 +258,8 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         open_dead_letters: past.open_dead_letters(reference),
         marks,
         has_kept: kept.is_some(),
+        // What an incremental run reads is of use to others only beside what was kept before.
+        keep_in: may_keep.then(|| kept::folder(inputs, request, rows)).flatten(),
     };
     let coverage = past.coverage(reach);
     let mut seen = match (&passes, &mut skipping, &context.marks) {
@@ -278,10 +282,6 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     if let (Some(kept), Some(marks)) = (&kept, &context.marks) {
         matches.kept = Some(kept.matches(&context, marks, &replaced, &mut seen.dimensions));
     }
-    let rows = keys.splits.iter().map(|keys| keys.rows).sum();
-    // What an incremental run reads is of use to others only beside what was kept before.
-    let may_keep = baseline.is_err() || kept.is_some();
-    matches.keeper = may_keep.then(|| Keeper::new(inputs, request, rows)).flatten();
     if let (Some(marks), Some(stored), Some(skipping)) = (&context.marks, &known, &mut skipping) {
         let add = |key, state| matches.add(key, state);
         skipping.stored_windows = stored_windows::stand_in(marks, &stored.windows, reference, &mut seen.dimensions, add);
@@ -311,11 +311,12 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     if let (Some(skipping), Some(kept)) = (&mut skipping, &matches.kept) {
         skipping.kept_matches = kept.count();
     }
-    let keep = match matches.keeper.take() {
-        Some(keeper) => keeper.finish(&context, (&matches.shards, &seen.dimensions), kept.as_ref(), &replaced),
+    let shards = std::mem::take(&mut matches.shards);
+    drop(matches);
+    let keep = match &context.keep_in {
+        Some(folder) => Keep::of(folder, &context, (shards, &seen.dimensions), kept.as_ref(), &replaced),
         None => Keep::nothing(inputs, request),
     };
-    drop(matches);
 
     // reconcile
     let reach = range::reach(range, reference, &request.scope);

@@ -48,6 +48,7 @@ pub fn widen(inputs: &Inputs<'_>, request: &Request, past: &Past, range: Span, t
             open_dead_letters: OpenDeadLetters::default(),
             marks: None,
             has_kept: false,
+            keep_in: None,
         };
         let windows = timeline.step("find sessions", None, || {
             let visit =

@@ -1,11 +1,15 @@
-//! Bytes in partitions: in memory up to a limit, beyond it in a temporary file. One
-//! partition is taken up again at a time.
+//! Bytes in partitions: in memory up to a limit, beyond it in a file. One partition is taken
+//! up again at a time. The file is a temporary one, or one that can be kept.
 
 use std::collections::VecDeque;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Partitions that one thread writes.
 #[derive(Debug)]
@@ -16,85 +20,233 @@ pub struct Partitions {
     bytes: usize,
     most_in_memory: usize,
     spilled: Option<Spilled>,
+    /// Where everything is kept that is taken up, if it is.
+    keep_in: Option<PathBuf>,
+    taken: Vec<Piece>,
+    /// Why nothing can be kept any more.
+    failure: Option<io::Error>,
 }
 
-/// What was written to a file; it has no name, and is gone with the process.
+/// What was written to a file.
 #[derive(Debug)]
 struct Spilled {
-    file: File,
+    file: SpillFile,
     end: u64,
     /// For each partition, where its pieces begin, and their lengths.
     pieces: Vec<VecDeque<(u64, usize)>>,
 }
 
+#[derive(Debug)]
+enum SpillFile {
+    /// It has no name, and is gone with the process.
+    Temporary(File),
+    Kept(Partial),
+}
+
+/// A file that is removed unless it is kept.
+#[derive(Debug)]
+pub struct Partial {
+    file: File,
+    path: PathBuf,
+}
+
+impl Partial {
+    /// How the names of such files end: those that a process left are of no use.
+    pub const EXTENSION: &str = "partial";
+
+    /// # Errors
+    /// Where the folder cannot be written.
+    pub fn create(folder: &Path) -> io::Result<Partial> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = folder.join(format!("matches-{process}-{number}.{}", Partial::EXTENSION));
+        let file = File::options().create(true).truncate(true).read(true).write(true).open(&path)?;
+        Ok(Partial { file, path })
+    }
+
+    /// Keeps it under another name in its folder.
+    ///
+    /// # Errors
+    /// Where it cannot be renamed.
+    pub fn keep(self, path: &Path) -> io::Result<()> {
+        // Nothing is left under the name that is removed then.
+        fs::rename(&self.path, path)
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Bytes of one partition in a file that is kept; those of a partition follow each other in
+/// the order in which they were written.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Piece {
+    pub part: usize,
+    pub start: u64,
+    pub length: u64,
+    pub checksum: u64,
+}
+
+/// What is left of partitions that were taken up as a whole.
+#[derive(Debug)]
+pub struct KeptFile {
+    pub file: Partial,
+    pub pieces: Vec<Piece>,
+    pub length: u64,
+}
+
+impl SpillFile {
+    fn create(keep_in: Option<&Path>) -> io::Result<SpillFile> {
+        match keep_in {
+            Some(folder) => Partial::create(folder).map(SpillFile::Kept),
+            None => tempfile::tempfile().map(SpillFile::Temporary),
+        }
+    }
+
+    fn file(&mut self) -> &mut File {
+        match self {
+            SpillFile::Temporary(file) | SpillFile::Kept(Partial { file, .. }) => file,
+        }
+    }
+}
+
 impl Partitions {
     /// So many partitions, with a limit of bytes in memory for all of them.
     pub fn new(of: &'static str, count: usize, most_in_memory: usize) -> Self {
-        Partitions { of, parts: vec![Vec::new(); count], bytes: 0, most_in_memory, spilled: None }
+        Partitions {
+            of,
+            parts: vec![Vec::new(); count],
+            bytes: 0,
+            most_in_memory,
+            spilled: None,
+            keep_in: None,
+            taken: Vec::new(),
+            failure: None,
+        }
+    }
+
+    /// Keeps in a file of the folder whatever is taken up.
+    #[must_use]
+    pub fn kept_in(self, folder: Option<&Path>) -> Self {
+        Partitions { keep_in: folder.map(Path::to_owned), ..self }
     }
 
     /// Lets `write` append to a partition.
     ///
     /// # Errors
-    /// Where the temporary file cannot be written.
+    /// Where the file cannot be written.
     pub fn append(&mut self, at: usize, write: impl FnOnce(&mut Vec<u8>)) -> Result<()> {
         let Some(part) = self.parts.get_mut(at) else { return Ok(()) };
         let before = part.len();
         write(part);
         self.bytes += part.len() - before;
         if self.bytes > self.most_in_memory {
-            let folder = std::env::temp_dir();
-            self.spill().with_context(|| format!("setting {} aside in {} (TMPDIR names another)", self.of, folder.display()))?;
+            self.spill().with_context(|| match &self.keep_in {
+                Some(folder) => {
+                    format!("setting {} aside in {} (`incremental: never` in the job uses TMPDIR)", self.of, folder.display())
+                }
+                None => format!("setting {} aside in {} (TMPDIR names another)", self.of, std::env::temp_dir().display()),
+            })?;
         }
         Ok(())
     }
 
     fn spill(&mut self) -> io::Result<()> {
-        let spilled = match &mut self.spilled {
-            Some(spilled) => spilled,
-            none => {
-                tracing::info!(of = self.of, folder = %std::env::temp_dir().display(), "spilling to a temporary file");
-                none.insert(Spilled { file: tempfile::tempfile()?, end: 0, pieces: vec![VecDeque::new(); self.parts.len()] })
-            }
-        };
-        spilled.file.seek(SeekFrom::Start(spilled.end))?;
         // A part that was large once may stay small from now on.
         let room = self.most_in_memory / self.parts.len().max(1);
-        let parts = self.parts.iter_mut().zip(&mut spilled.pieces);
-        for (part, pieces) in parts.filter(|(part, _)| !part.is_empty()) {
-            spilled.file.write_all(part)?;
-            pieces.push_back((spilled.end, part.len()));
-            spilled.end += part.len() as u64;
+        let mut parts = std::mem::take(&mut self.parts);
+        let spilled = self.file(parts.len())?;
+        for (at, part) in parts.iter_mut().enumerate().filter(|(_, part)| !part.is_empty()) {
+            let start = spilled.write(part)?;
+            if let Some(pieces) = spilled.pieces.get_mut(at) {
+                pieces.push_back((start, part.len()));
+            }
             part.clear();
             part.shrink_to(room);
         }
+        self.parts = parts;
         self.bytes = 0;
         Ok(())
+    }
+
+    fn file(&mut self, parts: usize) -> io::Result<&mut Spilled> {
+        match &mut self.spilled {
+            Some(spilled) => Ok(spilled),
+            none => {
+                let folder = self.keep_in.clone().unwrap_or_else(std::env::temp_dir);
+                tracing::info!(of = self.of, folder = %folder.display(), "spilling to a temporary file");
+                let file = SpillFile::create(self.keep_in.as_deref())?;
+                Ok(none.insert(Spilled { file, end: 0, pieces: vec![VecDeque::new(); parts] }))
+            }
+        }
     }
 
     /// Takes the next piece of one partition, in the order in which it was written, in place
     /// of what `out` held; false where nothing is left. What was appended at once is in one piece.
     ///
     /// # Errors
-    /// Where the temporary file cannot be read.
+    /// Where the file cannot be read.
     pub fn next(&mut self, at: usize, out: &mut Vec<u8>) -> Result<bool> {
         out.clear();
         if let Some(spilled) = &mut self.spilled
             && let Some((start, length)) = spilled.pieces.get_mut(at).and_then(VecDeque::pop_front)
         {
-            spilled.file.seek(SeekFrom::Start(start))?;
-            let read = (&mut spilled.file).take(length as u64).read_to_end(out)?;
+            spilled.file.file().seek(SeekFrom::Start(start))?;
+            let read = spilled.file.file().take(length as u64).read_to_end(out)?;
             anyhow::ensure!(read == length, "the temporary file of {} broke off", self.of);
+            self.take(at, start, out);
             return Ok(true);
         }
         let Some(part) = self.parts.get_mut(at).filter(|part| !part.is_empty()) else { return Ok(false) };
         self.bytes -= part.len();
         *out = std::mem::take(part);
+        if self.keep_in.is_some() {
+            let parts = self.parts.len();
+            match self.file(parts).and_then(|spilled| spilled.write(out)) {
+                Ok(start) => self.take(at, start, out),
+                // What is kept is worth less than the run.
+                Err(error) => (self.keep_in, self.failure) = (None, Some(error)),
+            }
+        }
         Ok(true)
+    }
+
+    fn take(&mut self, part: usize, start: u64, bytes: &[u8]) {
+        if self.keep_in.is_some() {
+            self.taken.push(Piece { part, start, length: bytes.len() as u64, checksum: xxh3_64(bytes) });
+        }
+    }
+
+    /// What can be kept, once everything is taken up; `None` where there was nothing.
+    ///
+    /// # Errors
+    /// Where it could not be written.
+    pub fn into_kept(self) -> io::Result<Option<KeptFile>> {
+        match (self.failure, self.spilled) {
+            (Some(failure), _) => Err(failure),
+            (None, Some(Spilled { file: SpillFile::Kept(file), end, .. })) => {
+                Ok(Some(KeptFile { file, pieces: self.taken, length: end }))
+            }
+            _ => Ok(None),
+        }
     }
 
     #[cfg(test)]
     pub fn has_spilled(&self) -> bool {
         self.spilled.is_some()
+    }
+}
+
+impl Spilled {
+    /// Returns where the bytes begin.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<u64> {
+        let (start, file) = (self.end, self.file.file());
+        file.seek(SeekFrom::Start(start))?;
+        file.write_all(bytes)?;
+        self.end += bytes.len() as u64;
+        Ok(start)
     }
 }

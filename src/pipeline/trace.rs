@@ -221,6 +221,7 @@ pub fn trace(inputs: &Inputs<'_>, question: Question) -> Result<Option<Trace>> {
         open_dead_letters: OpenDeadLetters::default(),
         marks: None,
         has_kept: false,
+        keep_in: None,
     };
     let visit = |tracer: &mut Tracer<'_, '_>, _: usize, batch: &EventBatch| tracer.visit(batch);
     let new_tracer = || Tracer::new(&search, &context);

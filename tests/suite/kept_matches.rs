@@ -1,8 +1,8 @@
 //! Matches that runs keep for later ones: what was read once is not read again, and tables are
 //! as if it had been.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
 
 use serde_json::Value;
 
@@ -30,12 +30,13 @@ fn kept(run: &Value) -> u64 {
     run["coverage"]["skipping"]["kept_matches"].as_u64().unwrap()
 }
 
-/// Files of kept matches, sorted.
-fn segments(workspace: &Workspace) -> Vec<PathBuf> {
-    let entries = fs::read_dir(workspace.path("trueup.db.keys/shop")).unwrap().map(|entry| entry.unwrap().path());
-    let mut files: Vec<_> = entries.filter(|path| path.extension().is_some_and(|extension| extension == "matches")).collect();
-    files.sort();
-    files
+/// The runs of which matches are kept.
+fn segments(workspace: &Workspace) -> BTreeSet<String> {
+    let entries = fs::read_dir(workspace.path("trueup.db.keys/shop")).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let names: Vec<_> = names.filter(|name| !name.ends_with(".keys") && name != "matches.json").collect();
+    assert!(names.iter().all(|name| name.ends_with(".matches") || name.ends_with(".index")), "{names:?}");
+    names.iter().map(|name| name.split('.').next().unwrap().to_owned()).collect()
 }
 
 #[test]
@@ -170,18 +171,19 @@ fn what_is_of_another_run_or_damaged_is_not_used() {
 
     let damage = |number: u32, damage: &dyn Fn(&mut Vec<u8>), suffix: &str| {
         workspace.run(&["--full"]);
-        let path = segments(&workspace)[0].with_extension(suffix);
+        let segment = segments(&workspace).into_iter().next().unwrap();
+        let path = workspace.path(&format!("trueup.db.keys/shop/{segment}.{suffix}"));
         let mut bytes = fs::read(&path).unwrap();
         damage(&mut bytes);
         fs::write(&path, bytes).unwrap();
         workspace.write(&format!("events/{number}.ndjson"), day(number));
         path
     };
-    for (number, suffix) in [(8, "index"), (9, "matches")] {
+    for (number, suffix) in [(8, "index"), (9, "0.matches")] {
         damage(number, &|bytes| bytes.truncate(bytes.len() / 2), suffix);
         assert_eq!(kept(&night(&workspace)), 0, "{suffix}");
     }
-    let path = damage(10, &|bytes| bytes[70] ^= 1, "matches");
+    let path = damage(10, &|bytes| bytes[70] ^= 1, "0.matches");
     let plan = workspace.trueup(&["run", "job.yaml"]);
     plan.fails_with(1, &[path.to_str().unwrap(), "not what was written", "run again"]);
     assert_eq!(kept(&night(&workspace)), 0);

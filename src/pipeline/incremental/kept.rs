@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -30,6 +30,7 @@ use crate::pipeline::aggregate::{Place, Shard};
 use crate::pipeline::context::Context;
 use crate::pipeline::matches::{Match, NO_WINDOW, Partitioning, Reader};
 use crate::pipeline::range::Completeness;
+use crate::pipeline::spill::{KeptFile, Partial, Piece};
 use crate::pipeline::state::{Interner, NO_PRICE, News, index};
 use crate::pipeline::{Inputs, Request};
 use crate::reference::Reference;
@@ -37,8 +38,6 @@ use crate::source::Field;
 
 /// Says which segments there are, and of which run.
 const MANIFEST: &str = "matches.json";
-/// A segment that no run has published yet.
-const PARTIAL: &str = "matches.partial";
 const VERSION: u32 = 1;
 
 /// Events that a run may read again before it is cheaper to begin anew.
@@ -61,24 +60,17 @@ struct Index {
     /// Digests of their rows.
     prices: Vec<String>,
     shards: Vec<ShardIndex>,
-    pieces: Vec<Piece>,
     replaced: Replaced,
 }
 
+/// What one thread wrote, in a file of its own.
 #[derive(Debug, Serialize, Deserialize)]
 struct ShardIndex {
     spans: Vec<Nanos>,
     dimensions: Vec<String>,
-}
-
-/// Bytes of one part and one shard; those of both follow each other as they were written.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-struct Piece {
-    part: usize,
-    shard: usize,
-    start: u64,
+    pieces: Vec<Piece>,
+    /// Bytes of the file.
     length: u64,
-    checksum: u64,
 }
 
 /// Matches of older segments that count no more: those of events that were read again, in
@@ -116,85 +108,16 @@ fn may_keep(inputs: &Inputs<'_>, request: &Request, rows: u64) -> bool {
 
 // --- writing ---------------------------------------------------------------------------------
 
-/// Writes the matches of a run as they are aggregated. What cannot be written is done
-/// without: the next run reads the events again.
-#[derive(Debug)]
-pub struct Keeper {
-    folder: PathBuf,
-    /// `None` once something could not be written.
-    writing: Mutex<Option<Writing>>,
-}
-
-#[derive(Debug)]
-struct Writing {
-    file: File,
-    end: u64,
-    pieces: Vec<Piece>,
-}
-
-impl Keeper {
-    /// `None` where nothing is to be kept of a job of so many rows, or it cannot be written.
-    pub fn new(inputs: &Inputs<'_>, request: &Request, rows: u64) -> Option<Keeper> {
-        let folder = inputs.keys.folder.as_deref().filter(|_| inputs.keys.writes && may_keep(inputs, request, rows))?;
-        let create = || {
-            fs::create_dir_all(folder)?;
-            File::create(folder.join(PARTIAL))
-        };
-        match create() {
-            Ok(file) => {
-                let writing = Some(Writing { file, end: 0, pieces: Vec::new() });
-                Some(Keeper { folder: folder.to_owned(), writing: Mutex::new(writing) })
-            }
-            Err(error) => {
-                tracing::debug!("{}: no matches are kept: {error}", folder.display());
-                None
-            }
+/// Where a run of a job of so many rows keeps its matches; `None` where it does not, or
+/// cannot write there.
+pub fn folder(inputs: &Inputs<'_>, request: &Request, rows: u64) -> Option<PathBuf> {
+    let folder = inputs.keys.folder.as_deref().filter(|_| inputs.keys.writes && may_keep(inputs, request, rows))?;
+    match fs::create_dir_all(folder).and_then(|()| Partial::create(folder)) {
+        Ok(_) => Some(folder.to_owned()),
+        Err(error) => {
+            tracing::debug!("{}: no matches are kept: {error}", folder.display());
+            None
         }
-    }
-
-    /// Writes the next bytes of a part and a shard.
-    pub fn add(&self, part: usize, shard: usize, bytes: &[u8]) {
-        let mut guard = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(writing) = &mut *guard else { return };
-        if let Err(error) = writing.file.write_all(bytes) {
-            // Whatever fills the disk must not be in the way of publishing.
-            *guard = None;
-            let _ = fs::remove_file(self.folder.join(PARTIAL));
-            return tracing::warn!("{}: no matches are kept: {error}", self.folder.display());
-        }
-        let (start, length) = (writing.end, bytes.len() as u64);
-        writing.end += length;
-        writing.pieces.push(Piece { part, shard, start, length, checksum: xxh3_64(bytes) });
-    }
-
-    /// What is to be kept, once everything is aggregated.
-    pub fn finish(
-        self,
-        context: &Context<'_>,
-        (shards, dimensions): (&[Shard], &Interner),
-        before: Option<&Kept>,
-        replaced: &FxHashSet<u128>,
-    ) -> Keep {
-        let writing = self.writing.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let Some(writing) = writing.filter(|_| replaced.len() <= MOST_REPLACED) else {
-            let _ = fs::remove_file(self.folder.join(PARTIAL));
-            return Keep::Nothing(self.folder);
-        };
-        let of_shard = |shard: &Shard| ShardIndex {
-            spans: shard.matches.spans.iter().map(nanos).collect(),
-            dimensions: shard.dimensions.iter().map(|number| dimensions.text(*number).to_string()).collect(),
-        };
-        let Index { subscriptions, meters, prices, .. } = Index::of(context.enricher.reference, &context.parts);
-        let index = Index {
-            subscriptions,
-            meters,
-            prices,
-            shards: shards.iter().map(of_shard).collect(),
-            pieces: writing.pieces,
-            replaced: Replaced::of(replaced, context.marks.as_ref()),
-        };
-        let before = before.map(|kept| kept.segments.iter().map(|segment| segment.name.clone()).collect());
-        Keep::Segment(Draft { folder: self.folder, index, before: before.unwrap_or_default() })
     }
 }
 
@@ -253,6 +176,39 @@ impl Keep {
         folder.map_or(Keep::AsTheyAre, Keep::Nothing)
     }
 
+    /// What is to be kept of a run, once everything is aggregated.
+    pub fn of(
+        folder: &Path,
+        context: &Context<'_>,
+        (shards, dimensions): (Vec<Shard>, &Interner),
+        before: Option<&Kept>,
+        replaced: &FxHashSet<u128>,
+    ) -> Keep {
+        let nothing = || Keep::Nothing(folder.to_owned());
+        if replaced.len() > MOST_REPLACED {
+            return nothing();
+        }
+        let mut index = Index::of(context.enricher.reference, &context.parts);
+        let mut files = Vec::new();
+        for shard in shards {
+            match shard.matches.into_kept() {
+                Ok(None) => {}
+                Ok(Some((KeptFile { file, pieces, length }, spans))) => {
+                    let dimensions = shard.dimensions.iter().map(|number| dimensions.text(*number).to_string()).collect();
+                    index.shards.push(ShardIndex { spans: spans.iter().map(nanos).collect(), dimensions, pieces, length });
+                    files.push(file);
+                }
+                Err(error) => {
+                    tracing::warn!("{}: no matches are kept: {error}", folder.display());
+                    return nothing();
+                }
+            }
+        }
+        index.replaced = Replaced::of(replaced, context.marks.as_ref());
+        let before = before.map(|kept| kept.segments.iter().map(|segment| segment.name.clone()).collect());
+        Keep::Segment(Draft { folder: folder.to_owned(), files, index, before: before.unwrap_or_default() })
+    }
+
     /// Lets later runs find what is kept. What cannot be written is done without.
     pub fn publish(self, run_id: &str) {
         let (folder, kept) = match self {
@@ -280,16 +236,20 @@ impl Keep {
 #[derive(Debug)]
 pub struct Draft {
     folder: PathBuf,
+    /// By shard.
+    files: Vec<Partial>,
     index: Index,
     before: Vec<String>,
 }
 
 impl Draft {
     /// Returns the names of all segments.
-    fn write(mut self, run_id: &str) -> Result<Vec<String>> {
-        let mut segments = std::mem::take(&mut self.before);
-        if !self.index.pieces.is_empty() || !self.index.replaced.events.is_empty() {
-            fs::rename(self.folder.join(PARTIAL), matches_path(&self.folder, run_id))?;
+    fn write(self, run_id: &str) -> Result<Vec<String>> {
+        let mut segments = self.before;
+        if !self.files.is_empty() || !self.index.replaced.events.is_empty() {
+            for (shard, file) in self.files.into_iter().enumerate() {
+                file.keep(&matches_path(&self.folder, run_id, shard))?;
+            }
             let bytes = zstd::encode_all(serde_json::to_vec(&self.index)?.as_slice(), 1)?;
             fs::write(index_path(&self.folder, run_id), bytes)?;
             segments.push(run_id.to_owned());
@@ -302,14 +262,8 @@ impl Draft {
     }
 }
 
-impl Drop for Draft {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(self.folder.join(PARTIAL));
-    }
-}
-
-fn matches_path(folder: &Path, segment: &str) -> PathBuf {
-    folder.join(format!("{segment}.matches"))
+fn matches_path(folder: &Path, segment: &str, shard: usize) -> PathBuf {
+    folder.join(format!("{segment}.{shard}.matches"))
 }
 
 fn index_path(folder: &Path, segment: &str) -> PathBuf {
@@ -320,7 +274,8 @@ fn remove_segments_but(folder: &Path, kept: &[String]) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
         let is_ours = path.extension().is_some_and(|extension| extension == "matches" || extension == "index");
-        let is_kept = path.file_stem().is_some_and(|stem| kept.iter().any(|segment| stem == segment.as_str()));
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let is_kept = name.split('.').next().is_some_and(|of| kept.iter().any(|segment| segment == of));
         if is_ours && !is_kept {
             let _ = fs::remove_file(path);
         }
@@ -339,7 +294,8 @@ pub struct Kept {
 #[derive(Debug)]
 struct Segment {
     name: String,
-    file: Mutex<File>,
+    /// By shard.
+    files: Vec<Mutex<File>>,
     index: Index,
     /// The numbers of its subscriptions, meters and prices in the tables of now.
     subscriptions: Vec<Option<usize>>,
@@ -394,9 +350,9 @@ impl Kept {
     }
 
     /// Says that what is kept is damaged, and removes it.
-    fn damaged(&self, segment: &Segment, why: &str) -> anyhow::Error {
+    fn damaged(&self, segment: &Segment, shard: usize, why: &str) -> anyhow::Error {
         let _ = fs::remove_file(self.folder.join(MANIFEST));
-        let path = matches_path(&self.folder, &segment.name);
+        let path = matches_path(&self.folder, &segment.name, shard);
         anyhow!("{}: {why}; it is used no more: run again, and events are read instead", path.display())
     }
 }
@@ -421,11 +377,14 @@ impl<'r> Numbers<'r> {
 
 impl Segment {
     fn open(folder: &Path, name: String, numbers: &Numbers<'_>) -> Result<Segment> {
-        let file = File::open(matches_path(folder, &name))?;
         let bytes = zstd::decode_all(File::open(index_path(folder, &name))?)?;
         let index: Index = serde_json::from_slice(&bytes)?;
-        let end = index.pieces.iter().map(|piece| piece.start + piece.length).max().unwrap_or_default();
-        ensure!(file.metadata()?.len() == end, "segment {name} is not as long as it was");
+        let mut files = Vec::new();
+        for (number, shard) in index.shards.iter().enumerate() {
+            let file = File::open(matches_path(folder, &name, number))?;
+            ensure!(file.metadata()?.len() == shard.length, "segment {name} is not as long as it was");
+            files.push(Mutex::new(file));
+        }
         let subscriptions = index.subscriptions.iter();
         let subscriptions: Vec<_> =
             subscriptions.map(|(tenant, id, _)| numbers.subscriptions.get(&(tenant.as_str(), id.as_str())).copied()).collect();
@@ -440,12 +399,13 @@ impl Segment {
                 of.iter().for_each(|nanos| spans.add(span(*nanos)));
             }
         }
-        Ok(Segment { name, file: Mutex::new(file), index, subscriptions, meters, prices, replaced, spans })
+        Ok(Segment { name, files, index, subscriptions, meters, prices, replaced, spans })
     }
 
-    fn read(&self, piece: &Piece, out: &mut Vec<u8>) -> Result<()> {
+    fn read(&self, shard: usize, piece: &Piece, out: &mut Vec<u8>) -> Result<()> {
         out.clear();
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(file) = self.files.get(shard) else { return Ok(()) };
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         file.seek(SeekFrom::Start(piece.start))?;
         (&mut *file).take(piece.length).read_to_end(out)?;
         Ok(())
@@ -497,22 +457,22 @@ impl KeptMatches<'_> {
             let Some(segment) = self.kept.segments.get(*number) else { continue };
             let later = self.kept.segments.get(number + 1..).unwrap_or_default();
             let later: Vec<_> = later.iter().filter(|segment| !segment.replaced.is_empty()).collect();
-            let mut readers: FxHashMap<(usize, usize), Reader> = FxHashMap::default();
-            for piece in segment.index.pieces.iter().filter(|piece| parts.contains(&piece.part)) {
-                segment.read(piece, &mut bytes)?;
-                if xxh3_64(&bytes) != piece.checksum {
-                    return Err(self.kept.damaged(segment, "kept matches are not what was written"));
-                }
-                let renamed = self.renamed.get(*number).and_then(|shards| shards.get(piece.shard));
-                let renamed = renamed.with_context(|| format!("segment {}: a piece belongs to no shard", segment.name))?;
-                let reader = readers.entry((piece.part, piece.shard)).or_default();
-                reader.read(&bytes, |of| match self.find(at, of, segment, &later, renamed)? {
-                    Some((found, place)) => {
-                        self.count.fetch_add(1, Ordering::Relaxed);
-                        each(&found, &place)
+            let renamed = self.renamed.get(*number).into_iter().flatten();
+            for ((number, shard), renamed) in segment.index.shards.iter().enumerate().zip(renamed) {
+                let mut readers: FxHashMap<usize, Reader> = FxHashMap::default();
+                for piece in shard.pieces.iter().filter(|piece| parts.contains(&piece.part)) {
+                    segment.read(number, piece, &mut bytes)?;
+                    if xxh3_64(&bytes) != piece.checksum {
+                        return Err(self.kept.damaged(segment, number, "kept matches are not what was written"));
                     }
-                    None => Ok(()),
-                })?;
+                    readers.entry(piece.part).or_default().read(&bytes, |of| {
+                        if let Some((found, place)) = self.find(at, of, segment, &later, renamed)? {
+                            self.count.fetch_add(1, Ordering::Relaxed);
+                            each(&found, &place)?;
+                        }
+                        Ok(())
+                    })?;
+                }
             }
         }
         Ok(())
@@ -548,7 +508,7 @@ impl KeptMatches<'_> {
             NO_PRICE => NO_PRICE,
             price => match segment.prices.get(price as usize).copied().flatten() {
                 Some(price) => price,
-                None => bail!(self.kept.damaged(segment, "a kept match has a price that there is no more")),
+                None => bail!(self.kept.damaged(segment, 0, "a kept match has a price that there is no more")),
             },
         };
         let dimensions = *renamed.dimensions.get(of.dimensions as usize).with_context(unknown)?;
