@@ -338,10 +338,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn matches_come_back_as_they_were_whether_spilled_or_not(
+        fn matches_come_back_as_they_were_whether_spilled_and_kept_or_not(
             written in proptest::collection::vec((0u32..5, any::<u32>(), any::<u128>(), 0u8..6, any::<u8>()), 0..200),
             limit in 0usize..20_000,
+            keeps in any::<bool>(),
         ) {
+            let folder = tempfile::tempdir().unwrap();
+            let keep_in = keeps.then_some(folder.path());
             let parts = 3;
             let matches: Vec<_> = written.iter().map(|(subscription, index, value, kind, bits)| Match {
                 subscription: *subscription,
@@ -367,7 +370,7 @@ mod tests {
                 },
             }).collect();
             let part = |of: &Match<'_>| of.subscription as usize % parts;
-            let mut set_aside = Matches::with_limit(parts, limit, None);
+            let mut set_aside = Matches::with_limit(parts, limit, keep_in);
             matches.iter().try_for_each(|of| set_aside.write(part(of), of)).unwrap();
             for at in 0..parts {
                 let (mut bytes, mut found, mut reader) = (Vec::new(), Vec::new(), Reader::default());
@@ -380,6 +383,25 @@ mod tests {
                 let expected: Vec<_> = matches.iter().filter(|of| part(of) == at).copied().collect();
                 prop_assert_eq!(found, expected);
             }
+            let kept = set_aside.into_kept().unwrap().map(|(kept, _)| kept);
+            prop_assert_eq!(kept.is_some(), keeps && !matches.is_empty());
+            let Some(KeptFile { file, pieces, length }) = kept else { return Ok(()) };
+            let path = folder.path().join("kept");
+            file.keep(&path).unwrap();
+            let bytes = std::fs::read(&path).unwrap();
+            prop_assert_eq!(bytes.len() as u64, length);
+            for at in 0..parts {
+                let (mut found, mut reader) = (Vec::new(), Reader::default());
+                for piece in pieces.iter().filter(|piece| piece.part == at) {
+                    let piece = bytes[piece.start as usize..][..piece.length as usize].to_vec();
+                    reader.read(Box::leak(piece.into_boxed_slice()), |of| { found.push(*of); Ok(()) }).unwrap();
+                }
+                let expected: Vec<_> = matches.iter().filter(|of| part(of) == at).copied().collect();
+                prop_assert_eq!(found, expected);
+            }
+            // What is not kept is removed.
+            drop(Matches::with_limit(parts, 0, keep_in));
+            prop_assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
         }
     }
 }
