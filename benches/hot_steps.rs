@@ -182,6 +182,7 @@ fn compare(stored: &[StoredWindow], computed: &[PricedWindow]) -> Reconciliation
         withdrawn: &FxHashMap::default(),
         sessions: SessionChanges::default(),
         current: CurrentDigests::default(),
+        changed: None,
     };
     let range = Span { start: Timestamp::MIN, end: Timestamp::MAX };
     reconcile(stored, computed, range, &ClosedPeriods::default(), &evidence)

@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
+use super::incremental::snapshot::Differences;
 use super::price::PricedWindow;
 use super::session_changes::SessionChanges;
 use super::state::News;
 use crate::model::aggregate::{Basis, Cause, Causes, PeriodKey, StoredWindow, Text, WindowKey, WindowRow};
 use crate::model::run::{RunBasis, RunRecord};
 use crate::model::timestamp::Timestamp;
-use crate::reference::ReferenceDigests;
+use crate::reference::{Reference, ReferenceDigests};
 
 /// What earlier runs and definitions say about causes.
 pub struct Evidence<'e> {
@@ -22,6 +23,42 @@ pub struct Evidence<'e> {
     pub sessions: SessionChanges,
     /// Current digests by id, for rows that are computed no more.
     pub current: CurrentDigests,
+    /// What changed in the reference tables, where that is known row by row.
+    pub changed: Option<ChangedRows<'e>>,
+}
+
+/// Rows of the reference tables that are not what they were to a run.
+pub struct ChangedRows<'e> {
+    run_id: &'e str,
+    differences: &'e Differences,
+    /// Tenant and id of subscriptions that external ids stand for that changed.
+    of_customers: FxHashSet<(&'e str, &'e str)>,
+}
+
+impl<'e> ChangedRows<'e> {
+    pub fn new(run_id: &'e str, differences: &'e Differences, reference: &'e Reference) -> Self {
+        let before = differences.externals.iter();
+        let before = before.flat_map(|(tenant, _, ids)| ids.iter().map(move |id| (tenant.as_str(), id.as_str())));
+        let changed: FxHashSet<_> = differences.externals.iter().map(|(tenant, id, _)| (tenant.as_str(), id.as_str())).collect();
+        let now = reference.externals().filter(|(tenant, id, _)| changed.contains(&(*tenant, *id)));
+        let now = now.flat_map(|(tenant, _, customer)| {
+            let bound = customer.bindings.iter().filter_map(|(_, at)| reference.subscriptions.get(*at));
+            bound.map(move |subscription| (tenant, subscription.id.as_str()))
+        });
+        ChangedRows { run_id, differences, of_customers: before.chain(now).collect() }
+    }
+
+    fn subscription(&self, key: &PeriodKey) -> bool {
+        self.differences.subscriptions.contains(&(key.tenant_id.to_string(), key.subscription_id.to_string()))
+    }
+
+    fn customer(&self, key: &PeriodKey) -> bool {
+        self.of_customers.contains(&(&*key.tenant_id, &*key.subscription_id))
+    }
+
+    fn price(&self, key: &PeriodKey) -> bool {
+        self.differences.prices.iter().any(|price| *price.id == *key.price_id)
+    }
 }
 
 /// Digests of the definitions as they are now.
@@ -138,14 +175,20 @@ impl Judge<'_> {
         }
         let basis = &after.row.basis;
         let subscription = self.known.subscriptions.get(&(key.period.tenant_id.clone(), key.period.subscription_id.clone()));
-        let slot = Slot::of(key);
+        let meter = self.known.meters.get(&key.period.meter_id).map(|known| !known.contains(&basis.meter));
+        let customer = subscription.map(|known| !known.iter().any(|(_, of)| *of == basis.customer));
+        let subscription = subscription.map(|known| !known.iter().any(|(of, _)| *of == basis.subscription));
         let price = self.known.prices.get(&key.period.price_id).map(|known| !known.contains(&basis.price));
+        // Where no stored row tells, the tables may.
+        let changed = self.evidence.changed.as_ref().filter(|changed| changed.run_id == run.run_id);
+        let or = |known: Option<bool>, is_changed: &dyn Fn(&ChangedRows<'_>) -> bool| known.or_else(|| changed.map(is_changed));
+        let slot = Slot::of(key);
         causes.extend(self.changed_definitions(
             &run.basis,
-            self.known.meters.get(&key.period.meter_id).map(|known| !known.contains(&basis.meter)),
-            subscription.map(|known| !known.iter().any(|(of, _)| *of == basis.subscription)),
-            subscription.map(|known| !known.iter().any(|(_, of)| *of == basis.customer)),
-            price.map(|changed| changed || self.replaced.contains(&slot)),
+            or(meter, &|changed| changed.differences.meters.contains_key(&*key.period.meter_id)),
+            or(subscription, &|changed| changed.subscription(&key.period)),
+            or(customer, &|changed| changed.customer(&key.period)),
+            or(price, &|changed| changed.price(&key.period)).map(|changed| changed || self.replaced.contains(&slot)),
         ));
         let proved = !causes.is_empty();
         (causes, proved)

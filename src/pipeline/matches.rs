@@ -393,7 +393,8 @@ mod tests {
             for at in 0..parts {
                 let (mut found, mut reader) = (Vec::new(), Reader::default());
                 for piece in pieces.iter().filter(|piece| piece.part == at) {
-                    let piece = bytes[piece.start as usize..][..piece.length as usize].to_vec();
+                    let [start, length] = [piece.start, piece.length].map(|of| usize::try_from(of).unwrap());
+                    let piece = bytes[start..][..length].to_vec();
                     reader.read(Box::leak(piece.into_boxed_slice()), |of| { found.push(*of); Ok(()) }).unwrap();
                 }
                 let expected: Vec<_> = matches.iter().filter(|of| part(of) == at).copied().collect();

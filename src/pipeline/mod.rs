@@ -63,7 +63,7 @@ use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
 use crate::source::{EventSource, Selection};
 use crate::store::AggregateStore;
-use causes::{CurrentDigests, Evidence};
+use causes::{ChangedRows, CurrentDigests, Evidence};
 use context::Context;
 use draft::Draft;
 use enrich::{Enricher, Scope};
@@ -223,16 +223,19 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let snapshot = Snapshot::of(reference, range.end);
     let passes = baseline.as_ref().ok().map(|baseline| Passes { inputs, baseline, splits: &splits, keys: &keys.splits });
     let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), &mut timeline)).transpose()?;
-    let (mut marks, changed, mut skipping) = match marked {
-        Some(Marked { marks, changed, skipping }) => (Some(marks), Some(changed), Some(skipping)),
-        None => (None, None, None),
+    let (mut marks, changed, mut skipping, differences) = match marked {
+        Some(Marked { marks, changed, skipping, differences }) => (Some(marks), Some(changed), Some(skipping), Some(differences)),
+        None => (None, None, None, None),
     };
     let kept = baseline.as_ref().ok().and_then(|baseline| baseline.kept(inputs));
-    if let (Some(passes), Some(marks), None) = (&passes, &marks, &kept)
-        && passes.are_in_vain(request, marks)
+    if let (Some(passes), Some(marks)) = (&passes, &marks)
+        && passes.are_in_vain(request, marks, kept.as_ref())
     {
         let plan = plan(inputs, &Request { completeness: Completeness::Recomputed, ..request.clone() })?;
-        let why = Some("what is new touches most of what there is".to_owned());
+        let why = Some(match kept {
+            None => "what is new touches much of what there is".to_owned(),
+            Some(_) => "many runs have built on the last one of everything".to_owned(),
+        });
         return Ok(Plan { coverage: Coverage { why, ..plan.coverage }, request: request.clone(), ..plan });
     }
     let known = marks.as_mut().map(|marks| {
@@ -334,6 +337,11 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             withdrawn: &withdrawn,
             sessions: SessionChanges::find(&stored.windows, &priced.windows, &withdrawn, is_session),
             current: current_digests(reference),
+            changed: baseline
+                .as_ref()
+                .ok()
+                .zip(differences.as_ref())
+                .map(|(baseline, differences)| ChangedRows::new(&baseline.run.run_id, differences, reference)),
         };
         let changes = reconcile::reconcile(&stored.windows, &priced.windows, range, &closed, &evidence);
         Ok((changes, stored.windows.len() as u64))

@@ -294,6 +294,20 @@ fn changed_reference_rows_mark_what_depends_on_them() {
 }
 
 #[test]
+fn causes_are_those_of_the_rows_that_changed() {
+    let workspace = shop();
+    // A meter of old events; and somebody else becomes a customer the same night.
+    workspace.write(
+        "meters.yaml",
+        workspace.read("meters.yaml") + "  - {meter_id: all, event_name: login, aggregation: count, unpriced: true}\n",
+    );
+    workspace.write("customers.csv", workspace.read("customers.csv") + "t,d,xd\n");
+    workspace.write("subscriptions.csv", workspace.read("subscriptions.csv") + "t,sd,d,pro,EUR,month,2025-01-01\n");
+    let run = increment(&workspace);
+    assert_eq!(run["causes"], json!({"meter_changed": 8}));
+}
+
+#[test]
 fn what_cannot_be_proved_is_computed() {
     let workspace = shop();
     let extra = event("extra", "call", "xa", "2026-01-11T10:00:00Z", "1");

@@ -134,6 +134,47 @@ fn changed_tables_read_what_they_touch_and_nothing_else() {
 }
 
 #[test]
+fn what_was_gone_is_another_one_when_it_comes_back() {
+    let workspace = keeping();
+    let subscriptions = workspace.read("subscriptions.csv");
+    // The subscription of one customer, gone and then another one's.
+    workspace.write("subscriptions.csv", subscriptions.replace("t,sb,b,pro,EUR,month,2025-01-01\n", ""));
+    night(&workspace);
+    workspace.write("subscriptions.csv", subscriptions.replace("t,sb,b,", "t,sb,c,").replace("t,sc,c,", "t,other,b,"));
+    night(&workspace);
+    workspace.write("subscriptions.csv", subscriptions);
+    workspace.write("events/6.ndjson", day(6));
+    night(&workspace);
+    // A meter, gone and then one of other events.
+    let meters = workspace.read("meters.yaml");
+    workspace
+        .write("meters.yaml", format!("{meters}  - {{meter_id: free, event_name: call, aggregation: count, unpriced: true}}\n"));
+    night(&workspace);
+    workspace.write("meters.yaml", &meters);
+    night(&workspace);
+    workspace
+        .write("meters.yaml", format!("{meters}  - {{meter_id: free, event_name: chat, aggregation: count, unpriced: true}}\n"));
+    night(&workspace);
+    workspace.write("events/7.ndjson", day(7) + &day(8).replace(r#""call""#, r#""chat""#));
+    let run = night(&workspace);
+    assert!(kept(&run) > 60, "{}", run["coverage"]);
+}
+
+#[test]
+fn after_many_runs_everything_is_computed_again() {
+    let workspace = keeping();
+    for number in 1..=30 {
+        let late = Call { id: &format!("l-{number}"), customer: "a", day: 2, hour: number % 24, value: number, came: 2 };
+        workspace.write(&format!("events/late-{number}.ndjson"), late.line());
+        let run = workspace.run(&[]);
+        let mode = if number == 30 { "full" } else { "incremental" };
+        assert_eq!(run["coverage"]["mode"], mode, "{number}: {}", run["coverage"]);
+    }
+    assert_eq!(segments(&workspace).len(), 1);
+    assert_eq!(kept(&night(&workspace)), 0);
+}
+
+#[test]
 fn a_run_of_everything_begins_anew() {
     let workspace = keeping();
     workspace.write("events/6.ndjson", day(6));
@@ -179,11 +220,13 @@ fn what_is_of_another_run_or_damaged_is_not_used() {
         workspace.write(&format!("events/{number}.ndjson"), day(number));
         path
     };
-    for (number, suffix) in [(8, "index"), (9, "0.matches")] {
-        damage(number, &|bytes| bytes.truncate(bytes.len() / 2), suffix);
+    let half = |bytes: &mut Vec<u8>| bytes.truncate(bytes.len() / 2);
+    let flip = |bytes: &mut Vec<u8>| bytes[70] ^= 1;
+    for (number, how, suffix) in [(8, &half as &dyn Fn(&mut Vec<u8>), "index"), (9, &half, "0.matches"), (10, &flip, "index")] {
+        damage(number, how, suffix);
         assert_eq!(kept(&night(&workspace)), 0, "{suffix}");
     }
-    let path = damage(10, &|bytes| bytes[70] ^= 1, "0.matches");
+    let path = damage(11, &|bytes| bytes[70] ^= 1, "0.matches");
     let plan = workspace.trueup(&["run", "job.yaml"]);
     plan.fails_with(1, &[path.to_str().unwrap(), "not what was written", "run again"]);
     assert_eq!(kept(&night(&workspace)), 0);

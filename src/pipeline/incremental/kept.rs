@@ -13,7 +13,7 @@ use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -40,6 +40,10 @@ use crate::source::Field;
 const MANIFEST: &str = "matches.json";
 const VERSION: u32 = 1;
 
+/// After so many segments, everything is computed again: each takes files and time to read,
+/// and rows that somebody altered are found.
+pub const MOST_SEGMENTS: usize = 30;
+
 /// Events that a run may read again before it is cheaper to begin anew.
 const MOST_REPLACED: usize = 2_000_000;
 
@@ -47,20 +51,36 @@ const MOST_REPLACED: usize = 2_000_000;
 struct Manifest {
     version: u32,
     run_id: String,
-    /// From the oldest to the newest, by the names of their files.
-    segments: Vec<String>,
+    /// From the oldest to the newest.
+    segments: Vec<Listed>,
+}
+
+/// A segment in the manifest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Listed {
+    /// The run that wrote it: its files begin with that.
+    name: String,
+    /// Of the file of its index.
+    checksum: u64,
 }
 
 /// What the numbers in the matches of a segment stand for, and where they lie.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Index {
+    /// `None` where they are those of the segment before.
+    tables: Option<Tables>,
+    shards: Vec<ShardIndex>,
+    replaced: Replaced,
+}
+
+/// The rows of the reference tables, as far as matches name them by number.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Tables {
     /// Tenant and id, and the part that holds their matches.
     subscriptions: Vec<(String, String, u32)>,
     meters: Vec<String>,
     /// Digests of their rows.
     prices: Vec<String>,
-    shards: Vec<ShardIndex>,
-    replaced: Replaced,
 }
 
 /// What one thread wrote, in a file of its own.
@@ -121,16 +141,15 @@ pub fn folder(inputs: &Inputs<'_>, request: &Request, rows: u64) -> Option<PathB
     }
 }
 
-impl Index {
-    fn of(reference: &Reference, parts: &Partitioning) -> Index {
+impl Tables {
+    fn of(reference: &Reference, parts: &Partitioning) -> Tables {
         let subscription = |(at, row): (usize, &crate::reference::Subscription)| {
             (row.tenant_id.clone(), row.id.clone(), u32::try_from(parts.part(index(at))).unwrap_or_default())
         };
-        Index {
+        Tables {
             subscriptions: reference.subscriptions.iter().enumerate().map(subscription).collect(),
             meters: reference.meters.iter().map(|meter| meter.id.clone()).collect(),
             prices: reference.prices.iter().map(crate::model::price::Price::row_digest).collect(),
-            ..Index::default()
         }
     }
 }
@@ -188,7 +207,10 @@ impl Keep {
         if replaced.len() > MOST_REPLACED {
             return nothing();
         }
-        let mut index = Index::of(context.enricher.reference, &context.parts);
+        let tables = Tables::of(context.enricher.reference, &context.parts);
+        let is_known = before.and_then(Kept::tables) == Some(&tables);
+        let replaced = Replaced::of(replaced, context.marks.as_ref());
+        let mut index = Index { tables: (!is_known).then_some(tables), shards: Vec::new(), replaced };
         let mut files = Vec::new();
         for shard in shards {
             match shard.matches.into_kept() {
@@ -204,8 +226,7 @@ impl Keep {
                 }
             }
         }
-        index.replaced = Replaced::of(replaced, context.marks.as_ref());
-        let before = before.map(|kept| kept.segments.iter().map(|segment| segment.name.clone()).collect());
+        let before = before.map(|kept| kept.segments.iter().map(|segment| segment.listed.clone()).collect());
         Keep::Segment(Draft { folder: folder.to_owned(), files, index, before: before.unwrap_or_default() })
     }
 
@@ -239,26 +260,27 @@ pub struct Draft {
     /// By shard.
     files: Vec<Partial>,
     index: Index,
-    before: Vec<String>,
+    before: Vec<Listed>,
 }
 
 impl Draft {
     /// Returns the names of all segments.
     fn write(self, run_id: &str) -> Result<Vec<String>> {
         let mut segments = self.before;
-        if !self.files.is_empty() || !self.index.replaced.events.is_empty() {
+        // Tables that are not what they were tell which rows there were no more for a while.
+        if !self.files.is_empty() || !self.index.replaced.events.is_empty() || self.index.tables.is_some() {
             for (shard, file) in self.files.into_iter().enumerate() {
                 file.keep(&matches_path(&self.folder, run_id, shard))?;
             }
             let bytes = zstd::encode_all(serde_json::to_vec(&self.index)?.as_slice(), 1)?;
-            fs::write(index_path(&self.folder, run_id), bytes)?;
-            segments.push(run_id.to_owned());
+            fs::write(index_path(&self.folder, run_id), &bytes)?;
+            segments.push(Listed { name: run_id.to_owned(), checksum: xxh3_64(&bytes) });
         }
         let manifest = Manifest { version: VERSION, run_id: run_id.to_owned(), segments };
         let partial = self.folder.join("matches.json.partial");
         fs::write(&partial, serde_json::to_vec(&manifest)?)?;
         fs::rename(&partial, self.folder.join(MANIFEST))?;
-        Ok(manifest.segments)
+        Ok(manifest.segments.into_iter().map(|segment| segment.name).collect())
     }
 }
 
@@ -293,11 +315,13 @@ pub struct Kept {
 
 #[derive(Debug)]
 struct Segment {
-    name: String,
+    listed: Listed,
     /// By shard.
     files: Vec<Mutex<File>>,
-    index: Index,
-    /// The numbers of its subscriptions, meters and prices in the tables of now.
+    shards: Vec<ShardIndex>,
+    tables: Arc<Tables>,
+    /// The numbers of its subscriptions, meters and prices in the tables of now. A row that
+    /// was gone meanwhile is another one, even under its old name.
     subscriptions: Vec<Option<usize>>,
     meters: Vec<Option<usize>>,
     prices: Vec<Option<u32>>,
@@ -314,15 +338,51 @@ impl Kept {
         if manifest.version != VERSION || manifest.run_id != run_id {
             return None;
         }
-        let numbers = Numbers::of(reference);
-        let segments: Result<Vec<_>> = manifest.segments.into_iter().map(|name| Segment::open(folder, name, &numbers)).collect();
-        match segments {
-            Ok(segments) => Some(Kept { folder: folder.to_owned(), segments }),
+        match Kept::read(folder, manifest, reference) {
+            Ok(kept) => Some(kept),
             Err(error) => {
-                tracing::debug!("{}: kept matches are of no use: {error:#}", folder.display());
+                tracing::info!("{}: kept matches are of no use: {error:#}", folder.display());
                 None
             }
         }
+    }
+
+    fn read(folder: &Path, manifest: Manifest, reference: &Reference) -> Result<Kept> {
+        let mut read = Vec::new();
+        let mut tables = Arc::default();
+        for listed in manifest.segments {
+            let path = index_path(folder, &listed.name);
+            let bytes = fs::read(&path)?;
+            ensure!(xxh3_64(&bytes) == listed.checksum, "{} is not what was written", path.display());
+            let index: Index = serde_json::from_slice(&zstd::decode_all(bytes.as_slice())?)?;
+            if let Some(now) = index.tables {
+                tables = Arc::new(now);
+            }
+            read.push((listed, index.shards, index.replaced, Arc::clone(&tables)));
+        }
+        // From the newest to the oldest: what a later one lacks was gone.
+        let mut numbers = Numbers::of(reference);
+        let mut segments = Vec::new();
+        let mut last: Option<Arc<Tables>> = None;
+        for (listed, shards, replaced, tables) in read.into_iter().rev() {
+            if last.as_ref().is_none_or(|last| !Arc::ptr_eq(last, &tables)) {
+                numbers.retain(&tables);
+                last = Some(Arc::clone(&tables));
+            }
+            segments.push(Segment::open(folder, listed, (shards, &replaced), tables, &numbers)?);
+        }
+        segments.reverse();
+        Ok(Kept { folder: folder.to_owned(), segments })
+    }
+
+    /// The tables of the newest segment.
+    fn tables(&self) -> Option<&Tables> {
+        self.segments.last().map(|segment| &*segment.tables)
+    }
+
+    /// Whether it is time to begin anew.
+    pub fn is_full(&self) -> bool {
+        self.segments.len() >= MOST_SEGMENTS
     }
 
     /// The matches of marked windows, but for those of events that were read again.
@@ -336,7 +396,7 @@ impl Kept {
         let wanted: FxHashSet<usize> = marks.spans().map(|((subscription, _), _)| subscription).collect();
         let mut pieces: BTreeMap<(usize, usize), BTreeSet<usize>> = BTreeMap::new();
         for (number, segment) in self.segments.iter().enumerate() {
-            let rows = segment.index.subscriptions.iter().zip(&segment.subscriptions);
+            let rows = segment.tables.subscriptions.iter().zip(&segment.subscriptions);
             for ((.., part), at) in rows.filter_map(|(row, at)| Some((row, at.filter(|at| wanted.contains(at))?))) {
                 pieces.entry((context.parts.part(index(at)), number)).or_default().insert(*part as usize);
             }
@@ -345,14 +405,14 @@ impl Kept {
             spans: shard.spans.iter().map(|nanos| span(*nanos)).collect(),
             dimensions: shard.dimensions.iter().map(|text| dimensions.intern(text)).collect(),
         };
-        let renamed = self.segments.iter().map(|segment| segment.index.shards.iter().map(&mut renamed).collect()).collect();
+        let renamed = self.segments.iter().map(|segment| segment.shards.iter().map(&mut renamed).collect()).collect();
         KeptMatches { kept: self, parts: &context.parts, marks, replaced, wanted, pieces, renamed, count: AtomicU64::new(0) }
     }
 
     /// Says that what is kept is damaged, and removes it.
     fn damaged(&self, segment: &Segment, shard: usize, why: &str) -> anyhow::Error {
         let _ = fs::remove_file(self.folder.join(MANIFEST));
-        let path = matches_path(&self.folder, &segment.name, shard);
+        let path = matches_path(&self.folder, &segment.listed.name, shard);
         anyhow!("{}: {why}; it is used no more: run again, and events are read instead", path.display())
     }
 }
@@ -373,33 +433,47 @@ impl<'r> Numbers<'r> {
             prices: reference.prices.iter().enumerate().map(|(at, price)| (price.row_digest(), index(at))).collect(),
         }
     }
+
+    /// Forgets rows that tables do not have.
+    fn retain(&mut self, tables: &Tables) {
+        let subscriptions: FxHashSet<_> =
+            tables.subscriptions.iter().map(|(tenant, id, _)| (tenant.as_str(), id.as_str())).collect();
+        self.subscriptions.retain(|key, _| subscriptions.contains(key));
+        let meters: FxHashSet<_> = tables.meters.iter().map(String::as_str).collect();
+        self.meters.retain(|id, _| meters.contains(id));
+    }
 }
 
 impl Segment {
-    fn open(folder: &Path, name: String, numbers: &Numbers<'_>) -> Result<Segment> {
-        let bytes = zstd::decode_all(File::open(index_path(folder, &name))?)?;
-        let index: Index = serde_json::from_slice(&bytes)?;
+    fn open(
+        folder: &Path,
+        listed: Listed,
+        (shards, replaced): (Vec<ShardIndex>, &Replaced),
+        tables: Arc<Tables>,
+        numbers: &Numbers<'_>,
+    ) -> Result<Segment> {
         let mut files = Vec::new();
-        for (number, shard) in index.shards.iter().enumerate() {
-            let file = File::open(matches_path(folder, &name, number))?;
-            ensure!(file.metadata()?.len() == shard.length, "segment {name} is not as long as it was");
+        for (number, shard) in shards.iter().enumerate() {
+            let path = matches_path(folder, &listed.name, number);
+            let file = File::open(&path).with_context(|| path.display().to_string())?;
+            ensure!(file.metadata()?.len() == shard.length, "{} is not as long as it was", path.display());
             files.push(Mutex::new(file));
         }
-        let subscriptions = index.subscriptions.iter();
-        let subscriptions: Vec<_> =
-            subscriptions.map(|(tenant, id, _)| numbers.subscriptions.get(&(tenant.as_str(), id.as_str())).copied()).collect();
-        let meters: Vec<_> = index.meters.iter().map(|id| numbers.meters.get(id.as_str()).copied()).collect();
-        let prices = index.prices.iter().map(|digest| numbers.prices.get(digest).copied()).collect();
-        let replaced = index.replaced.events.iter().map(|(high, low)| u128::from(*high) << 64 | u128::from(*low)).collect();
+        let of_row =
+            |(tenant, id, _): &(String, String, u32)| numbers.subscriptions.get(&(tenant.as_str(), id.as_str())).copied();
+        let subscriptions: Vec<_> = tables.subscriptions.iter().map(of_row).collect();
+        let meters: Vec<_> = tables.meters.iter().map(|id| numbers.meters.get(id.as_str()).copied()).collect();
+        let prices = tables.prices.iter().map(|digest| numbers.prices.get(digest).copied()).collect();
         let mut spans: FxHashMap<Pair, Spans> = FxHashMap::default();
-        for (subscription, meter, of) in &index.replaced.spans {
+        for (subscription, meter, of) in &replaced.spans {
             let pair = (subscriptions.get(*subscription).copied().flatten(), meters.get(*meter).copied().flatten());
             if let (Some(subscription), Some(meter)) = pair {
                 let spans = spans.entry((subscription, meter)).or_default();
                 of.iter().for_each(|nanos| spans.add(span(*nanos)));
             }
         }
-        Ok(Segment { name, files, index, subscriptions, meters, prices, replaced, spans })
+        let replaced = replaced.events.iter().map(|(high, low)| u128::from(*high) << 64 | u128::from(*low)).collect();
+        Ok(Segment { listed, files, shards, tables, subscriptions, meters, prices, replaced, spans })
     }
 
     fn read(&self, shard: usize, piece: &Piece, out: &mut Vec<u8>) -> Result<()> {
@@ -458,7 +532,7 @@ impl KeptMatches<'_> {
             let later = self.kept.segments.get(number + 1..).unwrap_or_default();
             let later: Vec<_> = later.iter().filter(|segment| !segment.replaced.is_empty()).collect();
             let renamed = self.renamed.get(*number).into_iter().flatten();
-            for ((number, shard), renamed) in segment.index.shards.iter().enumerate().zip(renamed) {
+            for ((number, shard), renamed) in segment.shards.iter().enumerate().zip(renamed) {
                 let mut readers: FxHashMap<usize, Reader> = FxHashMap::default();
                 for piece in shard.pieces.iter().filter(|piece| parts.contains(&piece.part)) {
                     segment.read(number, piece, &mut bytes)?;
@@ -491,7 +565,7 @@ impl KeptMatches<'_> {
         let subscription = number(of.subscription, &segment.subscriptions);
         let subscription = subscription.filter(|at| self.parts.part(index(*at)) == part && self.wanted.contains(at));
         let (Some(subscription), Some(meter)) = (subscription, number(of.meter, &segment.meters)) else { return Ok(None) };
-        let unknown = || format!("segment {}: a match of meter {} has no window", segment.name, of.meter);
+        let unknown = || format!("segment {}: a match of meter {} has no window", segment.listed.name, of.meter);
         let period = *renamed.spans.get(of.period as usize).with_context(unknown)?;
         let window = match of.window {
             NO_WINDOW => None,

@@ -6,11 +6,11 @@ use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::choice::{Chosen, CustomerChoice, KeyChoice};
+use super::kept::Kept;
 use super::marks::MarkScan;
 use super::separable::Separable;
 use super::snapshot::{Differences, Snapshot};
 use super::{Baseline, Marks, Skipping};
-use crate::config::Incremental;
 use crate::model::window::Span;
 use crate::pipeline::context::Context;
 use crate::pipeline::enrich::{Enricher, Scope};
@@ -21,15 +21,16 @@ use crate::pipeline::read::{check_stable, merge_workers};
 use crate::pipeline::{Completeness, Inputs, Request, Timeline, scan};
 use crate::source::{EventBatch, RowChoice, Split, Wanted};
 
-/// Beyond so many in a hundred events it is faster to read everything: choosing takes a
-/// second pass over what is chosen from.
-const MOST_OF_ALL: u128 = 50;
+/// Beyond so many in a hundred events everything is read: choosing takes a second pass over
+/// what is chosen from, and after a run of everything its matches are kept for the next ones.
+const MOST_OF_ALL: u128 = 25;
 
 /// What must be computed again.
 pub struct Marked {
     pub marks: Marks,
     /// The rows of known splits that changed reference rows touch.
     pub changed: CustomerChoice,
+    pub differences: Differences,
     pub skipping: Skipping,
 }
 
@@ -98,7 +99,7 @@ impl<'p> Passes<'p> {
             scans.into_iter().for_each(|scan| marks.add_events(scan));
             Ok(((), rows.iter().sum()))
         })?;
-        Ok(Marked { marks, changed, skipping })
+        Ok(Marked { marks, changed, differences, skipping })
     }
 
     /// The hashes of new keys that old splits have too, and those splits.
@@ -121,12 +122,15 @@ impl<'p> Passes<'p> {
         (again, holders)
     }
 
-    /// Whether so much is marked that one run over everything takes less time than to choose
-    /// from it. Who asks for an incremental run gets it all the same.
-    pub fn are_in_vain(&self, request: &Request, marks: &Marks) -> bool {
-        let Inputs { job, reference, .. } = *self.inputs;
-        if (request.completeness, job.incremental) != (Completeness::Auto, Incremental::Auto) {
+    /// Whether one run over everything takes less time than to choose from it: so much is
+    /// marked and nothing is kept, or so many runs have built on the last one of everything. Who asks for an incremental run gets it all the same.
+    pub fn are_in_vain(&self, request: &Request, marks: &Marks, kept: Option<&Kept>) -> bool {
+        let reference = self.inputs.reference;
+        if request.completeness != Completeness::Auto {
             return false;
+        }
+        if let Some(kept) = kept {
+            return kept.is_full();
         }
         let extents = self.old().filter_map(|(_, keys)| keys.extent.map(|(start, end)| Span { start, end }));
         let Some(extent) = extents.reduce(Span::union) else { return false };
