@@ -401,8 +401,10 @@ impl Kept {
                 pieces.entry((context.parts.part(index(at)), number)).or_default().insert(*part as usize);
             }
         }
+        let mut marked = Spans::default();
+        marks.spans().for_each(|(_, spans)| marked.merge(spans));
         let mut renamed = |shard: &ShardIndex| Renamed {
-            spans: shard.spans.iter().map(|nanos| span(*nanos)).collect(),
+            spans: shard.spans.iter().map(|nanos| (span(*nanos), marked.contains(span(*nanos).start))).collect(),
             dimensions: shard.dimensions.iter().map(|text| dimensions.intern(text)).collect(),
         };
         let renamed = self.segments.iter().map(|segment| segment.shards.iter().map(&mut renamed).collect()).collect();
@@ -510,7 +512,8 @@ pub struct KeptMatches<'k> {
 /// What the numbers of a segment's shard stand for.
 #[derive(Debug)]
 struct Renamed {
-    spans: Vec<Span>,
+    /// With whether something that begins with them is marked at all.
+    spans: Vec<(Span, bool)>,
     dimensions: Vec<u32>,
 }
 
@@ -532,7 +535,8 @@ impl KeptMatches<'_> {
             let later = self.kept.segments.get(number + 1..).unwrap_or_default();
             let later: Vec<_> = later.iter().filter(|segment| !segment.replaced.is_empty()).collect();
             let renamed = self.renamed.get(*number).into_iter().flatten();
-            for ((number, shard), renamed) in segment.shards.iter().enumerate().zip(renamed) {
+            let shards = segment.shards.iter().enumerate().zip(renamed);
+            for ((number, shard), renamed) in shards.filter(|(_, renamed)| renamed.spans.iter().any(|(_, marked)| *marked)) {
                 let mut readers: FxHashMap<usize, Reader> = FxHashMap::default();
                 for piece in shard.pieces.iter().filter(|piece| parts.contains(&piece.part)) {
                     segment.read(number, piece, &mut bytes)?;
@@ -561,17 +565,23 @@ impl KeptMatches<'_> {
         later: &[&Segment],
         renamed: &Renamed,
     ) -> Result<Option<(Match<'m>, Place)>> {
+        let unknown = || format!("segment {}: a match of meter {} has no window", segment.listed.name, of.meter);
+        let (period, mut is_marked) = *renamed.spans.get(of.period as usize).with_context(unknown)?;
+        let (mut window, mut start) = (None, period.start);
+        if of.window != NO_WINDOW {
+            let (span, marked) = *renamed.spans.get(of.window as usize).with_context(unknown)?;
+            window = Some(span);
+            if span.start > start {
+                (start, is_marked) = (span.start, marked);
+            }
+        }
+        if !is_marked {
+            return Ok(None);
+        }
         let number = |at: u32, of: &[Option<usize>]| of.get(at as usize).copied().flatten();
         let subscription = number(of.subscription, &segment.subscriptions);
         let subscription = subscription.filter(|at| self.parts.part(index(*at)) == part && self.wanted.contains(at));
         let (Some(subscription), Some(meter)) = (subscription, number(of.meter, &segment.meters)) else { return Ok(None) };
-        let unknown = || format!("segment {}: a match of meter {} has no window", segment.listed.name, of.meter);
-        let period = *renamed.spans.get(of.period as usize).with_context(unknown)?;
-        let window = match of.window {
-            NO_WINDOW => None,
-            window => Some(*renamed.spans.get(window as usize).with_context(unknown)?),
-        };
-        let start = window.map_or(period.start, |window| window.start.max(period.start));
         if !self.marks.hold_event(subscription, meter, period, start)
             || self.replaced.contains(&of.identity)
             || later.iter().any(|later| later.replaces(of.identity, (subscription, meter), start))
