@@ -67,7 +67,7 @@ use causes::{ChangedRows, CurrentDigests, Evidence};
 use context::Context;
 use draft::Draft;
 use enrich::{Enricher, Scope};
-use incremental::kept::{self, Keep};
+use incremental::keep::{self, Keep};
 use incremental::snapshot::{STATE, Snapshot};
 use incremental::{Coverage, Marked, Mode, Passes, stored_windows};
 pub use key_cache::KeyCache;
@@ -262,7 +262,7 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         marks,
         has_kept: kept.is_some(),
         // What an incremental run reads is of use to others only beside what was kept before.
-        keep_in: may_keep.then(|| kept::folder(inputs, request, rows)).flatten(),
+        keep_in: may_keep.then(|| keep::folder(inputs, request, rows)).flatten(),
     };
     let coverage = past.coverage(reach);
     let mut seen = match (&passes, &mut skipping, &context.marks) {

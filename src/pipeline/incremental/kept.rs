@@ -17,294 +17,24 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use rustc_hash::{FxHashMap, FxHashSet};
-use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::Marks;
 use super::marks::Pair;
+use super::segment::{Index, Listed, MANIFEST, Manifest, Replaced, ShardIndex, Tables, VERSION, index_path, matches_path, span};
 use super::spans::Spans;
-use super::{LARGE_ROWS, Marks};
-use crate::config::{self, Source};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
-use crate::pipeline::aggregate::{Place, Shard};
+use crate::pipeline::aggregate::Place;
 use crate::pipeline::context::Context;
 use crate::pipeline::matches::{Match, NO_WINDOW, Partitioning, Reader};
-use crate::pipeline::range::Completeness;
-use crate::pipeline::spill::{KeptFile, Partial, Piece};
+use crate::pipeline::spill::Piece;
 use crate::pipeline::state::{Interner, NO_PRICE, News, index};
-use crate::pipeline::{Inputs, Request};
 use crate::reference::Reference;
-use crate::source::Field;
-
-/// Says which segments there are, and of which run.
-const MANIFEST: &str = "matches.json";
-const VERSION: u32 = 1;
 
 /// After so many segments, everything is computed again: each takes files and time to read,
 /// and rows that somebody altered are found.
-pub const MOST_SEGMENTS: usize = 30;
-
-/// Events that a run may read again before it is cheaper to begin anew.
-const MOST_REPLACED: usize = 2_000_000;
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Manifest {
-    version: u32,
-    run_id: String,
-    /// From the oldest to the newest.
-    segments: Vec<Listed>,
-}
-
-/// A segment in the manifest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Listed {
-    /// The run that wrote it: its files begin with that.
-    name: String,
-    /// Of the file of its index.
-    checksum: u64,
-}
-
-/// What the numbers in the matches of a segment stand for, and where they lie.
-#[derive(Debug, Serialize, Deserialize)]
-struct Index {
-    /// `None` where they are those of the segment before.
-    tables: Option<Tables>,
-    shards: Vec<ShardIndex>,
-    replaced: Replaced,
-}
-
-/// The rows of the reference tables, as far as matches name them by number.
-#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Tables {
-    /// Tenant and id, and the part that holds their matches.
-    subscriptions: Vec<(String, String, u32)>,
-    meters: Vec<String>,
-    /// Digests of their rows.
-    prices: Vec<String>,
-}
-
-/// What one thread wrote, in a file of its own.
-#[derive(Debug, Serialize, Deserialize)]
-struct ShardIndex {
-    spans: Vec<Nanos>,
-    dimensions: Vec<String>,
-    pieces: Vec<Piece>,
-    /// Bytes of the file.
-    length: u64,
-}
-
-/// Matches of older segments that count no more: those of events that were read again, in
-/// windows that were marked.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Replaced {
-    /// The upper and the lower half of each event's identity.
-    events: Vec<(u64, u64)>,
-    /// By subscription and meter of the segment.
-    spans: Vec<(usize, usize, Vec<Nanos>)>,
-}
-
-/// A span of time: its start and its end.
-type Nanos = (i64, i64);
-
-/// Whether what a request computes may be kept for later ones.
-fn may_keep(inputs: &Inputs<'_>, request: &Request, rows: u64) -> bool {
-    let Inputs { job, reference, .. } = *inputs;
-    let key = &job.deduplicate.key;
-    let is_worth_it = match (job.incremental, request.completeness) {
-        (config::Incremental::Never, _) => false,
-        (config::Incremental::Always, _) | (_, Completeness::Incremental) => true,
-        (config::Incremental::Auto, _) => rows >= LARGE_ROWS,
-    };
-    is_worth_it
-        && matches!(job.source, Source::Files { .. })
-        // Two events of another key could have the same identity.
-        && key.len() == 2 && key.contains(&Field::TenantId) && key.contains(&Field::Id)
-        // What a run leaves out depends on when it runs.
-        && job.lateness == config::Lateness::default()
-        && !reference.has_levels(None)
-        && request.range.is_none()
-        && request.scope.is_whole()
-}
-
-// --- writing ---------------------------------------------------------------------------------
-
-/// Where a run of a job of so many rows keeps its matches; `None` where it does not, or
-/// cannot write there.
-pub fn folder(inputs: &Inputs<'_>, request: &Request, rows: u64) -> Option<PathBuf> {
-    let folder = inputs.keys.folder.as_deref().filter(|_| inputs.keys.writes && may_keep(inputs, request, rows))?;
-    match fs::create_dir_all(folder).and_then(|()| Partial::create(folder)) {
-        Ok(_) => Some(folder.to_owned()),
-        Err(error) => {
-            tracing::debug!("{}: no matches are kept: {error}", folder.display());
-            None
-        }
-    }
-}
-
-impl Tables {
-    fn of(reference: &Reference, parts: &Partitioning) -> Tables {
-        let subscription = |(at, row): (usize, &crate::reference::Subscription)| {
-            (row.tenant_id.clone(), row.id.clone(), u32::try_from(parts.part(index(at))).unwrap_or_default())
-        };
-        Tables {
-            subscriptions: reference.subscriptions.iter().enumerate().map(subscription).collect(),
-            meters: reference.meters.iter().map(|meter| meter.id.clone()).collect(),
-            prices: reference.prices.iter().map(crate::model::price::Price::row_digest).collect(),
-        }
-    }
-}
-
-impl Replaced {
-    fn of(events: &FxHashSet<u128>, marks: Option<&Marks>) -> Replaced {
-        if events.is_empty() {
-            return Replaced::default();
-        }
-        let half = |bits: u128| u64::try_from(bits & u128::from(u64::MAX)).unwrap_or_default();
-        let spans = marks.into_iter().flat_map(Marks::spans);
-        Replaced {
-            events: events.iter().map(|identity| (half(identity >> 64), half(*identity))).collect(),
-            spans: spans.map(|((subscription, meter), spans)| (subscription, meter, spans.iter().map(nanos).collect())).collect(),
-        }
-    }
-}
-
-fn nanos(span: Span) -> Nanos {
-    (span.start.nanos(), span.end.nanos())
-}
-
-fn span((start, end): Nanos) -> Span {
-    Span { start: Timestamp::from_nanos(start), end: Timestamp::from_nanos(end) }
-}
-
-/// What is to become of kept matches when a run is published.
-#[derive(Debug, Default)]
-pub enum Keep {
-    /// The run says nothing about them.
-    #[default]
-    AsTheyAre,
-    /// They are of no use any more.
-    Nothing(PathBuf),
-    Segment(Draft),
-}
-
-impl Keep {
-    /// After a run of the whole job that kept nothing.
-    pub fn nothing(inputs: &Inputs<'_>, request: &Request) -> Keep {
-        let is_whole = request.range.is_none() && request.scope.is_whole();
-        let folder = inputs.keys.folder.clone().filter(|_| inputs.keys.writes && is_whole);
-        folder.map_or(Keep::AsTheyAre, Keep::Nothing)
-    }
-
-    /// What is to be kept of a run, once everything is aggregated.
-    pub fn of(
-        folder: &Path,
-        context: &Context<'_>,
-        (shards, dimensions): (Vec<Shard>, &Interner),
-        before: Option<&Kept>,
-        replaced: &FxHashSet<u128>,
-    ) -> Keep {
-        let nothing = || Keep::Nothing(folder.to_owned());
-        if replaced.len() > MOST_REPLACED {
-            return nothing();
-        }
-        let tables = Tables::of(context.enricher.reference, &context.parts);
-        let is_known = before.and_then(Kept::tables) == Some(&tables);
-        let replaced = Replaced::of(replaced, context.marks.as_ref());
-        let mut index = Index { tables: (!is_known).then_some(tables), shards: Vec::new(), replaced };
-        let mut files = Vec::new();
-        for shard in shards {
-            match shard.matches.into_kept() {
-                Ok(None) => {}
-                Ok(Some((KeptFile { file, pieces, length }, spans))) => {
-                    let dimensions = shard.dimensions.iter().map(|number| dimensions.text(*number).to_string()).collect();
-                    index.shards.push(ShardIndex { spans: spans.iter().map(nanos).collect(), dimensions, pieces, length });
-                    files.push(file);
-                }
-                Err(error) => {
-                    tracing::warn!("{}: no matches are kept: {error}", folder.display());
-                    return nothing();
-                }
-            }
-        }
-        let before = before.map(|kept| kept.segments.iter().map(|segment| segment.listed.clone()).collect());
-        Keep::Segment(Draft { folder: folder.to_owned(), files, index, before: before.unwrap_or_default() })
-    }
-
-    /// Lets later runs find what is kept. What cannot be written is done without.
-    pub fn publish(self, run_id: &str) {
-        let (folder, kept) = match self {
-            Keep::AsTheyAre => return,
-            Keep::Nothing(folder) => (folder, None),
-            Keep::Segment(draft) => {
-                let folder = draft.folder.clone();
-                match draft.write(run_id) {
-                    Ok(segments) => (folder, Some(segments)),
-                    Err(error) => {
-                        tracing::warn!("{}: no matches are kept: {error:#}", folder.display());
-                        (folder, None)
-                    }
-                }
-            }
-        };
-        if kept.is_none() {
-            let _ = fs::remove_file(folder.join(MANIFEST));
-        }
-        remove_segments_but(&folder, kept.as_deref().unwrap_or_default());
-    }
-}
-
-/// A segment that is written but not published.
-#[derive(Debug)]
-pub struct Draft {
-    folder: PathBuf,
-    /// By shard.
-    files: Vec<Partial>,
-    index: Index,
-    before: Vec<Listed>,
-}
-
-impl Draft {
-    /// Returns the names of all segments.
-    fn write(self, run_id: &str) -> Result<Vec<String>> {
-        let mut segments = self.before;
-        // Tables that are not what they were tell which rows there were no more for a while.
-        if !self.files.is_empty() || !self.index.replaced.events.is_empty() || self.index.tables.is_some() {
-            for (shard, file) in self.files.into_iter().enumerate() {
-                file.keep(&matches_path(&self.folder, run_id, shard))?;
-            }
-            let bytes = zstd::encode_all(serde_json::to_vec(&self.index)?.as_slice(), 1)?;
-            fs::write(index_path(&self.folder, run_id), &bytes)?;
-            segments.push(Listed { name: run_id.to_owned(), checksum: xxh3_64(&bytes) });
-        }
-        let manifest = Manifest { version: VERSION, run_id: run_id.to_owned(), segments };
-        let partial = self.folder.join("matches.json.partial");
-        fs::write(&partial, serde_json::to_vec(&manifest)?)?;
-        fs::rename(&partial, self.folder.join(MANIFEST))?;
-        Ok(manifest.segments.into_iter().map(|segment| segment.name).collect())
-    }
-}
-
-fn matches_path(folder: &Path, segment: &str, shard: usize) -> PathBuf {
-    folder.join(format!("{segment}.{shard}.matches"))
-}
-
-fn index_path(folder: &Path, segment: &str) -> PathBuf {
-    folder.join(format!("{segment}.index"))
-}
-
-fn remove_segments_but(folder: &Path, kept: &[String]) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        let is_ours = path.extension().is_some_and(|extension| extension == "matches" || extension == "index");
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let is_kept = name.split('.').next().is_some_and(|of| kept.iter().any(|segment| segment == of));
-        if is_ours && !is_kept {
-            let _ = fs::remove_file(path);
-        }
-    }
-}
-
-// --- reading ---------------------------------------------------------------------------------
+const MOST_SEGMENTS: usize = 30;
 
 /// What the runs up to the baseline kept.
 #[derive(Debug)]
@@ -375,8 +105,13 @@ impl Kept {
         Ok(Kept { folder: folder.to_owned(), segments })
     }
 
+    /// The segments, as the manifest has them.
+    pub(super) fn listed(&self) -> Vec<Listed> {
+        self.segments.iter().map(|segment| segment.listed.clone()).collect()
+    }
+
     /// The tables of the newest segment.
-    fn tables(&self) -> Option<&Tables> {
+    pub(super) fn tables(&self) -> Option<&Tables> {
         self.segments.last().map(|segment| &*segment.tables)
     }
 
@@ -529,7 +264,7 @@ impl KeptMatches<'_> {
     /// Where they cannot be read, or are not what was written: they are removed then, so
     /// that the next run does without. Or where `each` fails.
     pub fn read(&self, at: usize, mut each: impl FnMut(&Match<'_>, &Place) -> Result<()>) -> Result<()> {
-        let mut bytes = Vec::new();
+        let (mut bytes, mut count) = (Vec::new(), 0);
         for ((_, number), parts) in self.pieces.range((at, 0)..(at + 1, 0)) {
             let Some(segment) = self.kept.segments.get(*number) else { continue };
             let later = self.kept.segments.get(number + 1..).unwrap_or_default();
@@ -545,7 +280,7 @@ impl KeptMatches<'_> {
                     }
                     readers.entry(piece.part).or_default().read(&bytes, |of| {
                         if let Some((found, place)) = self.find(at, of, segment, &later, renamed)? {
-                            self.count.fetch_add(1, Ordering::Relaxed);
+                            count += 1;
                             each(&found, &place)?;
                         }
                         Ok(())
@@ -553,6 +288,7 @@ impl KeptMatches<'_> {
                 }
             }
         }
+        self.count.fetch_add(count, Ordering::Relaxed);
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! new files -> marks -> events of what is marked -> all copies of their keys -> aggregate
+//!                   \-> matches that earlier runs kept of it ------------------> aggregate
 //!                   \-> stored windows beside it ------------------------------> price
 //! ```
 //!
@@ -15,9 +16,11 @@
 //! proved here: a full run and `verify` see it.
 
 mod choice;
+pub mod keep;
 pub mod kept;
 pub mod marks;
 mod passes;
+mod segment;
 mod separable;
 pub mod snapshot;
 mod spans;
