@@ -144,20 +144,30 @@ impl Partitions {
         write(part);
         self.bytes += part.len() - before;
         if self.bytes > self.most_in_memory {
-            self.spill().with_context(|| match &self.keep_in {
-                Some(folder) => {
-                    format!("setting {} aside in {} (`incremental: never` in the job uses TMPDIR)", self.of, folder.display())
-                }
-                None => format!("setting {} aside in {} (TMPDIR names another)", self.of, std::env::temp_dir().display()),
-            })?;
+            let folder = std::env::temp_dir();
+            self.spill().with_context(|| format!("setting {} aside in {} (TMPDIR names another)", self.of, folder.display()))?;
         }
         Ok(())
     }
 
     fn spill(&mut self) -> io::Result<()> {
-        // A part that was large once may stay small from now on.
-        let room = self.most_in_memory / self.parts.len().max(1);
         let mut parts = std::mem::take(&mut self.parts);
+        let mut written = self.write_all(&mut parts);
+        if let Err(error) = &mut written
+            && self.keep_in.is_some()
+        {
+            let failure = std::mem::replace(error, io::ErrorKind::Other.into());
+            written = self.keep_no_more(failure).and_then(|()| self.write_all(&mut parts));
+        }
+        self.parts = parts;
+        self.bytes = 0;
+        written
+    }
+
+    /// Writes all parts to the file, and empties those that were written.
+    fn write_all(&mut self, parts: &mut [Vec<u8>]) -> io::Result<()> {
+        // A part that was large once may stay small from now on.
+        let room = self.most_in_memory / parts.len().max(1);
         let spilled = self.file(parts.len())?;
         for (at, part) in parts.iter_mut().enumerate().filter(|(_, part)| !part.is_empty()) {
             let start = spilled.write(part)?;
@@ -167,8 +177,18 @@ impl Partitions {
             part.clear();
             part.shrink_to(room);
         }
-        self.parts = parts;
-        self.bytes = 0;
+        Ok(())
+    }
+
+    /// Goes on in a temporary file: what is kept is worth less than the run.
+    fn keep_no_more(&mut self, failure: io::Error) -> io::Result<()> {
+        (self.keep_in, self.failure) = (None, Some(failure));
+        let Some(spilled) = &mut self.spilled else { return Ok(()) };
+        let mut temporary = tempfile::tempfile()?;
+        let kept = spilled.file.file();
+        kept.seek(SeekFrom::Start(0))?;
+        io::copy(&mut kept.take(spilled.end), &mut temporary)?;
+        spilled.file = SpillFile::Temporary(temporary);
         Ok(())
     }
 
@@ -207,7 +227,6 @@ impl Partitions {
             let parts = self.parts.len();
             match self.file(parts).and_then(|spilled| spilled.write(out)) {
                 Ok(start) => self.take(at, start, out),
-                // What is kept is worth less than the run.
                 Err(error) => (self.keep_in, self.failure) = (None, Some(error)),
             }
         }
@@ -248,5 +267,42 @@ impl Spilled {
         file.write_all(bytes)?;
         self.end += bytes.len() as u64;
         Ok(start)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_kept_is_set_aside_all_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |folder: &Path| Partitions::new("numbers", 2, 8).kept_in(Some(folder));
+        let fill = |partitions: &mut Partitions, from: u8| {
+            (from..from + 20).for_each(|number| partitions.append(usize::from(number % 2), |out| out.push(number)).unwrap());
+        };
+        let check = |mut partitions: Partitions, numbers: u8| {
+            let (mut piece, mut found) = (Vec::new(), Vec::new());
+            for at in 0..2 {
+                while partitions.next(at, &mut piece).unwrap() {
+                    found.extend_from_slice(&piece);
+                }
+            }
+            found.sort_unstable();
+            assert_eq!(found, (0..numbers).collect::<Vec<_>>());
+            assert!(partitions.into_kept().is_err());
+        };
+        // There is no such folder.
+        let mut partitions = of(&folder.path().join("nowhere"));
+        fill(&mut partitions, 0);
+        check(partitions, 20);
+        // What was written before it failed is taken along.
+        let mut partitions = of(folder.path());
+        fill(&mut partitions, 0);
+        assert!(partitions.has_spilled());
+        partitions.keep_no_more(io::ErrorKind::StorageFull.into()).unwrap();
+        fill(&mut partitions, 20);
+        check(partitions, 40);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }
