@@ -123,7 +123,8 @@ impl<'p> Passes<'p> {
     }
 
     /// Whether one run over everything takes less time than to choose from it: so much is
-    /// marked and nothing is kept, or so many runs have built on the last one of everything. Who asks for an incremental run gets it all the same.
+    /// marked and nothing is kept, or so many runs have built on the last one of everything.
+    /// Who asks for an incremental run gets it all the same.
     pub fn are_in_vain(&self, request: &Request, marks: &Marks, kept: Option<&Kept>) -> bool {
         let reference = self.inputs.reference;
         if request.completeness != Completeness::Auto {
