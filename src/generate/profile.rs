@@ -14,7 +14,7 @@ use crate::config::yaml::{self, Placed};
 use crate::fault::configuration;
 use crate::model::decimal::Decimal;
 use crate::model::price::Currency;
-use crate::model::properties::write_json_text;
+use crate::model::property::write_json_text;
 use crate::model::window::{PeriodLength, WindowSize};
 
 /// The profile that is used where none is named.

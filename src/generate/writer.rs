@@ -14,7 +14,7 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
 
 use super::property::write_digits;
-use crate::model::properties::write_json_text;
+use crate::model::property::write_json_text;
 use crate::model::timestamp::Timestamp;
 
 /// The format of events files.

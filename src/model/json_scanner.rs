@@ -5,7 +5,22 @@
 //! It may give up (`None`) on any text, sound or not; where it does not, it has
 //! accepted exactly what serde_json accepts. A property test compares the two.
 
-use super::properties::{Node, Property};
+use super::property::Property;
+
+/// A step of the wanted paths.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Node {
+    pub children: Vec<(String, Node)>,
+    /// The slot whose path ends here.
+    pub slot: Option<usize>,
+}
+
+impl Node {
+    /// The wanted property of this name.
+    pub fn child(&self, key: &str) -> Option<&Node> {
+        self.children.iter().find(|(name, _)| name == key).map(|(_, node)| node)
+    }
+}
 
 pub(super) struct Scanner<'a> {
     text: &'a str,

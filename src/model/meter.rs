@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 
 use super::decimal::Decimal;
 use super::expression::Expression;
-use super::properties::Property;
+use super::property::Property;
 use super::window::WindowKind;
 
 /// How the events of a window become one quantity.

@@ -13,6 +13,7 @@ pub mod percentage;
 pub mod price;
 pub mod price_lines;
 pub mod properties;
+pub mod property;
 pub mod run;
 pub mod timestamp;
 pub mod window;

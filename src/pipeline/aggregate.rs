@@ -10,7 +10,7 @@ use super::accumulator::Moment;
 use super::context::Context;
 use super::event_forms::contribution;
 use super::incremental::kept::KeptMatches;
-use super::matches::{Match, Matches, Reader};
+use super::matches::{Match, Matches, Place, Reader};
 use super::state::{Sessions, StateKey, WindowState};
 use super::windows::Windows;
 use crate::model::price::Price;
@@ -22,16 +22,6 @@ use crate::model::window::{Span, WindowKind};
 pub struct Shard {
     pub matches: Matches,
     pub dimensions: Vec<u32>,
-}
-
-/// Where a match counts.
-#[derive(Debug, Clone, Copy)]
-pub struct Place {
-    /// `None` for a session, which has no window yet.
-    pub window: Option<Span>,
-    pub period: Span,
-    /// Among those of all threads.
-    pub dimensions: u32,
 }
 
 /// All matches, to be aggregated part by part.

@@ -4,7 +4,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::accumulator::Measured;
 use crate::model::digest::frame;
-use crate::model::properties::write_json_text;
+use crate::model::property::write_json_text;
 use crate::model::timestamp::Timestamp;
 use crate::source::EventRef;
 

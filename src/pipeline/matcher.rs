@@ -21,7 +21,7 @@ use super::text_memo::TextMemo;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
 use crate::model::counts::{EventCounts, UsageCounts};
 use crate::model::meter::Aggregation;
-use crate::model::properties::Property;
+use crate::model::property::Property;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 use crate::reference::ExternalCustomer;

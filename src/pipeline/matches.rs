@@ -38,6 +38,16 @@ pub struct Match<'m> {
     pub news: News,
 }
 
+/// Where a match counts.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// `None` for a session, which has no window yet.
+    pub window: Option<Span>,
+    pub period: Span,
+    /// Among those of all threads.
+    pub dimensions: u32,
+}
+
 /// The number of a window that is not known yet: that of a session.
 pub const NO_WINDOW: u32 = u32::MAX;
 

@@ -33,7 +33,7 @@ use crate::model::aggregate::{PeriodKey, PeriodRow, WindowRow};
 use crate::model::decimal::Decimal;
 use crate::model::meter::{Aggregation, Meter};
 use crate::model::price::Price;
-use crate::model::properties::Property;
+use crate::model::property::Property;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 use crate::reference::{Reference, Subscription};

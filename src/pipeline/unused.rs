@@ -12,7 +12,7 @@ use crate::model::aggregate::{PeriodKey, PeriodRow, Text};
 use crate::model::decimal::Decimal;
 use crate::model::meter::ChargeOn;
 use crate::model::price::{Price, Usage};
-use crate::model::properties::write_json_text;
+use crate::model::property::write_json_text;
 use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
 

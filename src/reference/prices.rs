@@ -14,7 +14,7 @@ use crate::model::digest::Digest;
 use crate::model::meter::{Aggregation, FilterValue, Meter};
 use crate::model::percentage::Percentage;
 use crate::model::price::{Commitment, Currency, Price, PriceModel, PriceOptions, Tier, Transform};
-use crate::model::properties::write_json_text;
+use crate::model::property::write_json_text;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 

@@ -25,9 +25,8 @@ use super::segment::{Index, Listed, MANIFEST, Manifest, Replaced, ShardIndex, Ta
 use super::spans::Spans;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
-use crate::pipeline::aggregate::Place;
 use crate::pipeline::context::Context;
-use crate::pipeline::matches::{Match, NO_WINDOW, Partitioning, Reader};
+use crate::pipeline::matches::{Match, NO_WINDOW, Partitioning, Place, Reader};
 use crate::pipeline::spill::Piece;
 use crate::pipeline::state::{Interner, NO_PRICE, News, index};
 use crate::reference::Reference;

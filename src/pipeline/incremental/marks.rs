@@ -11,7 +11,7 @@ use super::snapshot::Differences;
 use super::spans::Spans;
 use crate::model::aggregate::{PeriodKey, WindowRow};
 use crate::model::meter::Aggregation;
-use crate::model::properties::Property;
+use crate::model::property::Property;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{BillingCycle, Span};
 use crate::pipeline::enrich::Enricher;
