@@ -397,7 +397,7 @@ mod tests {
             prop_assert_eq!(kept.is_some(), keeps && !matches.is_empty());
             let Some(KeptFile { file, pieces, length }) = kept else { return Ok(()) };
             let path = folder.path().join("kept");
-            file.keep(&path).unwrap();
+            file.persist(&path).unwrap();
             let bytes = std::fs::read(&path).unwrap();
             prop_assert_eq!(bytes.len() as u64, length);
             for at in 0..parts {

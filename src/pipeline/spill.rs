@@ -2,13 +2,13 @@
 //! up again at a time. The file is a temporary one, or one that can be kept.
 
 use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
+use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Partitions that one thread writes.
@@ -40,44 +40,18 @@ struct Spilled {
 enum SpillFile {
     /// It has no name, and is gone with the process.
     Temporary(File),
-    Kept(Partial),
+    Kept(NamedTempFile),
 }
 
-/// A file that is removed unless it is kept.
-#[derive(Debug)]
-pub struct Partial {
-    file: File,
-    path: PathBuf,
-}
-
-impl Partial {
-    /// How the names of such files end: those that a process left are of no use.
-    pub const EXTENSION: &str = "partial";
-
-    /// # Errors
-    /// Where the folder cannot be written.
-    pub fn create(folder: &Path) -> io::Result<Partial> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let path = folder.join(format!("matches-{process}-{number}.{}", Partial::EXTENSION));
-        let file = File::options().create(true).truncate(true).read(true).write(true).open(&path)?;
-        Ok(Partial { file, path })
-    }
-
-    /// Keeps it under another name in its folder.
-    ///
-    /// # Errors
-    /// Where it cannot be renamed.
-    pub fn keep(self, path: &Path) -> io::Result<()> {
-        // Nothing is left under the name that is removed then.
-        fs::rename(&self.path, path)
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-    }
+/// A file in `folder` that is removed unless it is kept. What a process leaves that was killed
+/// is known by the end of its name.
+///
+/// # Errors
+/// Where the folder cannot be written.
+pub fn partial(folder: &Path) -> io::Result<NamedTempFile> {
+    // Kept files are for whoever may read the folder, which temporary ones are not.
+    let open = |path: &Path| File::options().create_new(true).read(true).write(true).open(path);
+    tempfile::Builder::new().prefix("matches-").suffix(".partial").make_in(folder, open)
 }
 
 /// Bytes of one partition in a file that is kept; those of a partition follow each other in
@@ -93,7 +67,7 @@ pub struct Piece {
 /// What is left of partitions that were taken up as a whole.
 #[derive(Debug)]
 pub struct KeptFile {
-    pub file: Partial,
+    pub file: NamedTempFile,
     pub pieces: Vec<Piece>,
     pub length: u64,
 }
@@ -101,14 +75,15 @@ pub struct KeptFile {
 impl SpillFile {
     fn create(keep_in: Option<&Path>) -> io::Result<SpillFile> {
         match keep_in {
-            Some(folder) => Partial::create(folder).map(SpillFile::Kept),
+            Some(folder) => partial(folder).map(SpillFile::Kept),
             None => tempfile::tempfile().map(SpillFile::Temporary),
         }
     }
 
     fn file(&mut self) -> &mut File {
         match self {
-            SpillFile::Temporary(file) | SpillFile::Kept(Partial { file, .. }) => file,
+            SpillFile::Temporary(file) => file,
+            SpillFile::Kept(file) => file.as_file_mut(),
         }
     }
 }
@@ -196,8 +171,12 @@ impl Partitions {
         match &mut self.spilled {
             Some(spilled) => Ok(spilled),
             none => {
-                let folder = self.keep_in.clone().unwrap_or_else(std::env::temp_dir);
-                tracing::info!(of = self.of, folder = %folder.display(), "spilling to a temporary file");
+                match &self.keep_in {
+                    Some(folder) => tracing::info!(of = self.of, folder = %folder.display(), "writing a file for later runs"),
+                    None => {
+                        tracing::info!(of = self.of, folder = %std::env::temp_dir().display(), "spilling to a temporary file");
+                    }
+                }
                 let file = SpillFile::create(self.keep_in.as_deref())?;
                 Ok(none.insert(Spilled { file, end: 0, pieces: vec![VecDeque::new(); parts] }))
             }
@@ -303,6 +282,6 @@ mod tests {
         partitions.keep_no_more(io::ErrorKind::StorageFull.into()).unwrap();
         fill(&mut partitions, 20);
         check(partitions, 40);
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }

@@ -1,7 +1,7 @@
 //! Corrections that can be trusted: saved plans, closed periods, taking back,
 //! resuming, and ends that nobody planned.
 
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -253,12 +253,6 @@ fn large_world() -> Workspace {
     workspace
 }
 
-fn start(workspace: &Workspace, arguments: &[&str]) -> std::process::Child {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_trueup"));
-    command.args(arguments).current_dir(workspace.path("")).stdout(Stdio::null()).stderr(Stdio::null());
-    command.spawn().unwrap()
-}
-
 fn signal(child: &std::process::Child, name: &str) {
     Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
 }
@@ -279,7 +273,7 @@ fn wait_for_lock(workspace: &Workspace) {
 fn a_run_that_is_asked_to_end_writes_nothing_and_can_be_resumed() {
     for (name, code) in [("-TERM", 143), ("-INT", 130)] {
         let workspace = large_world();
-        let mut child = start(&workspace, &["run", "job.yaml", "--month", "2026-03"]);
+        let mut child = workspace.start(&["run", "job.yaml", "--month", "2026-03"]);
         wait_for_lock(&workspace);
         signal(&child, name);
         assert_eq!(child.wait().unwrap().code(), Some(code));
@@ -295,7 +289,7 @@ fn a_run_that_is_asked_to_end_writes_nothing_and_can_be_resumed() {
 #[test]
 fn a_held_lock_names_its_holder_and_a_dead_holder_is_taken_over() {
     let workspace = large_world();
-    let mut child = start(&workspace, &["run", "job.yaml"]);
+    let mut child = workspace.start(&["run", "job.yaml"]);
     wait_for_lock(&workspace);
     signal(&child, "-STOP");
     let held = format!("process {} since", child.id());
@@ -336,7 +330,7 @@ fn killed_at_any_moment_the_next_run_makes_it_right() {
     let (mut unchanged, mut published) = (0, 0);
     for attempt in 0..200u64 {
         restore();
-        let mut child = start(&workspace, &["run", "job.yaml"]);
+        let mut child = workspace.start(&["run", "job.yaml"]);
         // Everywhere, and three times as often near the end, where it publishes.
         let share = if attempt % 4 == 0 { attempt * 9 % 1100 } else { 600 + attempt * 13 % 600 };
         std::thread::sleep(Duration::from_micros(length * share / 1000));

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -10,10 +11,10 @@ use crate::incremental::read;
 use crate::incremental_windows::{Call, METERS, PRICES, day, night, shop, spared};
 use crate::support::Workspace;
 
-const USERS: &str = "  - {meter_id: users, event_name: call, aggregation: count_unique, property: user, dimensions: [model]}
+pub const USERS: &str = "  - {meter_id: users, event_name: call, aggregation: count_unique, property: user, dimensions: [model]}
   - {meter_id: visits, event_name: call, aggregation: count, window: {session: {gap: 3h}}}
 ";
-const USER_PRICE: &str = r#"  - {price_id: p_users, plan_id: pro, meter_id: users, currency: EUR, model: per_unit, unit_amount: "1"}
+pub const USER_PRICE: &str = r#"  - {price_id: p_users, plan_id: pro, meter_id: users, currency: EUR, model: per_unit, unit_amount: "1"}
   - {price_id: p_visits, plan_id: pro, meter_id: visits, currency: EUR, model: per_unit, unit_amount: "1"}
 "#;
 
@@ -26,7 +27,7 @@ fn keeping() -> Workspace {
     workspace
 }
 
-fn kept(run: &Value) -> u64 {
+pub fn kept(run: &Value) -> u64 {
     run["coverage"]["skipping"]["kept_matches"].as_u64().unwrap()
 }
 
@@ -175,6 +176,30 @@ fn after_many_runs_everything_is_computed_again() {
 }
 
 #[test]
+fn where_nothing_is_kept_a_run_that_would_read_much_reads_everything() {
+    let workspace = keeping();
+    let late = |customer: &str, day: u32| {
+        let id = format!("late-{customer}-{day}");
+        Call { id: &id, customer, day, hour: 12, value: 7, came: 2 }.line()
+    };
+    fs::remove_dir_all(workspace.path("trueup.db.keys")).unwrap();
+    // Of a third of the customers, the period is read: more than a quarter of all events.
+    workspace.write("events/late.ndjson", late("a", 2));
+    let run = workspace.run(&[]);
+    assert_eq!(run["coverage"]["mode"], "full", "{}", run["coverage"]);
+    assert_eq!(run["coverage"]["why"], "what is new touches much of what there is");
+    // From then on, the same is read from what that run kept.
+    workspace.write("events/late-2.ndjson", late("a", 3));
+    let run = workspace.run(&[]);
+    assert_eq!((run["coverage"]["mode"].as_str(), read(&run)), (Some("incremental"), (1, 1)));
+    assert!(kept(&run) > 0);
+    // Who asks for an incremental run gets it.
+    fs::remove_dir_all(workspace.path("trueup.db.keys")).unwrap();
+    workspace.write("events/late-3.ndjson", late("b", 3) + &late("c", 3));
+    assert_eq!(kept(&night(&workspace)), 0);
+}
+
+#[test]
 fn a_run_of_everything_begins_anew() {
     let workspace = keeping();
     workspace.write("events/6.ndjson", day(6));
@@ -230,6 +255,48 @@ fn what_is_of_another_run_or_damaged_is_not_used() {
     let plan = workspace.trueup(&["run", "job.yaml"]);
     plan.fails_with(1, &[path.to_str().unwrap(), "not what was written", "run again"]);
     assert_eq!(kept(&night(&workspace)), 0);
+}
+
+/// Killed at a random moment, before it publishes, while it does, and before it keeps: later
+/// runs find nothing that is not theirs, and nothing is left behind.
+#[test]
+fn killed_at_any_moment_nobody_is_misled_by_what_is_kept() {
+    let workspace = keeping();
+    let runs = || workspace.query("SELECT run_id FROM runs").len();
+    // How long it takes until something is published; it grows with the files.
+    let mut length = Duration::from_millis(20);
+    let (mut unpublished, mut published) = (0, 0);
+    for attempt in 0..60u32 {
+        let (customer, day) = (["a", "b", "c"][attempt as usize % 3], attempt % 5 + 1);
+        let (late, again) = (format!("late-{attempt}"), format!("{customer}-{day}-9"));
+        let late = Call { id: &late, customer, day, hour: 12, value: attempt % 7, came: 2 };
+        let again = Call { id: &again, day: (day + attempt) % 5 + 1, value: attempt, came: 3 + attempt / 3, ..late };
+        workspace.write(&format!("events/more-{attempt}.ndjson"), late.line() + &again.line());
+        let before = runs();
+        let mut child = workspace.start(&["run", "job.yaml", "--incremental"]);
+        // Three times as often near the end, where it publishes and keeps.
+        let share = if attempt % 4 == 0 { attempt * 90 % 1100 } else { 700 + attempt * 130 % 600 };
+        std::thread::sleep(length * share / 1000);
+        let _ = child.kill();
+        child.wait().unwrap();
+        if runs() == before {
+            unpublished += 1;
+            length = if share > 1000 { length * 6 / 5 } else { length };
+        } else {
+            published += 1;
+            length = if share < 1000 { length * 9 / 10 } else { length };
+        }
+        // An event of the same customer finds what was kept.
+        let next = format!("next-{attempt}");
+        workspace.write(&format!("events/next-{attempt}.ndjson"), Call { id: &next, ..late }.line());
+        let run = night(&workspace);
+        segments(&workspace);
+        if kept(&run) == 0 {
+            workspace.run(&["--full"]);
+        }
+    }
+    assert!(unpublished > 5 && published > 5, "{unpublished} before and {published} after the commit");
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
 }
 
 #[test]

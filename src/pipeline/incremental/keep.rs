@@ -5,16 +5,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use rustc_hash::FxHashSet;
+use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::LARGE_ROWS;
 use super::kept::Kept;
 use super::segment::{Index, Listed, MANIFEST, Manifest, Replaced, ShardIndex, Tables, VERSION, index_path, matches_path, nanos};
-use crate::config::{self, Source};
+use crate::config;
 use crate::pipeline::aggregate::Shard;
 use crate::pipeline::context::Context;
 use crate::pipeline::range::Completeness;
-use crate::pipeline::spill::{KeptFile, Partial};
+use crate::pipeline::spill::{KeptFile, partial};
 use crate::pipeline::state::Interner;
 use crate::pipeline::{Inputs, Request};
 use crate::source::Field;
@@ -32,21 +33,19 @@ fn may_keep(inputs: &Inputs<'_>, request: &Request, rows: u64) -> bool {
         (config::Incremental::Auto, _) => rows >= LARGE_ROWS,
     };
     is_worth_it
-        && matches!(job.source, Source::Files { .. })
         // Two events of another key could have the same identity.
         && key.len() == 2 && key.contains(&Field::TenantId) && key.contains(&Field::Id)
         // What a run leaves out depends on when it runs.
         && job.lateness == config::Lateness::default()
         && !reference.has_levels(None)
-        && request.range.is_none()
-        && request.scope.is_whole()
+        && request.is_of_everything()
 }
 
 /// Where a run of a job of so many rows keeps its matches; `None` where it does not, or
 /// cannot write there.
 pub fn folder(inputs: &Inputs<'_>, request: &Request, rows: u64) -> Option<PathBuf> {
     let folder = inputs.keys.folder.as_deref().filter(|_| inputs.keys.writes && may_keep(inputs, request, rows))?;
-    match fs::create_dir_all(folder).and_then(|()| Partial::create(folder)) {
+    match fs::create_dir_all(folder).and_then(|()| partial(folder)) {
         Ok(_) => Some(folder.to_owned()),
         Err(error) => {
             tracing::debug!("{}: no matches are kept: {error}", folder.display());
@@ -69,8 +68,7 @@ pub enum Keep {
 impl Keep {
     /// After a run of the whole job that kept nothing.
     pub fn nothing(inputs: &Inputs<'_>, request: &Request) -> Keep {
-        let is_whole = request.range.is_none() && request.scope.is_whole();
-        let folder = inputs.keys.folder.clone().filter(|_| inputs.keys.writes && is_whole);
+        let folder = inputs.keys.folder.clone().filter(|_| inputs.keys.writes && request.is_of_everything());
         folder.map_or(Keep::AsTheyAre, Keep::Nothing)
     }
 
@@ -137,7 +135,7 @@ impl Keep {
 pub struct Draft {
     folder: PathBuf,
     /// By shard.
-    files: Vec<Partial>,
+    files: Vec<NamedTempFile>,
     index: Index,
     before: Vec<Listed>,
 }
@@ -149,7 +147,7 @@ impl Draft {
         // Tables that are not what they were tell which rows there were no more for a while.
         if !self.files.is_empty() || !self.index.replaced.events.is_empty() || self.index.tables.is_some() {
             for (shard, file) in self.files.into_iter().enumerate() {
-                file.keep(&matches_path(&self.folder, run_id, shard))?;
+                file.persist(matches_path(&self.folder, run_id, shard))?;
             }
             let bytes = zstd::encode_all(serde_json::to_vec(&self.index)?.as_slice(), 1)?;
             fs::write(index_path(&self.folder, run_id), &bytes)?;

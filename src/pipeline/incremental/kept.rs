@@ -273,7 +273,9 @@ impl KeptMatches<'_> {
             for ((number, shard), renamed) in shards.filter(|(_, renamed)| renamed.spans.iter().any(|(_, marked)| *marked)) {
                 let mut readers: FxHashMap<usize, Reader> = FxHashMap::default();
                 for piece in shard.pieces.iter().filter(|piece| parts.contains(&piece.part)) {
-                    segment.read(number, piece, &mut bytes)?;
+                    segment.read(number, piece, &mut bytes).with_context(|| {
+                        format!("{} cannot be read", matches_path(&self.kept.folder, &segment.listed.name, number).display())
+                    })?;
                     if xxh3_64(&bytes) != piece.checksum {
                         return Err(self.kept.damaged(segment, number, "kept matches are not what was written"));
                     }
