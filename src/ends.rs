@@ -12,10 +12,10 @@ use crate::pipeline::draft::Draft;
 use crate::pipeline::saved::{SavedPlan, stale};
 use crate::pipeline::{self, Inputs, KeyCache, Observer, Plan, Published, Request, plan};
 use crate::reference::Reference;
-use crate::source::EventSource;
 use crate::source::clickhouse::ClickHouseSource;
 use crate::source::files::FileSource;
 use crate::source::kafka::{KafkaSource, Snapshot};
+use crate::source::{EventSource, Moved};
 use crate::store::AggregateStore;
 use crate::store::clickhouse::ClickHouseStore;
 use crate::store::lock::{Holder, Lock};
@@ -116,7 +116,13 @@ pub fn apply(job: &Job, path: &Path, saved: SavedPlan, yes: bool) -> Result<RunR
 fn input_files(job: &Job, reference: &Reference, saved: &SavedPlan) -> Result<Vec<InputFile>> {
     let selection = pipeline::selection(&saved.request, saved.draft.range, reference);
     let then: rustc_hash::FxHashMap<_, _> = saved.draft.input.files.iter().map(|file| (&file.name, file.rows)).collect();
-    let splits = source(job)?.splits(&selection)?;
+    let source = source(job)?;
+    let since = saved.request.is_of_everything().then(|| source.splits_since(&saved.draft.input.files));
+    let splits = match since {
+        Some(Err(error)) if !Moved::is_in(&error) => return Err(error),
+        Some(Ok(splits)) => splits,
+        _ => source.splits(&selection)?,
+    };
     let file = |split: &crate::source::Split| {
         let rows = split.announced_rows.or_else(|| then.get(&split.label()).copied()).unwrap_or_default();
         InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows }
@@ -172,8 +178,9 @@ pub fn preview(
 pub fn source(job: &Job) -> Result<Box<dyn EventSource>> {
     match &job.source {
         Source::Files { patterns, columns } => Ok(Box::new(FileSource::new(patterns.clone(), columns.clone()))),
-        Source::ClickHouse { connection, events, columns } => {
-            Ok(Box::new(ClickHouseSource::new(connection, events, columns.clone(), job.deduplicate.key.clone())?))
+        Source::ClickHouse { connection, events, margin, columns } => {
+            let key = job.deduplicate.key.clone();
+            Ok(Box::new(ClickHouseSource::new(connection, events, *margin, columns.clone(), key)?))
         }
         Source::Kafka { .. } => Ok(Box::new(kafka_source(job, None)?)),
     }
@@ -245,9 +252,6 @@ pub fn lock_path(job: &Job) -> PathBuf {
 
 /// Where runs keep the keys that they read: beside the store, or where caches go.
 fn key_cache(job: &Job, writes: bool) -> KeyCache {
-    if !matches!(job.source, Source::Files { .. }) {
-        return KeyCache::default();
-    }
     let folder = match &job.store {
         Store::Sqlite { path } => {
             let path = path.canonicalize().unwrap_or_else(|_| path.clone());

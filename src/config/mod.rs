@@ -50,7 +50,7 @@ pub struct Job {
 #[derive(Debug, Clone)]
 pub enum Source {
     Files { patterns: Vec<FilePattern>, columns: ColumnMap },
-    ClickHouse { connection: ClickHouseConnection, events: Relation, columns: ColumnMap },
+    ClickHouse { connection: ClickHouseConnection, events: Relation, margin: Duration, columns: ColumnMap },
     Kafka { connection: KafkaConnection, topic: String, margin: Duration, tenant_id: Option<String>, columns: ColumnMap },
 }
 
@@ -289,7 +289,11 @@ impl Validator<'_> {
         let source = self.source(raw.source)?;
         let (Source::Files { columns, .. } | Source::ClickHouse { columns, .. } | Source::Kafka { columns, .. }) = &source;
         let digest = Digest::new("job").text(timezone.name()).text(window.name());
-        let digest = digest.text(&format!("{deduplicate:?}")).text(&format!("{columns:?}")).hex();
+        let digest = digest.text(&format!("{deduplicate:?}")).text(&format!("{columns:?}"));
+        let digest = match &source {
+            Source::Kafka { tenant_id: Some(tenant), .. } => digest.text(tenant).hex(),
+            _ => digest.hex(),
+        };
         Ok(Job {
             path: self.path.to_owned(),
             name: raw.job.value,
@@ -395,15 +399,13 @@ impl Validator<'_> {
                     (None, Some(query)) => Relation::Query(query.value),
                     _ => return Err(self.error(&raw.kind, "source needs either `table` or `query`")),
                 };
-                Ok(Source::ClickHouse { connection: self.connections.clickhouse()?, events, columns })
+                let margin = self.duration("source.margin", raw.margin.as_ref())?.unwrap_or_default();
+                Ok(Source::ClickHouse { connection: self.connections.clickhouse()?, events, margin, columns })
             }
             // Other kinds are refused above.
             _ => {
                 let Some(topic) = raw.topic else { return Err(self.error(&raw.kind, "source.topic must name the topic")) };
-                let margin = match &raw.margin {
-                    None => Duration::from_secs(3600),
-                    Some(_) => self.duration("margin", raw.margin.as_ref())?.unwrap_or_default(),
-                };
+                let margin = self.duration("source.margin", raw.margin.as_ref())?.unwrap_or(Duration::from_secs(3600));
                 let tenant_id = raw.tenant_id.map(|tenant| tenant.value);
                 Ok(Source::Kafka { connection: self.connections.kafka()?, topic: topic.value, margin, tenant_id, columns })
             }
@@ -414,7 +416,7 @@ impl Validator<'_> {
     fn reject_foreign_keys(&self, raw: &RawSource) -> Result<()> {
         let keys: &[&str] = match raw.kind.value.as_str() {
             "files" => &["paths"],
-            "clickhouse" => &["table", "query"],
+            "clickhouse" => &["table", "query", "margin"],
             "kafka" => &["topic", "margin", "tenant_id"],
             other => {
                 return Err(self.error(&raw.kind, format!("source kind `{other}` is unknown: use files, clickhouse or kafka")));

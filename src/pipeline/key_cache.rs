@@ -1,4 +1,4 @@
-//! The keys of splits in files, so that a later run need not read them again. What is
+//! The keys of splits, kept in files, so that a later run need not read them again. What is
 //! missing or damaged is read anew; what cannot be written is done without.
 
 use std::fs;
@@ -13,7 +13,7 @@ use crate::source::{Field, Split};
 /// A folder with a file of keys for each split of a job's source.
 #[derive(Debug, Clone, Default)]
 pub struct KeyCache {
-    /// `None` for a source whose splits change in place.
+    /// `None` where there is no place for it.
     pub folder: Option<PathBuf>,
     /// Whether it is brought up to date: plans only read it.
     pub writes: bool,

@@ -61,7 +61,7 @@ use crate::model::run::{InputFile, Origin, RunBasis, RunInput, RunMode, RunRecor
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
-use crate::source::{EventSource, Selection};
+use crate::source::{EventSource, Moved, Selection};
 use crate::store::AggregateStore;
 use causes::{ChangedRows, CurrentDigests, Evidence};
 use context::Context;
@@ -69,7 +69,7 @@ use draft::Draft;
 use enrich::{Enricher, Scope};
 use incremental::keep::{self, Keep};
 use incremental::snapshot::{STATE, Snapshot};
-use incremental::{Coverage, Marked, Mode, Passes, stored_windows};
+use incremental::{Coverage, Marked, Mode, Passes, Retreat, stored_windows};
 pub use key_cache::KeyCache;
 pub use lateness::Lateness;
 use matches::Partitioning;
@@ -176,8 +176,26 @@ const EMPTY: Span = Span { start: Timestamp::from_nanos(0), end: Timestamp::from
 /// Where the request is empty, the source is not delivered as a whole, a number
 /// overflows, or a promise would be broken.
 pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
+    let with = |completeness| compute(inputs, &Request { completeness, ..request.clone() });
+    let result = compute(inputs, request);
+    let retreat = match result {
+        Err(error) if error.is::<Retreat>() => error.downcast::<Retreat>()?,
+        result => return result,
+    };
+    let plan = match with(Completeness::Recomputed) {
+        // The source has no longer everything, but for what is new it does.
+        Err(error) if retreat.is_choice && Moved::is_in(&error) => with(Completeness::Incremental)?,
+        plan => {
+            let plan = plan?;
+            Plan { coverage: Coverage { why: Some(retreat.why), ..plan.coverage }, ..plan }
+        }
+    };
+    Ok(Plan { request: request.clone(), ..plan })
+}
+
+fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let started_at = now();
-    let Inputs { job, reference, source, store, progress, threads, .. } = *inputs;
+    let Inputs { job, reference, store, progress, threads, .. } = *inputs;
     let mut timeline = Timeline { steps: Vec::new(), observer: progress };
     let past = Past::load(store, job)?;
     let lateness = Lateness::of(job, request, started_at);
@@ -193,17 +211,18 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         }
     };
     let levels = reference.has_levels(request.scope.meter.as_deref());
-    let splits = source.splits(&selection(request, asked, reference))?;
-
     let basis = basis(job, reference, &request.scope);
-    let baseline = incremental::baseline(inputs, request, &past, &basis, &splits)?;
+    let selection = selection(request, asked, reference);
+    let (baseline, splits) = incremental::baseline(inputs, request, &past, &basis, &selection)?;
 
     // read (keys) -> deduplicate
     let keys = match &baseline {
-        Ok(baseline) => known_keys(inputs, &splits, &baseline.is_new, &mut timeline)?,
+        Ok(baseline) => known_keys(inputs, &splits, &baseline.is_new, &mut timeline).map_err(Retreat::of)?,
         Err(_) => read_keys(inputs, &splits, &mut timeline)?,
     };
-    inputs.keys.keep(&job.deduplicate.key, &splits, &keys.splits, keys.repeated.iter());
+    if request.is_of_everything() {
+        inputs.keys.keep(&job.deduplicate.key, &splits, &keys.splits, keys.repeated.iter());
+    }
     let whole = match asked {
         Some(range) => Some(range),
         None => {
@@ -222,7 +241,8 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     // What changed since the run before, if the rest can be skipped.
     let snapshot = Snapshot::of(reference, range.end);
     let passes = baseline.as_ref().ok().map(|baseline| Passes { inputs, baseline, splits: &splits, keys: &keys.splits });
-    let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), &mut timeline)).transpose()?;
+    let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), &mut timeline)).transpose();
+    let marked = marked.map_err(Retreat::of)?;
     let (mut marks, changed, mut skipping, differences) = match marked {
         Some(Marked { marks, changed, skipping, differences }) => (Some(marks), Some(changed), Some(skipping), Some(differences)),
         None => (None, None, None, None),
@@ -231,12 +251,11 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     if let (Some(passes), Some(marks)) = (&passes, &marks)
         && passes.are_in_vain(request, marks, kept.as_ref())
     {
-        let plan = plan(inputs, &Request { completeness: Completeness::Recomputed, ..request.clone() })?;
-        let why = Some(match kept {
-            None => "what is new touches much of what there is".to_owned(),
-            Some(_) => "many runs have built on the last one of everything".to_owned(),
-        });
-        return Ok(Plan { coverage: Coverage { why, ..plan.coverage }, request: request.clone(), ..plan });
+        let why = match kept {
+            None => "what is new touches much of what there is",
+            Some(_) => "many runs have built on the last one of everything",
+        };
+        return Err(Retreat { why: why.to_owned(), is_choice: true }.into());
     }
     let known = marks.as_mut().map(|marks| {
         timeline.step("read stored", None, || {
@@ -268,7 +287,8 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let mut seen = match (&passes, &mut skipping, &context.marks) {
         (Some(passes), Some(skipping), Some(marks)) => timeline.step("enrich", None, || {
             let choice = changed.filter(|_| kept.is_some()).unwrap_or_else(|| marks.choice(reference));
-            let seen = resolve(&context, passes.enrich(&context, &coverage, &choice, skipping)?, threads)?;
+            let seen = passes.enrich(&context, &coverage, &choice, skipping).map_err(Retreat::of)?;
+            let seen = resolve(&context, seen, threads)?;
             let read = seen.events.read;
             Ok((seen, read))
         }),

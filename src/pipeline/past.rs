@@ -15,11 +15,11 @@ use super::price::{Priced, PricedWindow};
 use super::{Inputs, Request};
 use crate::config::Job;
 use crate::model::aggregate::{CorrectionKind, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, WindowKey};
-use crate::model::run::{RunBasis, RunRecord};
+use crate::model::run::{InputFile, RunBasis, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 use crate::reference::Reference;
-use crate::source::{Part, Split};
+use crate::source::{Part, Split, kafka};
 use crate::store::{AggregateStore, StoredDeadLetter};
 
 /// What earlier runs left in the store.
@@ -39,20 +39,26 @@ pub struct Stored {
 /// What a run knew when it computed its range.
 pub struct Coverage<'p> {
     range: Span,
-    /// Fingerprints of the files that it read.
-    files: FxHashMap<&'p str, &'p str>,
+    files: &'p [InputFile],
+    /// Their fingerprints by name.
+    fingerprints: FxHashMap<&'p str, &'p str>,
     ingested_until: Option<Timestamp>,
 }
 
 impl Coverage<'_> {
     fn knowledge(&self, split: &Split) -> Known {
-        if !matches!(split.part, Part::Whole | Part::RowGroup(_)) {
-            // Databases and topics grow in place: only ingestion times tell what is new.
-            return self.ingested_until.map_or(Known::None, Known::Until);
-        }
-        match (self.files.get(split.label().as_str()), self.ingested_until) {
+        let is_later = match split.part {
+            Part::Whole | Part::RowGroup(_) => !self.fingerprints.contains_key(split.label().as_str()),
+            Part::Offsets { partition, start, .. } => {
+                kafka::read_until(self.files, &split.identity, partition).is_none_or(|end| end <= start)
+            }
+            // Databases grow in place: only ingestion times tell what is new.
+            Part::Rows { .. } => false,
+        };
+        match (self.fingerprints.get(split.label().as_str()), self.ingested_until) {
+            _ if is_later => Known::None,
             (Some(fingerprint), _) if *fingerprint == split.fingerprint => Known::All,
-            (Some(_), Some(cut_off)) => Known::Until(cut_off),
+            (_, Some(cut_off)) => Known::Until(cut_off),
             _ => Known::None,
         }
     }
@@ -119,8 +125,9 @@ impl Past {
             if coverage.iter().any(|later| later.range.covers(range)) {
                 continue;
             }
-            let files = run.input.files.iter().map(|file| (file.name.as_str(), file.fingerprint.as_str())).collect();
-            coverage.push(Coverage { range, files, ingested_until: run.input.ingested_until });
+            let files = &run.input.files;
+            let fingerprints = files.iter().map(|file| (file.name.as_str(), file.fingerprint.as_str())).collect();
+            coverage.push(Coverage { range, files, fingerprints, ingested_until: run.input.ingested_until });
         }
         coverage
     }

@@ -23,6 +23,13 @@ pub struct Request {
     pub completeness: Completeness,
 }
 
+impl Request {
+    /// Whether it is no range and no part of the job.
+    pub fn is_of_everything(&self) -> bool {
+        self.range.is_none() && self.scope.is_whole()
+    }
+}
+
 /// How much of a job a request without a range looks at.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -13,7 +13,7 @@ use rdkafka::message::{BorrowedMessage, Message};
 use super::batch::TextEvent;
 use super::columns::{ColumnMap, Field};
 use super::json_event::{Defaults, JsonEvents};
-use super::{BatchBuilder, EventBatch, EventSource, Part, Selection, Split, Wanted};
+use super::{BatchBuilder, EventBatch, EventSource, Moved, Part, Selection, Split, Wanted};
 use crate::config::KafkaConnection;
 use crate::fault::configuration;
 use crate::model::run::{InputFile, RunRecord};
@@ -66,8 +66,40 @@ impl EventSource for KafkaSource {
         }
     }
 
+    /// Messages of an offset never change, so what was read comes again by its offsets, even
+    /// where retention has removed it since: that shows when it is to be read.
+    fn splits_since(&self, before: &[InputFile]) -> Result<Vec<Split>> {
+        let topic = Topic::connect(&self.connection, &self.topic)?;
+        let partitions = topic.partitions()?;
+        let identity = format!("kafka:{}/{}", topic.cluster(), self.topic);
+        let mut recorded = offsets(before, &identity)
+            .map_err(|file| Moved(format!("the last run read `{}`, which is no part of {topic}", file.name)))?;
+        let mut splits = Vec::new();
+        for partition in partitions {
+            let extent = topic.extent(partition)?;
+            let place = topic.place(partition);
+            let known = recorded.remove(&partition).unwrap_or_default();
+            let until = known.last().map_or(0, |(known, _)| known.end);
+            if extent.end < until {
+                bail!(Moved(format!("{place}: offsets up to {until} were read, and it ends at {} now", extent.end)));
+            }
+            if extent.low > until {
+                let gone = extent.low - 1;
+                bail!(Moved(format!("{place}: retention has removed offsets {until} to {gone}, which no run has read")));
+            }
+            let new = Offsets { start: until, end: extent.end };
+            let new = Some(new).filter(|new| new.start < new.end || known.is_empty());
+            let parts = known.into_iter().map(|(known, _)| known).chain(new).enumerate();
+            splits.extend(parts.map(|(at, offsets)| self.split(&identity, partition, offsets, at > 0)));
+        }
+        match recorded.keys().next() {
+            Some(partition) => bail!(Moved(format!("{}: there is no such partition any more", topic.place(*partition)))),
+            None => Ok(splits),
+        }
+    }
+
     fn read(&self, split: &Split, _: Wanted<'_>, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<()> {
-        let Part::Offsets { partition, start, end } = split.part else {
+        let Part::Offsets { partition, start, end, .. } = split.part else {
             bail!("{} is no part of a Kafka topic: this is a bug in trueup", split.name)
         };
         if start >= end {
@@ -122,18 +154,18 @@ impl KafkaSource {
                 Some(None) => extent.end,
                 Some(Some(offset)) => (*offset).clamp(extent.low, extent.end),
             };
-            splits.push(self.split(identity, *partition, start, extent.end));
+            splits.push(self.split(identity, *partition, Offsets { start, end: extent.end }, false));
         }
         Ok(splits)
     }
 
-    fn split(&self, identity: &str, partition: i32, start: i64, end: i64) -> Split {
+    fn split(&self, identity: &str, partition: i32, Offsets { start, end }: Offsets, continues: bool) -> Split {
         Split {
             name: format!("kafka {}/{partition}", self.topic),
             identity: identity.to_owned(),
             fingerprint: format!("{start}..{end}"),
             announced_rows: None,
-            part: Part::Offsets { partition, start, end },
+            part: Part::Offsets { partition, start, end, continues },
         }
     }
 
@@ -167,7 +199,7 @@ impl KafkaSource {
             }
             None => "wait until the partition has messages older than the range, or lengthen the topic's retention".to_owned(),
         };
-        bail!("{place}: retention has removed messages; {needed}, but {left}: {remedy}")
+        bail!(Moved(format!("{place}: retention has removed messages; {needed}, but {left}: {remedy}")))
     }
 
     /// The splits that a run recorded, with as many rows as it read.
@@ -180,19 +212,20 @@ impl KafkaSource {
         identity: &str,
     ) -> Result<Vec<Split>> {
         let by_time = self.starts(topic, partitions, selection)?;
+        let recorded = offsets(&snapshot.files, identity).map_err(|file| {
+            let run = &snapshot.run_id;
+            configuration(format!("--snapshot {run}: that run read `{}`, which is no part of {topic}", file.name))
+        })?;
         let mut splits = Vec::new();
-        for file in &snapshot.files {
-            let Some((partition, start, end)) = offsets(file, identity) else {
-                return Err(configuration(format!(
-                    "--snapshot {}: that run read `{}`, which is no part of {topic}",
-                    snapshot.run_id, file.name
-                )));
-            };
+        for (partition, parts) in recorded {
+            let rows = parts.iter().map(|(_, rows)| rows).sum();
+            let whole = parts.into_iter().map(|(offsets, _)| offsets).reduce(|a, b| Offsets { end: b.end, ..a });
+            let Some(Offsets { start, end }) = whole else { continue };
             let needed = by_time.get(&partition).copied().flatten().unwrap_or(start);
             check_still_there(topic, partitions, partition, start, end)
                 .and_then(|()| check_reaches_back(topic, partition, start, needed))
                 .with_context(|| format!("--snapshot {} cannot be read again", snapshot.run_id))?;
-            splits.push(Split { announced_rows: Some(file.rows), ..self.split(identity, partition, start, end) });
+            splits.push(Split { announced_rows: Some(rows), ..self.split(identity, partition, Offsets { start, end }, false) });
         }
         Ok(splits)
     }
@@ -316,11 +349,37 @@ fn check_reaches_back(topic: &Topic<'_>, partition: i32, start: i64, needed: i64
     Ok(())
 }
 
-/// Partition, start and end of a recorded split of the topic with this identity.
-fn offsets(file: &InputFile, identity: &str) -> Option<(i32, i64, i64)> {
-    let partition = file.name.strip_prefix(identity)?.strip_prefix('/')?.parse().ok()?;
-    let (start, end) = file.fingerprint.split_once("..")?;
-    Some((partition, start.parse().ok()?, end.parse().ok()?))
+/// Offsets of a partition, the end not included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Offsets {
+    start: i64,
+    end: i64,
+}
+
+/// Offsets by partition, with the messages in them.
+type Recorded = BTreeMap<i32, Vec<(Offsets, u64)>>;
+
+/// What recorded splits of the topic with this identity read: offsets that follow each
+/// other. Otherwise one that is of something else.
+fn offsets<'f>(files: &'f [InputFile], identity: &str) -> Result<Recorded, &'f InputFile> {
+    let parse = |file: &InputFile| -> Option<(i32, Offsets)> {
+        let name = file.name.strip_prefix(identity)?.strip_prefix('/')?;
+        let partition = name.split_once('@').map_or(name, |(partition, _)| partition);
+        let (start, end) = file.fingerprint.split_once("..")?;
+        Some((partition.parse().ok()?, Offsets { start: start.parse().ok()?, end: end.parse().ok()? }))
+    };
+    let mut by_partition = Recorded::new();
+    for file in files {
+        let (partition, offsets) = parse(file).ok_or(file)?;
+        by_partition.entry(partition).or_default().push((offsets, file.rows));
+    }
+    by_partition.values_mut().for_each(|parts| parts.sort_unstable());
+    Ok(by_partition)
+}
+
+/// Where the offsets of a partition end that a run has read; `None` where it read none.
+pub fn read_until(files: &[InputFile], identity: &str, partition: i32) -> Option<i64> {
+    offsets(files, identity).ok()?.get(&partition)?.last().map(|(known, _)| known.end)
 }
 
 fn nanos(duration: Duration) -> i64 {

@@ -10,6 +10,7 @@ pub mod kafka;
 
 use anyhow::Result;
 
+use crate::model::run::InputFile;
 use crate::model::window::Span;
 
 pub use batch::{BatchBuilder, EventBatch, EventRef, Problem, Texts};
@@ -35,15 +36,18 @@ pub enum Part {
     Whole,
     /// Of a Parquet file.
     RowGroup(usize),
-    /// Rows that a SQL condition selects.
+    /// Rows that a SQL condition selects; a weaker one lets the server skip others.
     Rows {
         condition: String,
+        hint: Option<String>,
     },
     /// Of a Kafka partition, the end not included.
     Offsets {
         partition: i32,
         start: i64,
         end: i64,
+        /// Whether what lies before is in parts of its own.
+        continues: bool,
     },
 }
 
@@ -62,9 +66,22 @@ impl Split {
         match &self.part {
             Part::Whole => self.identity.clone(),
             Part::RowGroup(group) => format!("{}#{group}", self.identity),
-            Part::Rows { condition } => format!("{}?{condition}", self.identity),
-            Part::Offsets { partition, .. } => format!("{}/{partition}", self.identity),
+            Part::Rows { condition, .. } => format!("{}?{condition}", self.identity),
+            Part::Offsets { partition, continues: false, .. } => format!("{}/{partition}", self.identity),
+            Part::Offsets { partition, start, .. } => format!("{}/{partition}@{start}", self.identity),
         }
+    }
+}
+
+/// What an earlier run read is not there any more as it was.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Moved(pub String);
+
+impl Moved {
+    /// Whether that is why something failed.
+    pub fn is_in(error: &anyhow::Error) -> bool {
+        error.chain().any(|cause| cause.is::<Moved>())
     }
 }
 
@@ -104,6 +121,16 @@ pub trait EventSource: Sync {
 
     /// What there is to read, now.
     fn splits(&self, selection: &Selection) -> Result<Vec<Split>>;
+
+    /// Everything there is to read, now, in such splits that those of `before`, which an
+    /// earlier run read, come again with their labels, and with their fingerprints unless they
+    /// changed; what came later is in splits of its own.
+    ///
+    /// # Errors
+    /// As [`EventSource::splits`], or [`Moved`] where nothing tells what came later.
+    fn splits_since(&self, _before: &[InputFile]) -> Result<Vec<Split>> {
+        self.splits(&Selection::default())
+    }
 
     /// Reads one split in batches, in its own order.
     ///

@@ -89,7 +89,7 @@ pub fn night(workspace: &Workspace) -> Value {
 
 /// The store is as a full run leaves a fresh one.
 #[track_caller]
-fn check_against_a_fresh_store(workspace: &Workspace) {
+pub fn check_against_a_fresh_store(workspace: &Workspace) {
     for file in ["fresh.db", "fresh.db-wal", "fresh.db-shm"] {
         let _ = std::fs::remove_file(workspace.path(file));
     }

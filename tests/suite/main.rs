@@ -13,6 +13,7 @@ mod generate;
 mod golden;
 mod histories;
 mod incremental;
+mod incremental_sources;
 mod incremental_windows;
 mod inputs;
 mod kafka;

@@ -99,7 +99,7 @@ pub fn replace_key(yaml: &str, key: &str, with: &str) -> String {
     out
 }
 
-const EVENTS_TABLE: &str = "(tenant_id Nullable(String), id Nullable(String), event_name Nullable(String), \
+pub const EVENTS_TABLE: &str = "(tenant_id Nullable(String), id Nullable(String), event_name Nullable(String), \
     external_customer_id Nullable(String), timestamp Nullable(DateTime64(9, 'UTC')), ingested_at Nullable(DateTime64(9, 'UTC')), \
     properties Nullable(String), deleted Nullable(Bool)) ENGINE = MergeTree ORDER BY tuple()";
 

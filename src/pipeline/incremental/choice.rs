@@ -12,7 +12,7 @@ use crate::pipeline::keys::SplitKeys;
 use crate::pipeline::state::index;
 use crate::pipeline::text_memo::TextMemo;
 use crate::source::batch::Texts;
-use crate::source::{Chooser, EventBatch, EventRef, EventSource, Field, RowChoice, Selection, Split, Wanted};
+use crate::source::{Chooser, EventBatch, EventRef, EventSource, Field, Moved, RowChoice, Selection, Split, Wanted};
 
 /// Rows of marked customers, in marked time.
 #[derive(Debug, Default)]
@@ -242,7 +242,7 @@ impl EventSource for Chosen<'_> {
         match self.rows.get(&split.label()) {
             Some(rows) if *rows != delivered + left_out => {
                 let found = delivered + left_out;
-                bail!("{} had {rows} rows and now has {found}: it changed while it was read, run again", split.name)
+                bail!(Moved(format!("{} had {rows} rows and now has {found}: it changed, run again", split.name)))
             }
             _ => Ok(()),
         }

@@ -1,7 +1,7 @@
 //! Incremental runs: a full run that skips what cannot have changed since the last one.
 //!
 //! ```text
-//! new files -> marks -> events of what is marked -> all copies of their keys -> aggregate
+//! new events -> marks -> events of what is marked -> all copies of their keys -> aggregate
 //!                   \-> matches that earlier runs kept of it ------------------> aggregate
 //!                   \-> stored windows beside it ------------------------------> price
 //! ```
@@ -12,8 +12,9 @@
 //! events. The other windows of a billing period are taken from the store where their rows
 //! tell what they add to it ([`stored_windows`]); otherwise the whole period is marked.
 //! Either way it is priced anew, for one window can move the tiers of all later ones.
-//! Whatever cannot be proved makes a run full. That nobody altered the store cannot be
-//! proved here: a full run and `verify` see it.
+//! Whatever cannot be proved makes a run full, from the start or in the midst of it
+//! ([`Retreat`]). That nobody altered the store cannot be proved here: a full run and
+//! `verify` see it.
 
 mod choice;
 pub mod keep;
@@ -41,7 +42,7 @@ use crate::config::{Incremental, Source};
 use crate::model::aggregate::{StoredWindow, WindowRow};
 use crate::model::run::{RunBasis, RunMode, RunRecord};
 use crate::reference::ReferenceDigests;
-use crate::source::{Field, Split};
+use crate::source::{Field, Moved, Selection, Split};
 use kept::Kept;
 pub use marks::Marks;
 pub use passes::{Marked, Passes};
@@ -117,30 +118,48 @@ pub struct Baseline<'p> {
     pub is_new: Vec<bool>,
 }
 
-/// What a run can build on; otherwise why it computes everything.
+/// Why a run that skips ends before it is done, and everything is to be computed.
+#[derive(Debug, thiserror::Error)]
+#[error("{why}")]
+pub struct Retreat {
+    pub why: String,
+    /// Whether it could go on, only not as fast.
+    pub is_choice: bool,
+}
+
+impl Retreat {
+    /// What a failure to read what the baseline read calls for.
+    pub fn of(error: anyhow::Error) -> anyhow::Error {
+        if Moved::is_in(&error) { Retreat { why: format!("{error:#}"), is_choice: false }.into() } else { error }
+    }
+}
+
+/// What a run can build on, otherwise why it computes everything; and what there is to read.
 ///
 /// # Errors
-/// Where the store cannot be read.
+/// Where the store or the source cannot be read.
 pub fn baseline<'p>(
     inputs: &Inputs<'_>,
     request: &Request,
     past: &'p Past,
     basis: &RunBasis,
-    splits: &[Split],
-) -> Result<Result<Baseline<'p>, Coverage>> {
-    if request.range.is_some() || !request.scope.is_whole() {
-        return Ok(Err(Coverage { mode: Mode::Part, ..Coverage::full(None) }));
-    }
-    match (request.completeness, inputs.job.incremental) {
+    selection: &Selection,
+) -> Result<(Result<Baseline<'p>, Coverage>, Vec<Split>)> {
+    let found = match (request.completeness, inputs.job.incremental) {
+        _ if !request.is_of_everything() => Err(Coverage { mode: Mode::Part, ..Coverage::full(None) }),
         (Completeness::Incremental, _) | (Completeness::Auto, Incremental::Always) => {
-            Ok(find(inputs, request, past, basis, splits)?.map_err(Coverage::full))
+            find(inputs, request, past, basis)?.map_err(Coverage::full)
         }
         // Who did not ask for it need not hear why there is nothing to skip.
         (Completeness::Auto, Incremental::Auto) if is_large(past) => {
-            Ok(find(inputs, request, past, basis, splits)?.map_err(|_| Coverage::full(None)))
+            find(inputs, request, past, basis)?.map_err(|_| Coverage::full(None))
         }
-        _ => Ok(Err(Coverage::full(None))),
-    }
+        _ => Err(Coverage::full(None)),
+    };
+    Ok(match found {
+        Ok((baseline, splits)) => (Ok(baseline), splits),
+        Err(coverage) => (Err(coverage), inputs.source.splits(selection)?),
+    })
 }
 
 /// A run that skips does not look at rows that somebody altered: where it saves little, it
@@ -157,16 +176,12 @@ fn find<'p>(
     request: &Request,
     past: &'p Past,
     basis: &RunBasis,
-    splits: &[Split],
-) -> Result<Result<Baseline<'p>, String>> {
-    let Inputs { job, store, .. } = *inputs;
+) -> Result<Result<(Baseline<'p>, Vec<Split>), String>> {
+    let Inputs { job, store, source, .. } = *inputs;
     let Some(at) = past.runs.iter().rposition(Coverage::is_baseline) else {
         return Ok(Err("there is no run to build on yet".to_owned()));
     };
     let (Some(run), Some(store)) = (past.runs.get(at), store) else { return Ok(Err("there is no store yet".to_owned())) };
-    if !matches!(job.source, Source::Files { .. }) {
-        return Ok(Err("only event files tell what is new".to_owned()));
-    }
     if job.lateness.settle.is_some() {
         return Ok(Err("lateness.settle leaves windows of known files for later runs".to_owned()));
     }
@@ -178,8 +193,7 @@ fn find<'p>(
         return Ok(Err("a meter keeps a level over time".to_owned()));
     }
     let later = past.runs.iter().skip(at);
-    let reasons = later.filter_map(|later| obstacle(later, run, basis)).chain(moved_input(past, at, splits)).next();
-    if let Some(reason) = reasons {
+    if let Some(reason) = later.filter_map(|later| obstacle(later, run, basis)).next() {
         return Ok(Err(reason));
     }
     // Two events may share a dead letter only where they can share an id.
@@ -194,9 +208,16 @@ fn find<'p>(
     let Some(snapshot) = snapshot else {
         return Ok(Err(format!("what the reference tables were in run {} is not known", run.run_id)));
     };
+    let splits = match source.splits_since(&run.input.files) {
+        Err(error) if Moved::is_in(&error) => return Ok(Err(format!("{error:#}"))),
+        splits => splits?,
+    };
+    if let Some(reason) = moved_input(&job.source, past, at, &splits) {
+        return Ok(Err(reason));
+    }
     let known: FxHashSet<_> = run.input.files.iter().map(|file| file.name.as_str()).collect();
     let is_new = splits.iter().map(|split| !known.contains(split.label().as_str())).collect();
-    Ok(Ok(Baseline { run, snapshot, is_new }))
+    Ok(Ok((Baseline { run, snapshot, is_new }, splits)))
 }
 
 /// Why nothing can be concluded from the baseline (itself `later`), or from a run after it.
@@ -232,17 +253,33 @@ fn obstacle(later: &RunRecord, baseline: &RunRecord, basis: &RunBasis) -> Option
 }
 
 /// The first file that the baseline or a later run read, and that is not as it was.
-fn moved_input(past: &Past, baseline: usize, splits: &[Split]) -> Option<String> {
+fn moved_input(source: &Source, past: &Past, baseline: usize, splits: &[Split]) -> Option<String> {
     let labels: Vec<_> = splits.iter().map(Split::label).collect();
     let now: FxHashMap<&str, &Split> = labels.iter().map(String::as_str).zip(splits).collect();
     let computing = past.runs.iter().skip(baseline).filter(|run| run.mode.computes());
+    // What later runs read of a part: messages of a topic never change, and rows of a
+    // database that came after the baseline could have.
+    let computing = match source {
+        Source::Files { .. } => computing.take(usize::MAX),
+        Source::Kafka { .. } => computing.take(1),
+        Source::ClickHouse { .. } => match computing.clone().nth(1) {
+            Some(run) => return Some(format!("run {} computed a part from rows that may have changed since", run.run_id)),
+            None => computing.take(1),
+        },
+    };
     computing.flat_map(|run| run.input.files.iter().map(move |file| (run, file))).find_map(|(run, file)| {
         let what = match now.get(file.name.as_str()) {
             None => "is gone",
             Some(split) if split.fingerprint != file.fingerprint => "changed",
             Some(_) => return None,
         };
-        Some(format!("file {} {what} since run {}", file.name, run.run_id))
+        Some(match source {
+            Source::Files { .. } => format!("file {} {what} since run {}", file.name, run.run_id),
+            // The name of a part is a condition that nobody wants to read.
+            Source::Kafka { .. } | Source::ClickHouse { .. } => {
+                format!("rows changed since run {} read them, or others came that were ingested before", run.run_id)
+            }
+        })
     })
 }
 

@@ -20,6 +20,7 @@ use crate::clock::Stopwatch;
 use crate::config::KafkaConnection;
 use crate::fault::configuration;
 use crate::model::timestamp::Timestamp;
+use crate::source::Moved;
 
 /// How long the brokers may take to answer a question.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -195,7 +196,7 @@ impl<'t> Topic<'t> {
                 Ok(())
             }
             Some(Code::AutoOffsetReset | Code::OffsetOutOfRange) => {
-                bail!("retention has removed messages of the range since the run began: run again")
+                bail!(Moved("retention has removed messages that were there: run again".to_owned()))
             }
             _ => bail!("the brokers {} refuse to deliver: {error}{}", self.brokers, self.complaint()),
         }

@@ -1,0 +1,399 @@
+//! Events in a ClickHouse table or query, as ArrowStream.
+//!
+//! Rows are read as they are, without FINAL: deduplication is ours, so that all
+//! copies of an event take part, merged or not. A range is pushed down as "every
+//! copy of an event that has one copy in it". What is ingested after the start
+//! of the reading is left for the next run.
+
+mod cuts;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use arrow::array::RecordBatch;
+use arrow::buffer::Buffer;
+use arrow::ipc::reader::StreamDecoder;
+
+use super::arrow_batch::{convert, missing_column};
+use super::columns::{ColumnMap, Field};
+use super::{EventBatch, EventSource, Moved, Part, RowChoice, Selection, Split, Wanted};
+use crate::clickhouse_client::{Database, identifier, literal};
+use crate::config::{ClickHouseConnection, Relation};
+use crate::model::run::InputFile;
+use crate::model::timestamp::Timestamp;
+use cuts::{Cut, Slices};
+
+/// Rows that one split should have, so that several threads find work and a
+/// broken connection costs little.
+const ROWS_PER_SPLIT: u64 = 500_000;
+const MOST_SPLITS: u64 = 256;
+/// Beyond so many wanted rows of a split, all are read.
+const MOST_NAMED: usize = 20_000;
+/// Bytes of names in one query; servers take 256 KiB.
+const NAMES_AT_ONCE: usize = 100_000;
+
+/// A table or query with events.
+pub struct ClickHouseSource {
+    database: Database,
+    name: String,
+    /// The table, or the query in parentheses.
+    relation: String,
+    margin: Duration,
+    columns: ColumnMap,
+    key: Vec<Field>,
+}
+
+/// A column as the server describes it.
+struct Column {
+    name: String,
+    type_name: String,
+}
+
+impl Column {
+    fn base_type(&self) -> &str {
+        let inner = |text: &'_ str, wrapper: &str| -> Option<usize> { text.strip_prefix(wrapper).map(|_| wrapper.len()) };
+        let mut start = 0;
+        for wrapper in ["LowCardinality(", "Nullable("] {
+            let rest = self.type_name.get(start..).unwrap_or_default();
+            start += inner(rest, wrapper).unwrap_or(0);
+        }
+        self.type_name.get(start..).unwrap_or_default().trim_end_matches(')')
+    }
+
+    fn is_text(&self) -> bool {
+        self.base_type().starts_with("String")
+            || self.base_type().starts_with("FixedString")
+            || self.base_type().starts_with("Enum")
+    }
+
+    /// The column as an instant, for conditions; text that is none becomes NULL.
+    fn instant(&self) -> String {
+        let name = identifier(&self.name);
+        if self.is_text() { format!("parseDateTime64BestEffortOrNull(toString({name}), 9, 'UTC')") } else { name }
+    }
+}
+
+/// The columns that a source has, by field.
+struct Layout(Vec<(Field, Column)>);
+
+impl Layout {
+    fn get(&self, field: Field) -> Option<&Column> {
+        self.0.iter().find(|(known, _)| *known == field).map(|(_, column)| column)
+    }
+
+    fn require(&self, field: Field) -> Result<&Column> {
+        self.get(field).with_context(|| format!("column for {} is missing", field.name()))
+    }
+}
+
+impl ClickHouseSource {
+    /// `margin` is how long after its ingestion time a row may come to be seen: what was
+    /// ingested so short ago is left for later. `key` are the fields that identify an event.
+    ///
+    /// # Errors
+    /// Where no connection can be prepared; nothing is sent yet.
+    pub fn new(
+        connection: &ClickHouseConnection,
+        events: &Relation,
+        margin: Duration,
+        columns: ColumnMap,
+        key: Vec<Field>,
+    ) -> Result<Self> {
+        let database = Database::connect(connection)?;
+        let (name, relation) = match events {
+            Relation::Table(table) => {
+                let quoted: Vec<_> = table.split('.').map(identifier).collect();
+                (format!("table {table}"), quoted.join("."))
+            }
+            Relation::Query(query) => ("the source query".to_owned(), format!("({})", query.trim().trim_end_matches(';'))),
+        };
+        Ok(ClickHouseSource { database, name, relation, margin, columns, key })
+    }
+
+    /// Asks the server for columns and types.
+    fn layout(&self) -> Result<Layout> {
+        let (_, rows) = self.database.texts(&format!("DESCRIBE (SELECT * FROM {})", self.relation))?;
+        let cell = |row: &[Option<String>], at: usize| row.get(at).cloned().flatten().unwrap_or_default();
+        let found: Vec<_> = rows.iter().map(|row| (cell(row, 0), cell(row, 1))).collect();
+        let mut layout = Vec::new();
+        for field in Field::ALL {
+            let wanted = self.columns.name(field);
+            match found.iter().find(|(name, _)| name == wanted) {
+                Some((name, type_name)) => layout.push((field, Column { name: name.clone(), type_name: type_name.clone() })),
+                None if field.is_required() || self.columns.is_mapped(field) => {
+                    bail!("{}", missing_column(&self.name, field, &self.columns, found.iter().map(|(name, _)| name.as_str())));
+                }
+                None => {}
+            }
+        }
+        Ok(Layout(layout))
+    }
+
+    /// The SELECT list: every field under its own column's name, in a type that Arrow carries well.
+    fn select_list(&self, layout: &Layout, wanted: Wanted<'_>) -> Result<String> {
+        let mut list = Vec::new();
+        for column in &layout.0 {
+            let is_wanted = match wanted {
+                Wanted::Whole => true,
+                Wanted::Keys(fields) => column.0 == Field::Timestamp || fields.contains(&column.0),
+            };
+            if is_wanted {
+                list.push(format!("{} AS {}", self.expression(column)?, identifier(&column.1.name)));
+            }
+        }
+        Ok(list.join(", "))
+    }
+
+    /// A field's column, in a type that Arrow carries well.
+    fn expression(&self, (field, column): &(Field, Column)) -> Result<String> {
+        let name = identifier(&column.name);
+        let base = column.base_type();
+        Ok(match field {
+            Field::Timestamp | Field::IngestedAt if base.starts_with("Date") => format!("toDateTime64({name}, 9, 'UTC')"),
+            Field::Timestamp | Field::IngestedAt if !column.is_text() => {
+                bail!(
+                    "{}: column `{}` is {}, expected a date and time, or RFC 3339 text",
+                    self.name,
+                    column.name,
+                    column.type_name
+                );
+            }
+            Field::Properties if !column.is_text() => format!("toJSONString({name})"),
+            Field::Deleted => format!("toUInt8(ifNull({name}, 0) != 0)"),
+            _ => format!("CAST({name} AS Nullable(String))"),
+        })
+    }
+
+    /// The rows that a selection needs, frozen at what is ingested by now.
+    fn condition(&self, layout: &Layout, selection: &Selection) -> Result<String> {
+        let mut conditions = Vec::new();
+        if let Some(ingested_at) = layout.get(Field::IngestedAt) {
+            let column = ingested_at.instant();
+            if let Some(until) = self.ingested_until(&column)? {
+                conditions.push(Cut { after: None, until }.condition(&column));
+            }
+        }
+        if let Some(tenant) = &selection.tenant {
+            conditions.push(format!("toString({}) = {}", identifier(&layout.require(Field::TenantId)?.name), literal(tenant)));
+        }
+        if let Some(span) = selection.span {
+            let time = layout.require(Field::Timestamp)?.instant();
+            let mut inner = conditions.clone();
+            inner.push(format!("{time} >= {} AND {time} < {}", instant(span.start), instant(span.end)));
+            let key: Vec<_> =
+                self.key.iter().filter(|field| **field != Field::Timestamp).filter_map(|field| layout.get(*field)).collect();
+            let key: Vec<_> = key.iter().map(|column| identifier(&column.name)).collect();
+            let key = key.join(", ");
+            conditions.push(format!("({key}) IN (SELECT {key} FROM {} WHERE {})", self.relation, inner.join(" AND ")));
+        }
+        Ok(if conditions.is_empty() { "1".to_owned() } else { conditions.join(" AND ") })
+    }
+
+    /// The greatest ingestion time of a row that is old enough.
+    fn ingested_until(&self, column: &str) -> Result<Option<String>> {
+        let until = match self.margin.as_secs() {
+            0 => String::new(),
+            seconds => format!(" WHERE {column} <= now64(9, 'UTC') - toIntervalSecond({seconds})"),
+        };
+        let until = self.single(&format!("SELECT max(toDateTime64({column}, 9, 'UTC')) FROM {}{until}", self.relation))?;
+        Ok(until.map(|until| until.trim_end_matches('Z').to_owned()))
+    }
+
+    /// Slices of the rows that `condition` selects, so that each has not too many.
+    fn slices(&self, layout: &Layout, condition: &str) -> Result<Slices> {
+        let nanos = nanos(layout)?;
+        let extent = format!("SELECT count(), min({nanos}), max({nanos}) FROM {} WHERE {condition}", self.relation);
+        let (_, rows) = self.database.texts(&extent)?;
+        let number =
+            |at: usize| rows.first().and_then(|row| row.get(at)).cloned().flatten().and_then(|text| text.parse::<i64>().ok());
+        let (Some(count), Some(first), Some(last)) = (number(0), number(1), number(2)) else {
+            bail!("{}: the server gave no row count", self.name);
+        };
+        let count = i64::try_from((u64::try_from(count)? / ROWS_PER_SPLIT + 1).min(MOST_SPLITS))?;
+        Ok(Slices::new(first, last, count))
+    }
+
+    /// A split for each slice that has rows which `condition` selects. A digest of their
+    /// content tells those that changed.
+    fn sliced(&self, layout: &Layout, condition: &str, slices: Slices, has_digest: bool) -> Result<Vec<Split>> {
+        let nanos = nanos(layout)?;
+        let digest = if has_digest { self.row_digest(layout)? } else { "0".to_owned() };
+        let counts = format!(
+            "SELECT {} AS slice, count(), sum({digest}) FROM {} WHERE {condition} GROUP BY slice ORDER BY slice",
+            slices.expression(&nanos),
+            self.relation
+        );
+        let time = layout.require(Field::Timestamp)?;
+        let mut splits = Vec::new();
+        for row in self.database.texts(&counts)?.1 {
+            let cell = |at: usize| row.get(at).cloned().flatten();
+            let (Some(at), Some(rows), Some(digest)) = (cell(0), cell(1), cell(2)) else { continue };
+            let span = at.parse().ok().and_then(|at| slices.span(at)).filter(|_| time.base_type().starts_with("DateTime"));
+            let hint = span
+                .map(|span| format!("{0} >= {1} AND {0} < {2}", identifier(&time.name), instant(span.start), instant(span.end)));
+            splits.push(Split {
+                name: self.name.clone(),
+                identity: self.relation.clone(),
+                fingerprint: if has_digest { format!("{rows}:{digest}") } else { rows.clone() },
+                announced_rows: Some(rows.parse().with_context(|| format!("row count `{rows}`"))?),
+                part: Part::Rows { condition: cuts::write(condition, slices, &nanos, &at), hint },
+            });
+        }
+        Ok(splits)
+    }
+
+    /// A number for each row, of all that is read of it.
+    fn row_digest(&self, layout: &Layout) -> Result<String> {
+        let columns = layout.0.iter().map(|column| self.expression(column));
+        let texts = columns.map(|column| Ok(format!("ifNull(toString({}), '\\0')", column?))).collect::<Result<Vec<_>>>()?;
+        Ok(format!("cityHash64({})", texts.join(", ")))
+    }
+
+    /// The one cell of an answer.
+    fn single(&self, sql: &str) -> Result<Option<String>> {
+        let (_, rows) = self.database.texts(sql)?;
+        Ok(rows.into_iter().next().and_then(|row| row.into_iter().next()).flatten())
+    }
+}
+
+impl EventSource for ClickHouseSource {
+    fn probe(&self) -> Result<String> {
+        let layout = self.layout()?;
+        self.select_list(&layout, Wanted::Whole)?;
+        Ok(format!("ClickHouse {}, {} of {} event columns", self.name, layout.0.len(), Field::ALL.len()))
+    }
+
+    fn splits(&self, selection: &Selection) -> Result<Vec<Split>> {
+        let layout = self.layout()?;
+        let condition = self.condition(&layout, selection)?;
+        let slices = self.slices(&layout, &condition)?;
+        self.sliced(&layout, &condition, slices, *selection == Selection::default())
+    }
+
+    /// Rows that were ingested later are new; a digest shows whether the others are as they were.
+    fn splits_since(&self, before: &[InputFile]) -> Result<Vec<Split>> {
+        let layout = self.layout()?;
+        let Some(column) = layout.get(Field::IngestedAt).map(Column::instant) else {
+            bail!(Moved(format!("{}: without an ingestion time, nothing tells which rows are new", self.name)));
+        };
+        let nanos = nanos(&layout)?;
+        let mut cuts = BTreeSet::new();
+        for file in before {
+            let part = file.name.strip_prefix(&self.relation).and_then(|part| part.strip_prefix('?'));
+            let cut = part.and_then(|part| cuts::parse(part, &column, &nanos));
+            cuts.insert(
+                cut.ok_or_else(|| Moved(format!("the last run read `{}`, which is no part of {}", file.name, self.name)))?,
+            );
+        }
+        let mut splits = Vec::new();
+        for (cut, slices) in &cuts {
+            splits.extend(self.sliced(&layout, &cut.condition(&column), *slices, true)?);
+        }
+        let after = cuts.iter().map(|(cut, _)| &cut.until).max().cloned();
+        let until = self.ingested_until(&column)?.filter(|until| after.as_ref().is_none_or(|after| until > after));
+        if let Some(until) = until {
+            let condition = Cut { after, until }.condition(&column);
+            let slices = self.slices(&layout, &condition)?;
+            splits.extend(self.sliced(&layout, &condition, slices, true)?);
+        }
+        Ok(splits)
+    }
+
+    fn read(&self, split: &Split, wanted: Wanted<'_>, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<()> {
+        self.select(&self.layout()?, split, wanted, None, sink)
+    }
+
+    /// Reads the few columns that the choice looks at, and then the rows that it wants by their
+    /// tenant and id, unless they are many.
+    fn read_chosen(&self, split: &Split, choice: &dyn RowChoice, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<u64> {
+        let layout = self.layout()?;
+        let own = [Field::TenantId, Field::Id];
+        let fields = [choice.fields(), &own].concat();
+        let (mut rows, mut wanted, mut have_names) = (0, BTreeSet::new(), true);
+        let mut choose = choice.chooser();
+        self.select(&layout, split, Wanted::Keys(&fields), None, &mut |batch| {
+            rows += batch.len() as u64;
+            for event in choose(batch).into_iter().map(|row| batch.row(row)) {
+                match (event.tenant_id, event.id) {
+                    (Some(tenant), Some(id)) => _ = wanted.insert(format!("({}, {})", literal(tenant), literal(id))),
+                    _ => have_names = false,
+                }
+            }
+            Ok(())
+        })?;
+        if !have_names || wanted.len() > MOST_NAMED {
+            self.select(&layout, split, Wanted::Whole, None, sink)?;
+            return Ok(0);
+        }
+        let key = own.map(|field| layout.require(field).map(|column| format!("toString({})", identifier(&column.name))));
+        let [tenant, id] = key;
+        let key = format!("({}, {})", tenant?, id?);
+        let mut delivered = 0;
+        let mut wanted = wanted.into_iter().peekable();
+        while let Some(mut names) = wanted.next() {
+            while let Some(name) = wanted.next_if(|_| names.len() < NAMES_AT_ONCE) {
+                names = names + ", " + &name;
+            }
+            let these = format!("{key} IN ({names})");
+            self.select(&layout, split, Wanted::Whole, Some(&these), &mut |batch| {
+                delivered += batch.len() as u64;
+                sink(batch)
+            })?;
+        }
+        Ok(rows.saturating_sub(delivered))
+    }
+}
+
+impl ClickHouseSource {
+    /// Reads the rows of a split, or `these` of them.
+    fn select(
+        &self,
+        layout: &Layout,
+        split: &Split,
+        wanted: Wanted<'_>,
+        these: Option<&str>,
+        sink: &mut dyn FnMut(&EventBatch) -> Result<()>,
+    ) -> Result<()> {
+        let Part::Rows { condition, hint } = &split.part else { bail!("{} is no part of a database", split.name) };
+        let more: String = [hint.as_deref(), these].into_iter().flatten().map(|more| format!(" AND {more}")).collect();
+        let list = self.select_list(layout, wanted)?;
+        let sql = format!(
+            "SELECT {list} FROM {} WHERE {condition}{more} \
+             SETTINGS output_format_arrow_string_as_string = 1, output_format_arrow_low_cardinality_as_dictionary = 0, \
+             output_format_arrow_compression_method = 'none'",
+            self.relation
+        );
+        let mut decoder = StreamDecoder::new();
+        let mut row = 0;
+        let mut deliver = |batch: &RecordBatch| -> Result<()> {
+            sink(&convert(&self.name, row, batch, &self.columns)?)?;
+            row += u64::try_from(batch.num_rows())?;
+            Ok(())
+        };
+        self.database
+            .stream(&sql, "ArrowStream", &mut |chunk| {
+                let mut buffer = Buffer::from(chunk);
+                while !buffer.is_empty() {
+                    match decoder.decode(&mut buffer) {
+                        Ok(Some(batch)) => deliver(&batch)?,
+                        Ok(None) => break,
+                        Err(error) => return Err(anyhow!("the stream is damaged: {error}")),
+                    }
+                }
+                Ok(())
+            })
+            .with_context(|| format!("reading {}", self.name))?;
+        decoder.finish().with_context(|| format!("reading {}: the stream broke off", self.name))
+    }
+}
+
+/// The time of a row in nanoseconds since 1970, which is also that of rows without one.
+fn nanos(layout: &Layout) -> Result<String> {
+    let time = layout.require(Field::Timestamp)?.instant();
+    Ok(format!("toUnixTimestamp64Nano(toDateTime64(ifNull({time}, toDateTime64(0, 9, 'UTC')), 9, 'UTC'))"))
+}
+
+fn instant(t: Timestamp) -> String {
+    format!("fromUnixTimestamp64Nano(toInt64({}), 'UTC')", t.nanos())
+}
