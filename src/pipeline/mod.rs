@@ -69,7 +69,7 @@ use draft::Draft;
 use enrich::{Enricher, Scope};
 use incremental::keep::{self, Keep};
 use incremental::snapshot::{STATE, Snapshot};
-use incremental::{Coverage, Marked, Mode, Passes, Retreat, stored_windows};
+use incremental::{Again, Coverage, Marked, Mode, Passes, Retreat, stored_windows};
 pub use key_cache::KeyCache;
 pub use lateness::Lateness;
 use matches::Partitioning;
@@ -243,9 +243,11 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let passes = baseline.as_ref().ok().map(|baseline| Passes { inputs, baseline, splits: &splits, keys: &keys.splits });
     let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), &mut timeline)).transpose();
     let marked = marked.map_err(Retreat::of)?;
-    let (mut marks, changed, mut skipping, differences) = match marked {
-        Some(Marked { marks, changed, skipping, differences }) => (Some(marks), Some(changed), Some(skipping), Some(differences)),
-        None => (None, None, None, None),
+    let (mut marks, changed, mut skipping, differences, again) = match marked {
+        Some(Marked { marks, changed, skipping, differences, again }) => {
+            (Some(marks), Some(changed), Some(skipping), Some(differences), again)
+        }
+        None => (None, None, None, None, Again::default()),
     };
     let kept = baseline.as_ref().ok().and_then(|baseline| baseline.kept(inputs));
     if let (Some(passes), Some(marks)) = (&passes, &marks)
@@ -287,7 +289,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let mut seen = match (&passes, &mut skipping, &context.marks) {
         (Some(passes), Some(skipping), Some(marks)) => timeline.step("enrich", None, || {
             let choice = changed.filter(|_| kept.is_some()).unwrap_or_else(|| marks.choice(reference));
-            let seen = passes.enrich(&context, &coverage, &choice, skipping).map_err(Retreat::of)?;
+            let seen = passes.enrich(&context, &coverage, (&choice, &again), skipping).map_err(Retreat::of)?;
             let seen = resolve(&context, seen, threads)?;
             let read = seen.events.read;
             Ok((seen, read))

@@ -129,11 +129,11 @@ impl EventSource for KafkaSource {
             }
         }
         if let Some(recorded) = split.announced_rows.filter(|recorded| *recorded != rows) {
-            bail!(
+            bail!(Moved(format!(
                 "{}: offsets {start} to {} held {recorded} messages and hold {rows} now: compaction has removed some",
                 split.name,
                 end - 1
-            );
+            )));
         }
         sink(&builder.finish())
     }

@@ -8,6 +8,8 @@ pub mod files;
 mod json_event;
 pub mod kafka;
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
 
 use crate::model::run::InputFile;
@@ -102,11 +104,19 @@ pub trait RowChoice: Sync {
     /// Whether a row is wanted; all other fields may be missing here.
     fn wants(&self, event: &EventRef<'_>) -> bool;
 
+    /// Tenant and id of all wanted rows, and perhaps others, where they are known.
+    fn names(&self) -> Option<&Names> {
+        None
+    }
+
     /// As [`RowChoice::wants`], for one batch after the other.
     fn chooser<'c>(&'c self) -> Chooser<'c> {
         Box::new(|batch| batch.rows().enumerate().filter(|(_, event)| self.wants(event)).map(|(row, _)| row).collect())
     }
 }
+
+/// Tenants and ids of events.
+pub type Names = BTreeSet<(String, String)>;
 
 /// Gives the rows of a batch that are wanted.
 pub type Chooser<'c> = Box<dyn FnMut(&EventBatch) -> Vec<usize> + 'c>;

@@ -12,7 +12,7 @@ use crate::pipeline::keys::SplitKeys;
 use crate::pipeline::state::index;
 use crate::pipeline::text_memo::TextMemo;
 use crate::source::batch::Texts;
-use crate::source::{Chooser, EventBatch, EventRef, EventSource, Field, Moved, RowChoice, Selection, Split, Wanted};
+use crate::source::{Chooser, EventBatch, EventRef, EventSource, Field, Moved, Names, RowChoice, Selection, Split, Wanted};
 
 /// Rows of marked customers, in marked time.
 #[derive(Debug, Default)]
@@ -173,6 +173,8 @@ pub struct KeyChoice<'c> {
     fields: Vec<Field>,
     pub hashes: FxHashSet<u64>,
     except: Option<&'c CustomerChoice>,
+    names: Option<Names>,
+    without: Option<&'c Names>,
 }
 
 impl<'c> KeyChoice<'c> {
@@ -181,7 +183,27 @@ impl<'c> KeyChoice<'c> {
         let mut fields = [own, key, except.map_or(&[], |except| except.fields())].concat();
         fields.sort_unstable();
         fields.dedup();
-        KeyChoice { key, fields, hashes, except }
+        KeyChoice { key, fields, hashes, except, names: None, without: None }
+    }
+
+    /// Only rows of these names: the source may find them by that.
+    #[must_use]
+    pub fn of(self, names: Names) -> Self {
+        KeyChoice { names: Some(names), ..self }
+    }
+
+    /// No rows of these names.
+    #[must_use]
+    pub fn without(self, names: Option<&'c Names>) -> Self {
+        KeyChoice { without: names, ..self }
+    }
+
+    fn wants_name(&self, event: &EventRef<'_>) -> bool {
+        let is_in = |names: &Names| {
+            let name = event.tenant_id.zip(event.id).map(|(tenant, id)| (tenant.to_owned(), id.to_owned()));
+            name.is_some_and(|name| names.contains(&name))
+        };
+        self.names.as_ref().is_none_or(is_in) && !self.without.is_some_and(is_in)
     }
 }
 
@@ -194,7 +216,12 @@ impl RowChoice for KeyChoice<'_> {
         let mut key = Vec::with_capacity(64);
         write_key(self.key, event, &mut key)
             && self.hashes.contains(&key_hash(&key))
+            && self.wants_name(event)
             && !self.except.is_some_and(|except| except.wants(event))
+    }
+
+    fn names(&self) -> Option<&Names> {
+        self.names.as_ref()
     }
 }
 
@@ -234,12 +261,14 @@ impl EventSource for Chosen<'_> {
 
     /// Delivers some rows, and sees that no others are missing (promise 8).
     fn read(&self, split: &Split, _: Wanted<'_>, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<()> {
+        let rows = self.rows.get(&split.label());
+        let split = &Split { announced_rows: rows.copied(), ..split.clone() };
         let mut delivered = 0;
         let left_out = self.source.read_chosen(split, self.choice, &mut |batch| {
             delivered += batch.len() as u64;
             sink(batch)
         })?;
-        match self.rows.get(&split.label()) {
+        match rows {
             Some(rows) if *rows != delivered + left_out => {
                 let found = delivered + left_out;
                 bail!(Moved(format!("{} had {rows} rows and now has {found}: it changed, run again", split.name)))

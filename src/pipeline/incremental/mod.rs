@@ -45,7 +45,7 @@ use crate::reference::ReferenceDigests;
 use crate::source::{Field, Moved, Selection, Split};
 use kept::Kept;
 pub use marks::Marks;
-pub use passes::{Marked, Passes};
+pub use passes::{Again, Marked, Passes};
 use snapshot::{STATE, Snapshot};
 
 /// How much of a job a run looked at, and why.

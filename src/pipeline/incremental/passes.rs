@@ -13,13 +13,14 @@ use super::snapshot::{Differences, Snapshot};
 use super::{Baseline, Marks, Skipping};
 use crate::model::window::Span;
 use crate::pipeline::context::Context;
+use crate::pipeline::deduplicate::{key_hash, write_key};
 use crate::pipeline::enrich::{Enricher, Scope};
 use crate::pipeline::keys::{KeyHashes, SplitKeys};
 use crate::pipeline::matcher::Matcher;
 use crate::pipeline::past::{Coverage as PastCoverage, Knowledge};
 use crate::pipeline::read::{check_stable, merge_workers};
 use crate::pipeline::{Completeness, Inputs, Request, Timeline, scan};
-use crate::source::{EventBatch, RowChoice, Split, Wanted};
+use crate::source::{EventBatch, EventRef, Field, Names, RowChoice, Split, Wanted};
 
 /// Beyond so many in a hundred events everything is read: choosing takes a second pass over
 /// what is chosen from, and after a run of everything its matches are kept for the next ones.
@@ -32,6 +33,53 @@ pub struct Marked {
     pub changed: CustomerChoice,
     pub differences: Differences,
     pub skipping: Skipping,
+    /// New events of which older splits have copies.
+    pub again: Again,
+}
+
+/// Events that came again.
+#[derive(Debug, Default)]
+pub struct Again {
+    hashes: FxHashSet<u64>,
+    /// Hashes of their keys, tenants and ids; nothing where copies may have other ones.
+    names: BTreeSet<(u64, String, String)>,
+}
+
+impl Again {
+    /// The names of all keys with these hashes, if they are known.
+    fn names(&self, hashes: &FxHashSet<u64>) -> Option<Names> {
+        let known: FxHashSet<u64> = self.names.iter().map(|(hash, ..)| *hash).collect();
+        let names = self.names.iter().filter(|(hash, ..)| hashes.contains(hash));
+        let names = || names.map(|(_, tenant, id)| (tenant.clone(), id.clone())).collect();
+        hashes.is_subset(&known).then(names)
+    }
+}
+
+/// Finds the names of events that came again; each thread has one.
+struct NameScan<'c> {
+    key: &'c [Field],
+    hashes: &'c FxHashSet<u64>,
+    bytes: Vec<u8>,
+    names: BTreeSet<(u64, String, String)>,
+}
+
+impl<'c> NameScan<'c> {
+    fn new(key: &'c [Field], hashes: &'c FxHashSet<u64>) -> Self {
+        NameScan { key, hashes, bytes: Vec::new(), names: BTreeSet::new() }
+    }
+
+    fn visit(&mut self, event: &EventRef<'_>) {
+        // Copies of another key can be of another tenant.
+        if self.hashes.is_empty() || !self.key.contains(&Field::TenantId) || !write_key(self.key, event, &mut self.bytes) {
+            return;
+        }
+        let hash = key_hash(&self.bytes);
+        if let (Some(tenant), Some(id)) = (event.tenant_id, event.id)
+            && self.hashes.contains(&hash)
+        {
+            self.names.insert((hash, tenant.to_owned(), id.to_owned()));
+        }
+    }
 }
 
 /// Reads what an incremental run needs.
@@ -76,19 +124,33 @@ impl<'p> Passes<'p> {
         let (new, new_rows) = self.new_splits();
         let skipping = self.skipping(&differences);
         let changed = marks.choice(reference);
-        timeline.step("mark", Some(skipping.new_events), || {
+        let again = timeline.step("mark", Some(skipping.new_events), || {
+            let key = &job.deduplicate.key;
+            let (hashes, holders) = self.sent_again();
             let new_scan = || MarkScan::new(&enricher, &separable);
-            let visit = |scan: &mut MarkScan<'_, '_>, _: usize, batch: &EventBatch| {
+            let new_scans = || (new_scan(), NameScan::new(key, &hashes));
+            let visit = |(scan, names): &mut (MarkScan<'_, '_>, NameScan<'_>), _: usize, batch: &EventBatch| {
                 let mut slots = Vec::new();
-                batch.rows().for_each(|event| scan.visit(&event, &mut slots));
+                for event in batch.rows() {
+                    scan.visit(&event, &mut slots);
+                    names.visit(&event);
+                }
                 Ok(())
             };
-            let (scans, rows) = scan::scan(source, &new, Wanted::Whole, threads, &|rows| progress.rows(rows), new_scan, visit)?;
+            let (scans, rows) = scan::scan(source, &new, Wanted::Whole, threads, &|rows| progress.rows(rows), new_scans, visit)?;
             check_stable(&new, &new_rows, &rows)?;
-            scans.into_iter().for_each(|scan| marks.add_events(scan));
+            let mut names = BTreeSet::new();
+            for (scan, found) in scans {
+                marks.add_events(scan);
+                names.extend(found.names);
+            }
 
-            let (again, holders) = self.sent_again();
-            let choice = KeyChoice::new(&job.deduplicate.key, again, None);
+            let again = Again { hashes, names };
+            let choice = KeyChoice::new(key, again.hashes.clone(), None);
+            let choice = match again.names(&again.hashes) {
+                Some(names) => choice.of(names),
+                None => choice,
+            };
             let (chosen, splits) = Chosen::new(source, &choice, holders.into_iter());
             let visit = |scan: &mut MarkScan<'_, '_>, _: usize, batch: &EventBatch| {
                 let mut slots = Vec::new();
@@ -97,9 +159,9 @@ impl<'p> Passes<'p> {
             };
             let (scans, _) = scan::scan(&chosen, &splits, Wanted::Whole, threads, &|_| {}, new_scan, visit)?;
             scans.into_iter().for_each(|scan| marks.add_events(scan));
-            Ok(((), rows.iter().sum()))
+            Ok((again, rows.iter().sum()))
         })?;
-        Ok(Marked { marks, changed, differences, skipping })
+        Ok(Marked { marks, changed, differences, skipping, again })
     }
 
     /// The hashes of new keys that old splits have too, and those splits.
@@ -140,7 +202,7 @@ impl<'p> Passes<'p> {
     }
 
     /// Matches the events of marked windows and periods that `choice` wants, new ones, and
-    /// every copy of their keys, undecided.
+    /// every copy of their keys, undecided. Of some events that came `again` the names are known.
     ///
     /// # Errors
     /// Where the source cannot be read.
@@ -148,7 +210,7 @@ impl<'p> Passes<'p> {
         &self,
         context: &'c Context<'r>,
         past: &[PastCoverage<'_>],
-        choice: &CustomerChoice,
+        (choice, again): (&CustomerChoice, &Again),
         skipping: &mut Skipping,
     ) -> Result<Matcher<'c, 'r>> {
         let Inputs { source, threads, progress, .. } = *self.inputs;
@@ -177,21 +239,36 @@ impl<'p> Passes<'p> {
         workers.extend(read_chosen(choice, self.old().filter(|(_, keys)| choice.may_want(keys)).collect())?);
         let mut seen = merge_workers(context, workers);
 
-        // Copies that lie elsewhere may be the ones to keep.
+        // Copies that lie elsewhere may be the ones to keep. Where all have names, others may
+        // still share the hash of a key.
         let missing = self.missing_copies(&seen.copies);
-        if !missing.is_empty() {
-            let list = KeyHashes::of(missing.iter().copied().collect());
-            let holds = |keys: &SplitKeys| {
-                let mut any = false;
-                keys.hashes.count_all(&list, |_| any = true);
-                any
-            };
-            let holders = self.old().filter(|(_, keys)| holds(keys)).collect();
+        let names = again.names(&missing);
+        for by_name in names.as_ref().map(Some).into_iter().chain([None]) {
+            let missing = self.missing_copies(&seen.copies);
+            if missing.is_empty() {
+                break;
+            }
+            let holders = self.holders(&missing);
             let choice = KeyChoice::new(&context.rules.key, missing, Some(choice));
+            let choice = match by_name {
+                Some(names) => choice.of(names.clone()),
+                None => choice.without(names.as_ref()),
+            };
             let workers = read_chosen(&choice, holders)?;
             seen.merge(merge_workers(context, workers));
         }
         Ok(seen)
+    }
+
+    /// Old splits that have one of these hashes.
+    fn holders(&self, hashes: &FxHashSet<u64>) -> Vec<(&'p Split, &'p SplitKeys)> {
+        let list = KeyHashes::of(hashes.iter().copied().collect());
+        let holds = |keys: &SplitKeys| {
+            let mut any = false;
+            keys.hashes.count_all(&list, |_| any = true);
+            any
+        };
+        self.old().filter(|(_, keys)| holds(keys)).collect()
     }
 
     /// The hashes of which more copies exist than were read.

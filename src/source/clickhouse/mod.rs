@@ -17,17 +17,18 @@ use arrow::ipc::reader::StreamDecoder;
 
 use super::arrow_batch::{convert, missing_column};
 use super::columns::{ColumnMap, Field};
-use super::{EventBatch, EventSource, Moved, Part, RowChoice, Selection, Split, Wanted};
+use super::{EventBatch, EventSource, Moved, Names, Part, RowChoice, Selection, Split, Wanted};
 use crate::clickhouse_client::{Database, identifier, literal};
 use crate::config::{ClickHouseConnection, Relation};
 use crate::model::run::InputFile;
 use crate::model::timestamp::Timestamp;
 use cuts::{Cut, Slices};
 
-/// Rows that one split should have, so that several threads find work and a
-/// broken connection costs little.
-const ROWS_PER_SPLIT: u64 = 500_000;
-const MOST_SPLITS: u64 = 256;
+/// Rows that one split should have, so that several threads find work. Each split is a query,
+/// and where the table is not in the order of event time, the server passes over all rows for
+/// each of them: so they are few.
+const ROWS_PER_SPLIT: u64 = 2_000_000;
+const MOST_SPLITS: u64 = 32;
 /// Beyond so many wanted rows of a split, all are read.
 const MOST_NAMED: usize = 20_000;
 /// Bytes of names in one query; servers take 256 KiB.
@@ -304,10 +305,15 @@ impl EventSource for ClickHouseSource {
         self.select(&self.layout()?, split, wanted, None, sink)
     }
 
-    /// Reads the few columns that the choice looks at, and then the rows that it wants by their
-    /// tenant and id, unless they are many.
+    /// Reads the rows that the choice wants by their tenant and id, unless they are many: where
+    /// it does not know these, it looks at few columns of all rows first.
     fn read_chosen(&self, split: &Split, choice: &dyn RowChoice, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<u64> {
         let layout = self.layout()?;
+        if let (Some(names), Some(rows)) = (choice.names(), split.announced_rows)
+            && names.len() <= MOST_NAMED
+        {
+            return Ok(rows.saturating_sub(self.read_named(&layout, split, names, sink)?));
+        }
         let own = [Field::TenantId, Field::Id];
         let fields = [choice.fields(), &own].concat();
         let (mut rows, mut wanted, mut have_names) = (0, BTreeSet::new(), true);
@@ -316,7 +322,7 @@ impl EventSource for ClickHouseSource {
             rows += batch.len() as u64;
             for event in choose(batch).into_iter().map(|row| batch.row(row)) {
                 match (event.tenant_id, event.id) {
-                    (Some(tenant), Some(id)) => _ = wanted.insert(format!("({}, {})", literal(tenant), literal(id))),
+                    (Some(tenant), Some(id)) => _ = wanted.insert((tenant.to_owned(), id.to_owned())),
                     _ => have_names = false,
                 }
             }
@@ -326,26 +332,41 @@ impl EventSource for ClickHouseSource {
             self.select(&layout, split, Wanted::Whole, None, sink)?;
             return Ok(0);
         }
-        let key = own.map(|field| layout.require(field).map(|column| format!("toString({})", identifier(&column.name))));
-        let [tenant, id] = key;
-        let key = format!("({}, {})", tenant?, id?);
-        let mut delivered = 0;
-        let mut wanted = wanted.into_iter().peekable();
-        while let Some(mut names) = wanted.next() {
-            while let Some(name) = wanted.next_if(|_| names.len() < NAMES_AT_ONCE) {
-                names = names + ", " + &name;
-            }
-            let these = format!("{key} IN ({names})");
-            self.select(&layout, split, Wanted::Whole, Some(&these), &mut |batch| {
-                delivered += batch.len() as u64;
-                sink(batch)
-            })?;
-        }
-        Ok(rows.saturating_sub(delivered))
+        Ok(rows.saturating_sub(self.read_named(&layout, split, &wanted, sink)?))
     }
 }
 
 impl ClickHouseSource {
+    /// Reads the rows of a split that have one of these names; returns how many.
+    fn read_named(
+        &self,
+        layout: &Layout,
+        split: &Split,
+        names: &Names,
+        sink: &mut dyn FnMut(&EventBatch) -> Result<()>,
+    ) -> Result<u64> {
+        let text = |field: Field| {
+            let column = layout.require(field)?;
+            let name = identifier(&column.name);
+            // As it is, it may be found by the table's order.
+            Ok::<_, anyhow::Error>(if column.is_text() { name } else { format!("toString({name})") })
+        };
+        let key = format!("({}, {})", text(Field::TenantId)?, text(Field::Id)?);
+        let mut delivered = 0;
+        let mut names = names.iter().map(|(tenant, id)| format!("({}, {})", literal(tenant), literal(id))).peekable();
+        while let Some(mut some) = names.next() {
+            while let Some(name) = names.next_if(|_| some.len() < NAMES_AT_ONCE) {
+                some = some + ", " + &name;
+            }
+            let these = format!("{key} IN ({some})");
+            self.select(layout, split, Wanted::Whole, Some(&these), &mut |batch| {
+                delivered += batch.len() as u64;
+                sink(batch)
+            })?;
+        }
+        Ok(delivered)
+    }
+
     /// Reads the rows of a split, or `these` of them.
     fn select(
         &self,
