@@ -106,7 +106,9 @@ pub fn apply(job: &Job, path: &Path, saved: SavedPlan, yes: bool) -> Result<RunR
         let overrides = Override::list(&[(yes, Override::Guard), (saved.request.allow_closed, Override::ClosedPeriods)]);
         let origin = Origin { started_by: started_by("apply"), overrides };
         let publication = saved.draft.into_publication(&job.name, &runs, &origin);
-        store.publish(&publication)
+        let run = store.publish(&publication)?;
+        saved.kept.publish(&run.run_id);
+        Ok(run)
     })();
     lock.finish();
     result
@@ -151,8 +153,8 @@ pub fn by_hand<T>(
     result
 }
 
-/// Computes what a run would change, and writes nothing. Gives the store too, if
-/// there is one.
+/// Computes what a run would change, and writes nothing; `for_later` leaves what it read
+/// where a run that publishes it would. Gives the store too, if there is one.
 ///
 /// # Errors
 /// Where it cannot be computed.
@@ -161,12 +163,13 @@ pub fn preview(
     request: &Request,
     threads: usize,
     progress: &dyn Observer,
+    for_later: bool,
 ) -> Result<(Plan, Option<Box<dyn AggregateStore>>)> {
     let reference = Reference::load(job)?;
     reference.check_scope(request.scope.tenant.as_deref(), request.scope.customer.as_deref())?;
     let store = read_store(job)?;
     let source = source(job)?;
-    let keys = key_cache(job, false);
+    let keys = key_cache(job, for_later);
     let inputs = Inputs { job, reference: &reference, source: &*source, store: store.as_deref(), threads, progress, keys: &keys };
     Ok((plan(&inputs, request)?, store))
 }

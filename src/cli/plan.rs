@@ -13,7 +13,7 @@ use super::progress::Progress;
 use super::range::{CompletenessArguments, RangeArguments};
 use super::{Format, Session, changes};
 use crate::clock::{Stopwatch, now};
-use crate::config::Job;
+use crate::config::{Job, Source};
 use crate::ends;
 use crate::model::aggregate::Correction;
 use crate::model::counts::{EventCounts, RowCounts, UsageCounts};
@@ -79,7 +79,7 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
         ..arguments.range.request(job.timezone)?
     };
     let progress = Progress::new(session.quiet);
-    let (mut plan, _) = ends::preview(&job, &request, session.threads, &progress)?;
+    let (mut plan, _) = ends::preview(&job, &request, session.threads, &progress, arguments.out.is_some())?;
     drop(progress);
     let text = match session.format {
         Format::Json => serde_json::to_string_pretty(&Document::new("trueup.plan/1", &job, None, &plan)?)? + "\n",
@@ -115,6 +115,7 @@ fn save(session: &Session, job: &Job, plan: &mut Plan) -> Result<SavedPlan> {
         ledger_digest: plan.ledger_digest().to_owned(),
         guard: plan.check_guard(job).err().map(|refusal| refusal.to_string()),
         draft: plan.take_draft(RunMode::Apply),
+        kept: plan.take_kept(),
     })
 }
 
@@ -423,7 +424,14 @@ impl Report<'_> {
             self.line(out, "full", why)?;
         }
         let Some(skipping) = &coverage.skipping else { return Ok(()) };
-        let new = format!("{} in {}", counted(skipping.new_events, "event"), counted(skipping.new_files, "file"));
+        // What a source has several of; of a database, it is one table.
+        let place = match self.job.source {
+            Source::Files { .. } => Some("file"),
+            Source::Kafka { .. } => Some("partition"),
+            Source::ClickHouse { .. } => None,
+        };
+        let new = counted(skipping.new_events, "event");
+        let new = place.map_or(new.clone(), |place| format!("{new} in {}", counted(skipping.new_files, place)));
         let mut why: Vec<_> = skipping.changed.iter().take(SHOWN).map(|what| format!("{what} changed")).collect();
         if skipping.changed.len() > SHOWN {
             why.push(format!("{} more changed", number((skipping.changed.len() - SHOWN) as u64)));
@@ -435,13 +443,10 @@ impl Report<'_> {
             marked = format!("{marked}; {} of them as stored", counted(skipping.stored_windows, "window"));
         }
         self.line(out, "marked", &marked)?;
-        let mut looked_at = format!(
-            "{} of {} events, {} of {}",
-            number(skipping.rows),
-            number(skipping.all_rows),
-            number(skipping.files),
-            counted(skipping.all_files, "file")
-        );
+        let mut looked_at = format!("{} of {}", number(skipping.rows), counted(skipping.all_rows, "event"));
+        if let Some(place) = place {
+            looked_at = format!("{looked_at}, {} of {}", number(skipping.files), counted(skipping.all_files, place));
+        }
         if skipping.kept_matches > 0 {
             looked_at = format!("{looked_at}; {} matches of others as kept", number(skipping.kept_matches));
         }

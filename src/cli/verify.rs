@@ -41,7 +41,7 @@ pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
     // Nothing that a run would look at is skipped.
     let request = Request { completeness: Completeness::Recomputed, ..arguments.range.request(job.timezone)? };
     let progress = Progress::new(session.quiet);
-    let (plan, store) = ends::preview(&job, &request, session.threads, &progress)?;
+    let (plan, store) = ends::preview(&job, &request, session.threads, &progress, false)?;
     drop(progress);
     let mut findings = store.as_deref().map_or(Ok(Vec::new()), |store| check_ledger(store, &job.name))?;
     findings.extend(plan.foreign_definitions.iter().map(|key| Finding {

@@ -15,7 +15,7 @@ use crate::source::{Field, Split};
 pub struct KeyCache {
     /// `None` where there is no place for it.
     pub folder: Option<PathBuf>,
-    /// Whether it is brought up to date: plans only read it.
+    /// Whether it is brought up to date: plans that nobody saves only read it.
     pub writes: bool,
 }
 

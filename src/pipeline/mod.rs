@@ -67,7 +67,7 @@ use causes::{ChangedRows, CurrentDigests, Evidence};
 use context::Context;
 use draft::Draft;
 use enrich::{Enricher, Scope};
-use incremental::keep::{self, Keep};
+use incremental::keep::{self, Keep, Prepared};
 use incremental::snapshot::{STATE, Snapshot};
 use incremental::{Again, Coverage, Marked, Mode, Passes, Retreat, stored_windows};
 pub use key_cache::KeyCache;
@@ -447,6 +447,11 @@ impl Plan {
         guard::check(&job.guard, &self.stored, &self.changes)
     }
 
+    /// Writes what later runs need not read again, for when the plan is published.
+    pub fn take_kept(&mut self) -> Prepared {
+        std::mem::take(&mut self.keep).prepare_plan(self.started_at)
+    }
+
     /// Takes out what the plan would write.
     pub fn take_draft(&mut self, mode: RunMode) -> Draft {
         Draft {
@@ -480,7 +485,7 @@ impl Plan {
         let watch = Stopwatch::start();
         let publication = self.take_draft(RunMode::Run).into_publication(&job.name, &self.previous, origin);
         let run = store.publish(&publication)?;
-        std::mem::take(&mut self.keep).publish(&run.run_id);
+        std::mem::take(&mut self.keep).prepare(&run.run_id).publish(&run.run_id);
         self.changes.corrections = publication.corrections;
         self.periods.upserts = publication.period_upserts;
         self.periods.deletions = publication.period_deletions;

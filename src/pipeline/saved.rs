@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Request;
 use super::draft::Draft;
+use super::incremental::keep::Prepared;
 use crate::fault::{FaultKind, configuration, fault};
 use crate::model::aggregate::{CorrectionKind, Values};
 use crate::model::run::{InputFile, RunBasis};
@@ -33,6 +34,9 @@ pub struct SavedPlan {
     /// Why the guard refuses the plan, if it does.
     pub guard: Option<String>,
     pub draft: Draft,
+    /// What later runs need not read again.
+    #[serde(default)]
+    pub kept: Prepared,
 }
 
 impl SavedPlan {

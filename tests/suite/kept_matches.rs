@@ -222,6 +222,42 @@ fn a_run_of_everything_begins_anew() {
 }
 
 #[test]
+fn a_plan_that_is_applied_keeps_what_it_read() {
+    let workspace = keeping();
+    let plan = |out: &str| assert_eq!(workspace.trueup(&["plan", "job.yaml", "--out", out]).code, 0);
+    workspace.write("events/6.ndjson", day(6));
+    plan("first.json");
+    assert_eq!(workspace.trueup(&["apply", "first.json"]).code, 0);
+    workspace.write("events/7.ndjson", day(7));
+    let run = night(&workspace);
+    assert_eq!((read(&run), kept(&run)), ((6, 6), 3 * 12 * 2));
+    // Of plans that nobody applies, the last one leaves its files until a run is published.
+    let before = segments(&workspace);
+    workspace.write("events/8.ndjson", day(8));
+    plan("second.json");
+    plan("third.json");
+    assert_eq!(segments(&workspace).len(), before.len() + 1);
+    assert!(segments(&workspace).is_superset(&before));
+    // The second plan holds all the same: it only keeps nothing.
+    assert_eq!(workspace.trueup(&["apply", "second.json"]).code, 0);
+    workspace.write("events/9.ndjson", day(9));
+    let run = night(&workspace);
+    assert_eq!((kept(&run), segments(&workspace).len()), (0, 0));
+    // A plan of everything begins anew.
+    assert_eq!(workspace.trueup(&["plan", "job.yaml", "--full", "--out", "full.json"]).code, 0);
+    assert_eq!(workspace.trueup(&["apply", "full.json"]).code, 0);
+    workspace.write("events/10.ndjson", day(10));
+    assert!(kept(&night(&workspace)) > 0);
+    // What a stale plan left is gone after the next run.
+    workspace.write("events/11.ndjson", day(11));
+    plan("stale.json");
+    workspace.write("events/12.ndjson", day(12));
+    workspace.trueup(&["apply", "stale.json"]).fails_with(7, &["12.ndjson"]);
+    night(&workspace);
+    assert!(segments(&workspace).iter().filter(|name| name.starts_with("plan-")).count() == 1);
+}
+
+#[test]
 fn what_is_of_another_run_or_damaged_is_not_used() {
     let workspace = keeping();
     let manifest = "trueup.db.keys/shop/matches.json";

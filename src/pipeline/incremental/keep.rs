@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use rustc_hash::FxHashSet;
+use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -12,6 +13,7 @@ use super::LARGE_ROWS;
 use super::kept::Kept;
 use super::segment::{Index, Listed, MANIFEST, Manifest, Replaced, ShardIndex, Tables, VERSION, index_path, matches_path, nanos};
 use crate::config;
+use crate::model::timestamp::Timestamp;
 use crate::pipeline::aggregate::Shard;
 use crate::pipeline::context::Context;
 use crate::pipeline::range::Completeness;
@@ -107,26 +109,73 @@ impl Keep {
         Keep::Segment(Draft { folder: folder.to_owned(), files, index, before: before.unwrap_or_default() })
     }
 
-    /// Lets later runs find what is kept. What cannot be written is done without.
-    pub fn publish(self, run_id: &str) {
-        let (folder, kept) = match self {
-            Keep::AsTheyAre => return,
-            Keep::Nothing(folder) => (folder, None),
+    /// Writes what is to be kept to files whose names begin with `name`. What cannot be written
+    /// is done without.
+    pub fn prepare(self, name: &str) -> Prepared {
+        match self {
+            Keep::AsTheyAre => Prepared::AsTheyAre,
+            Keep::Nothing(folder) => Prepared::Nothing(folder),
             Keep::Segment(draft) => {
                 let folder = draft.folder.clone();
-                match draft.write(run_id) {
-                    Ok(segments) => (folder, Some(segments)),
+                match draft.write(name) {
+                    Ok(segments) => Prepared::Segments { folder, segments },
                     Err(error) => {
                         tracing::warn!("{}: no matches are kept: {error:#}", folder.display());
-                        (folder, None)
+                        Prepared::Nothing(folder)
                     }
                 }
             }
+        }
+    }
+
+    /// As [`Keep::prepare`], for a plan that may be published later. Files of earlier plans
+    /// that were not are removed.
+    pub fn prepare_plan(self, planned_at: Timestamp) -> Prepared {
+        if let Keep::Segment(Draft { folder, .. }) = &self {
+            let manifest = fs::read(folder.join(MANIFEST)).ok().and_then(|bytes| serde_json::from_slice::<Manifest>(&bytes).ok());
+            let in_use: Vec<_> = manifest.into_iter().flat_map(|manifest| manifest.segments).collect();
+            remove_segments(folder, |name| name.starts_with(OF_PLAN) && !in_use.iter().any(|listed| listed.name == name));
+        }
+        self.prepare(&format!("{OF_PLAN}{}", planned_at.nanos()))
+    }
+}
+
+/// How the names of files of a plan begin.
+const OF_PLAN: &str = "plan-";
+
+/// What later runs are to find once a run is published.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub enum Prepared {
+    #[default]
+    AsTheyAre,
+    Nothing(PathBuf),
+    Segments {
+        folder: PathBuf,
+        segments: Vec<Listed>,
+    },
+}
+
+impl Prepared {
+    /// Lets later runs find what is kept.
+    pub fn publish(self, run_id: &str) {
+        let (folder, segments) = match self {
+            Prepared::AsTheyAre => return,
+            Prepared::Nothing(folder) => (folder, Vec::new()),
+            Prepared::Segments { folder, segments } => (folder, segments),
         };
-        if kept.is_none() {
+        let names: FxHashSet<_> = segments.iter().map(|segment| segment.name.clone()).collect();
+        let manifest = Manifest { version: VERSION, run_id: run_id.to_owned(), segments };
+        let write = || -> Result<()> {
+            let partial = folder.join("matches.json.partial");
+            fs::write(&partial, serde_json::to_vec(&manifest)?)?;
+            Ok(fs::rename(&partial, folder.join(MANIFEST))?)
+        };
+        let is_kept = !names.is_empty()
+            && write().inspect_err(|error| tracing::warn!("{}: no matches are kept: {error:#}", folder.display())).is_ok();
+        if !is_kept {
             let _ = fs::remove_file(folder.join(MANIFEST));
         }
-        remove_segments_but(&folder, kept.as_deref().unwrap_or_default());
+        remove_segments(&folder, |name| !is_kept || !names.contains(name));
     }
 }
 
@@ -141,34 +190,30 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Returns the names of all segments.
-    fn write(self, run_id: &str) -> Result<Vec<String>> {
+    /// Returns all segments.
+    fn write(self, name: &str) -> Result<Vec<Listed>> {
         let mut segments = self.before;
         // Tables that are not what they were tell which rows there were no more for a while.
         if !self.files.is_empty() || !self.index.replaced.events.is_empty() || self.index.tables.is_some() {
             for (shard, file) in self.files.into_iter().enumerate() {
-                file.persist(matches_path(&self.folder, run_id, shard))?;
+                file.persist(matches_path(&self.folder, name, shard))?;
             }
             let bytes = zstd::encode_all(serde_json::to_vec(&self.index)?.as_slice(), 1)?;
-            fs::write(index_path(&self.folder, run_id), &bytes)?;
-            segments.push(Listed { name: run_id.to_owned(), checksum: xxh3_64(&bytes) });
+            fs::write(index_path(&self.folder, name), &bytes)?;
+            segments.push(Listed { name: name.to_owned(), checksum: xxh3_64(&bytes) });
         }
-        let manifest = Manifest { version: VERSION, run_id: run_id.to_owned(), segments };
-        let partial = self.folder.join("matches.json.partial");
-        fs::write(&partial, serde_json::to_vec(&manifest)?)?;
-        fs::rename(&partial, self.folder.join(MANIFEST))?;
-        Ok(manifest.segments.into_iter().map(|segment| segment.name).collect())
+        Ok(segments)
     }
 }
 
-fn remove_segments_but(folder: &Path, kept: &[String]) {
+/// Removes the files of segments by their names.
+fn remove_segments(folder: &Path, is_gone: impl Fn(&str) -> bool) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
         let is_ours = path.extension().is_some_and(|extension| extension == "matches" || extension == "index");
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let is_kept = name.split('.').next().is_some_and(|of| kept.iter().any(|segment| segment == of));
-        if is_ours && !is_kept {
-            let _ = fs::remove_file(path);
+        if is_ours && name.split('.').next().is_some_and(&is_gone) {
+            let _ = fs::remove_file(&path);
         }
     }
 }

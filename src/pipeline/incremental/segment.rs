@@ -28,8 +28,8 @@ pub(super) struct Manifest {
 
 /// A segment in the manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Listed {
-    /// The run that wrote it: its files begin with that.
+pub struct Listed {
+    /// The run or the plan that wrote it: its files begin with that.
     pub name: String,
     /// Of the file of its index.
     pub checksum: u64,
