@@ -65,9 +65,12 @@ impl Slices {
         (slices.expression(nanos) == expression).then_some(slices)
     }
 
-    /// The times of a slice; `None` where they cannot be written, or where rows without a
-    /// time are, which count as of 1970.
+    /// The times of a slice; `None` where they cannot be written, or where other rows may be:
+    /// those without a time count as of 1970, and before the first instant, division rounds up.
     pub fn span(self, at: i64) -> Option<Span> {
+        if at <= 0 {
+            return None;
+        }
         let start = self.first.checked_add(at.checked_mul(self.width)?)?;
         let end = start.checked_add(self.width)?;
         let span = Span { start: Timestamp::from_nanos(start), end: Timestamp::from_nanos(end) };
@@ -106,5 +109,7 @@ mod tests {
         assert_eq!(slices.span(0), None);
         assert_eq!(slices.span(1).map(|span| (span.start.nanos(), span.end.nanos())), Some((4, 15)));
         assert_eq!(slices.span(i64::MAX), None);
+        let later = Slices::new(1000, 1999, 10);
+        assert_eq!([-1, 0, 1].map(|at| later.span(at).is_some()), [false, false, true]);
     }
 }
