@@ -266,7 +266,7 @@ fn key_cache(job: &Job, writes: bool) -> KeyCache {
             folder.join(crate::model::digest::Digest::new("keys").text(&connection.url).text(&connection.database).hex())
         }),
     };
-    KeyCache { folder: folder.map(|folder| folder.join(&job.name)), writes }
+    KeyCache { folder: folder.map(|folder| folder.join(&job.name)), job: job.digest.clone(), writes }
 }
 
 /// What people call the store.

@@ -15,6 +15,8 @@ use crate::source::{Field, Split};
 pub struct KeyCache {
     /// `None` where there is no place for it.
     pub folder: Option<PathBuf>,
+    /// The job's digest: other settings may make other keys of the same rows.
+    pub job: String,
     /// Whether it is brought up to date: plans that nobody saves only read it.
     pub writes: bool,
 }
@@ -26,13 +28,23 @@ impl KeyCache {
     /// The keys of a split as they were read once.
     pub fn load(&self, fields: &[Field], split: &Split) -> Option<SplitKeys> {
         let path = self.folder.as_ref()?.join(file_name(split));
-        read(&path, identity(fields, &[split]))
+        read(&path, self.identity(fields, &[split]))
     }
 
     /// The hashes that occur more than once over all of `splits`.
     pub fn load_repeated(&self, fields: &[Field], splits: &[&Split]) -> Option<KeyHashes> {
         let path = self.folder.as_ref()?.join(REPEATED);
-        read(&path, identity(fields, splits)).map(|keys| keys.hashes)
+        read(&path, self.identity(fields, splits)).map(|keys| keys.hashes)
+    }
+
+    /// Changes when the keys may have changed.
+    fn identity(&self, fields: &[Field], splits: &[&Split]) -> u64 {
+        let mut text = format!("{fields:?} {}", self.job);
+        for split in splits {
+            let (label, fingerprint) = (split.label(), &split.fingerprint);
+            text.push_str(&format!("\n{}:{label}|{fingerprint}", label.len()));
+        }
+        xxh3_64(text.as_bytes())
     }
 
     /// Keeps the keys of all `splits` and nothing else.
@@ -42,27 +54,17 @@ impl KeyCache {
             return tracing::debug!("{}: no key cache: {error}", folder.display());
         }
         for (split, keys) in splits.iter().zip(keys) {
-            write(&folder.join(file_name(split)), &keys.encode(identity(fields, &[split])));
+            write(&folder.join(file_name(split)), &keys.encode(self.identity(fields, &[split])));
         }
         let all: Vec<_> = splits.iter().collect();
         let repeated = SplitKeys { hashes: KeyHashes::of(repeated.collect()), ..SplitKeys::default() };
-        write(&folder.join(REPEATED), &repeated.encode(identity(fields, &all)));
+        write(&folder.join(REPEATED), &repeated.encode(self.identity(fields, &all)));
         remove_others(folder, splits);
     }
 }
 
 fn file_name(split: &Split) -> String {
     format!("{:032x}.keys", xxh3_128(split.label().as_bytes()))
-}
-
-/// Changes when the keys may have changed.
-fn identity(fields: &[Field], splits: &[&Split]) -> u64 {
-    let mut text = format!("{fields:?}");
-    for split in splits {
-        let (label, fingerprint) = (split.label(), &split.fingerprint);
-        text.push_str(&format!("\n{}:{label}|{fingerprint}", label.len()));
-    }
-    xxh3_64(text.as_bytes())
 }
 
 fn read(path: &Path, identity: u64) -> Option<SplitKeys> {

@@ -182,7 +182,12 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         Err(error) if error.is::<Retreat>() => error.downcast::<Retreat>()?,
         result => return result,
     };
-    let plan = match with(Completeness::Recomputed) {
+    // Who asks for everything that is new does not mean as far as the job looks back.
+    let everything = match request.completeness {
+        Completeness::Incremental => Completeness::Full,
+        _ => Completeness::Recomputed,
+    };
+    let plan = match with(everything) {
         // The source has no longer everything, but for what is new it does.
         Err(error) if retreat.is_choice && Moved::is_in(&error) => with(Completeness::Incremental)?,
         plan => {

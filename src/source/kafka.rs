@@ -88,9 +88,12 @@ impl EventSource for KafkaSource {
                 bail!(Moved(format!("{place}: retention has removed offsets {until} to {gone}, which no run has read")));
             }
             let new = Offsets { start: until, end: extent.end };
-            let new = Some(new).filter(|new| new.start < new.end || known.is_empty());
-            let parts = known.into_iter().map(|(known, _)| known).chain(new).enumerate();
-            splits.extend(parts.map(|(at, offsets)| self.split(&identity, partition, offsets, at > 0)));
+            let new = Some((new, None)).filter(|(new, _)| new.start < new.end || known.is_empty());
+            let parts = known.into_iter().map(|(known, rows)| (known, Some(rows))).chain(new).enumerate();
+            splits.extend(parts.map(|(at, (offsets, announced_rows))| Split {
+                announced_rows,
+                ..self.split(&identity, partition, offsets, at > 0)
+            }));
         }
         match recorded.keys().next() {
             Some(partition) => bail!(Moved(format!("{}: there is no such partition any more", topic.place(*partition)))),

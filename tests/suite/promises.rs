@@ -304,8 +304,11 @@ pub fn planned<T>(
     let Source::Files { patterns, columns } = &job.source else { panic!("made-up jobs read files") };
     let source = FileSource::new(patterns.clone(), columns.clone());
     let mut store = open(&job);
-    let keys =
-        KeyCache { folder: Some(workspace.path(&format!("{}.keys", job.path.file_stem().unwrap().display()))), writes: true };
+    let keys = KeyCache {
+        folder: Some(workspace.path(&format!("{}.keys", job.path.file_stem().unwrap().display()))),
+        job: job.digest.clone(),
+        writes: true,
+    };
     let inputs = Inputs {
         job: &job,
         reference: &reference,

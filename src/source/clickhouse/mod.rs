@@ -29,6 +29,7 @@ use cuts::{Cut, Slices};
 /// each of them: so they are few.
 const ROWS_PER_SPLIT: u64 = 2_000_000;
 const MOST_SPLITS: u64 = 32;
+const EPOCH: &str = "1970-01-01 00:00:00.000000000";
 /// Beyond so many wanted rows of a split, all are read.
 const MOST_NAMED: usize = 20_000;
 /// Bytes of names in one query; servers take 256 KiB.
@@ -171,9 +172,8 @@ impl ClickHouseSource {
         let mut conditions = Vec::new();
         if let Some(ingested_at) = layout.get(Field::IngestedAt) {
             let column = ingested_at.instant();
-            if let Some(until) = self.ingested_until(&column)? {
-                conditions.push(Cut { after: None, until }.condition(&column));
-            }
+            let until = self.ingested_until(&column)?;
+            conditions.push(Cut { after: None, until }.condition(&column));
         }
         if let Some(tenant) = &selection.tenant {
             conditions.push(format!("toString({}) = {}", identifier(&layout.require(Field::TenantId)?.name), literal(tenant)));
@@ -191,14 +191,14 @@ impl ClickHouseSource {
         Ok(if conditions.is_empty() { "1".to_owned() } else { conditions.join(" AND ") })
     }
 
-    /// The greatest ingestion time of a row that is old enough.
-    fn ingested_until(&self, column: &str) -> Result<Option<String>> {
+    /// The greatest ingestion time of a row that is old enough, or 1970.
+    fn ingested_until(&self, column: &str) -> Result<String> {
         let until = match self.margin.as_secs() {
             0 => String::new(),
             seconds => format!(" WHERE {column} <= now64(9, 'UTC') - toIntervalSecond({seconds})"),
         };
         let until = self.single(&format!("SELECT max(toDateTime64({column}, 9, 'UTC')) FROM {}{until}", self.relation))?;
-        Ok(until.map(|until| until.trim_end_matches('Z').to_owned()))
+        Ok(until.map_or_else(|| EPOCH.to_owned(), |until| until.trim_end_matches('Z').to_owned()))
     }
 
     /// Slices of the rows that `condition` selects, so that each has not too many.
@@ -292,8 +292,8 @@ impl EventSource for ClickHouseSource {
             splits.extend(self.sliced(&layout, &cut.condition(&column), *slices, true)?);
         }
         let after = cuts.iter().map(|(cut, _)| &cut.until).max().cloned();
-        let until = self.ingested_until(&column)?.filter(|until| after.as_ref().is_none_or(|after| until > after));
-        if let Some(until) = until {
+        let until = self.ingested_until(&column)?;
+        if after.as_ref().is_none_or(|after| until > *after) {
             let condition = Cut { after, until }.condition(&column);
             let slices = self.slices(&layout, &condition)?;
             splits.extend(self.sliced(&layout, &condition, slices, true)?);
