@@ -260,3 +260,16 @@ fn rows_that_may_still_be_on_their_way_are_left_for_later() {
     // It is no part of a full run either.
     assert_eq!(workspace.run(&["--full"])["events"]["metered"], 31);
 }
+
+#[test]
+fn after_a_run_of_an_earlier_snapshot_everything_is_computed() {
+    let Some(broker) = broker() else { return };
+    let shop = Shop::new(Source::topic(&broker));
+    let Shop { workspace, .. } = &shop;
+    let first = workspace.query("SELECT run_id FROM runs")[0]["run_id"].clone();
+    shop.night(Call { id: "late", customer: "a", day: 2, hour: 11, value: 5, came: 2 }.line());
+    // It takes the late event back.
+    workspace.run(&["--snapshot", &first]);
+    shop.skips_nothing("computed a part");
+    check_against_a_fresh_store(workspace);
+}
