@@ -127,7 +127,7 @@ fn input_files(job: &Job, reference: &Reference, saved: &SavedPlan) -> Result<Ve
     };
     let file = |split: &crate::source::Split| {
         let rows = split.announced_rows.or_else(|| then.get(&split.label()).copied()).unwrap_or_default();
-        InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows }
+        split.input(rows)
     };
     Ok(splits.iter().map(file).collect())
 }

@@ -113,6 +113,9 @@ pub struct InputFile {
     pub name: String,
     pub fingerprint: String,
     pub rows: u64,
+    /// As [`crate::source::Split::evidence`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<String>,
 }
 
 /// What a run computed with.

@@ -49,7 +49,7 @@ pub mod trace_events;
 mod unused;
 mod windows;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::clock::{Stopwatch, now};
@@ -57,7 +57,7 @@ use crate::config::Job;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, StoredWindow, WindowKey};
 use crate::model::counts::{EventCounts, UsageCounts};
 use crate::model::price::Price;
-use crate::model::run::{InputFile, Origin, RunBasis, RunInput, RunMode, RunRecord};
+use crate::model::run::{Origin, RunBasis, RunInput, RunMode, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
@@ -189,9 +189,12 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     };
     let plan = match with(everything) {
         // The source has no longer everything, but for what is new it does.
-        Err(error) if retreat.is_choice && Moved::is_in(&error) => with(Completeness::Incremental)?,
+        Err(error) if retreat.is_choice && Moved::is_in(&error) => with(Completeness::Incremental).map_err(|second| {
+            // Neither works: of the two, the whole source is what can be mended.
+            if second.is::<Retreat>() { error.context(second) } else { second }
+        })?,
         plan => {
-            let plan = plan?;
+            let plan = if retreat.is_choice { plan } else { plan.with_context(|| retreat.why.clone()) }?;
             Plan { coverage: Coverage { why: Some(retreat.why), ..plan.coverage }, ..plan }
         }
     };
@@ -400,8 +403,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
 
     let files = splits.iter().zip(&keys.splits);
     let future = lateness::warn_of_the_future(files.clone(), range, started_at);
-    let files =
-        files.map(|(split, keys)| InputFile { name: split.label(), fingerprint: split.fingerprint.clone(), rows: keys.rows });
+    let files = files.map(|(split, keys)| split.input(keys.rows));
     let coverage = incremental::coverage(&baseline, skipping, &priced.windows, &stored.windows);
     let coverage = Coverage { leaves_windows: lateness.settled_until.is_some(), ..coverage };
     let is_part = coverage.mode == Mode::Part;

@@ -18,7 +18,7 @@ use crate::config::KafkaConnection;
 use crate::fault::configuration;
 use crate::model::run::{InputFile, RunRecord};
 use crate::model::timestamp::Timestamp;
-use topic::{Extent, Topic, written_at};
+use topic::{Extent, Offsets, Topic, written_at};
 
 /// The events of a topic.
 #[derive(Debug)]
@@ -67,7 +67,8 @@ impl EventSource for KafkaSource {
     }
 
     /// Messages of an offset never change, so what was read comes again by its offsets, even
-    /// where retention has removed it since: that shows when it is to be read.
+    /// where retention has removed it since: that shows when it is to be read. The last one
+    /// tells a topic that was created anew.
     fn splits_since(&self, before: &[InputFile]) -> Result<Vec<Split>> {
         let topic = Topic::connect(&self.connection, &self.topic)?;
         let partitions = topic.partitions()?;
@@ -79,7 +80,7 @@ impl EventSource for KafkaSource {
             let extent = topic.extent(partition)?;
             let place = topic.place(partition);
             let known = recorded.remove(&partition).unwrap_or_default();
-            let until = known.last().map_or(0, |(known, _)| known.end);
+            let until = known.last().map_or(0, |known| known.offsets.end);
             if extent.end < until {
                 bail!(Moved(format!("{place}: offsets up to {until} were read, and it ends at {} now", extent.end)));
             }
@@ -87,13 +88,20 @@ impl EventSource for KafkaSource {
                 let gone = extent.low - 1;
                 bail!(Moved(format!("{place}: retention has removed offsets {until} to {gone}, which no run has read")));
             }
+            if let Some(Known { offsets, evidence: Some(evidence), .. }) = known.last()
+                && offsets.end > extent.low
+                && topic.evidence(partition, *offsets)?.is_some_and(|now| now != *evidence)
+            {
+                let last = offsets.end - 1;
+                bail!(Moved(format!("{place}: the message at offset {last} is not the one that was read: it was created anew")));
+            }
             let new = Offsets { start: until, end: extent.end };
-            let new = Some((new, None)).filter(|(new, _)| new.start < new.end || known.is_empty());
-            let parts = known.into_iter().map(|(known, rows)| (known, Some(rows))).chain(new).enumerate();
-            splits.extend(parts.map(|(at, (offsets, announced_rows))| Split {
-                announced_rows,
-                ..self.split(&identity, partition, offsets, at > 0)
-            }));
+            let evidence = topic.evidence(partition, new)?;
+            let new = Some((new, None, evidence)).filter(|(new, ..)| new.start < new.end || known.is_empty());
+            let known = known.into_iter().map(|Known { offsets, rows, evidence }| (offsets, Some(rows), evidence));
+            for (at, (offsets, announced_rows, evidence)) in known.chain(new).enumerate() {
+                splits.push(Split { announced_rows, evidence, ..self.split(&identity, partition, offsets, at > 0) });
+            }
         }
         match recorded.keys().next() {
             Some(partition) => bail!(Moved(format!("{}: there is no such partition any more", topic.place(*partition)))),
@@ -157,7 +165,9 @@ impl KafkaSource {
                 Some(None) => extent.end,
                 Some(Some(offset)) => (*offset).clamp(extent.low, extent.end),
             };
-            splits.push(self.split(identity, *partition, Offsets { start, end: extent.end }, false));
+            let offsets = Offsets { start, end: extent.end };
+            let evidence = if since.is_none() { topic.evidence(*partition, offsets)? } else { None };
+            splits.push(Split { evidence, ..self.split(identity, *partition, offsets, false) });
         }
         Ok(splits)
     }
@@ -167,6 +177,7 @@ impl KafkaSource {
             name: format!("kafka {}/{partition}", self.topic),
             identity: identity.to_owned(),
             fingerprint: format!("{start}..{end}"),
+            evidence: None,
             announced_rows: None,
             part: Part::Offsets { partition, start, end, continues },
         }
@@ -221,8 +232,8 @@ impl KafkaSource {
         })?;
         let mut splits = Vec::new();
         for (partition, parts) in recorded {
-            let rows = parts.iter().map(|(_, rows)| rows).sum();
-            let whole = parts.into_iter().map(|(offsets, _)| offsets).reduce(|a, b| Offsets { end: b.end, ..a });
+            let rows = parts.iter().map(|known| known.rows).sum();
+            let whole = parts.into_iter().map(|known| known.offsets).reduce(|a, b| Offsets { end: b.end, ..a });
             let Some(Offsets { start, end }) = whole else { continue };
             let needed = by_time.get(&partition).copied().flatten().unwrap_or(start);
             check_still_there(topic, partitions, partition, start, end)
@@ -352,15 +363,16 @@ fn check_reaches_back(topic: &Topic<'_>, partition: i32, start: i64, needed: i64
     Ok(())
 }
 
-/// Offsets of a partition, the end not included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Offsets {
-    start: i64,
-    end: i64,
+/// Offsets that a run has read, and how many messages were there.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Known {
+    offsets: Offsets,
+    rows: u64,
+    evidence: Option<String>,
 }
 
-/// Offsets by partition, with the messages in them.
-type Recorded = BTreeMap<i32, Vec<(Offsets, u64)>>;
+/// By partition.
+type Recorded = BTreeMap<i32, Vec<Known>>;
 
 /// What recorded splits of the topic with this identity read: offsets that follow each
 /// other. Otherwise one that is of something else.
@@ -374,7 +386,8 @@ fn offsets<'f>(files: &'f [InputFile], identity: &str) -> Result<Recorded, &'f I
     let mut by_partition = Recorded::new();
     for file in files {
         let (partition, offsets) = parse(file).ok_or(file)?;
-        by_partition.entry(partition).or_default().push((offsets, file.rows));
+        let known = Known { offsets, rows: file.rows, evidence: file.evidence.clone() };
+        by_partition.entry(partition).or_default().push(known);
     }
     by_partition.values_mut().for_each(|parts| parts.sort_unstable());
     Ok(by_partition)
@@ -382,7 +395,7 @@ fn offsets<'f>(files: &'f [InputFile], identity: &str) -> Result<Recorded, &'f I
 
 /// Where the offsets of a partition end that a run has read; `None` where it read none.
 pub fn read_until(files: &[InputFile], identity: &str, partition: i32) -> Option<i64> {
-    offsets(files, identity).ok()?.get(&partition)?.last().map(|(known, _)| known.end)
+    offsets(files, identity).ok()?.get(&partition)?.last().map(|known| known.offsets.end)
 }
 
 fn nanos(duration: Duration) -> i64 {

@@ -27,6 +27,8 @@ pub struct Split {
     pub identity: String,
     /// Changes when the content may have changed.
     pub fingerprint: String,
+    /// What shows later that the content is still the same, where the fingerprint does not.
+    pub evidence: Option<String>,
     /// Rows that the source itself announces, where it does.
     pub announced_rows: Option<u64>,
     pub part: Part,
@@ -63,6 +65,11 @@ pub struct Selection {
 }
 
 impl Split {
+    /// What a run that read so many rows of it records.
+    pub fn input(&self, rows: u64) -> InputFile {
+        InputFile { name: self.label(), fingerprint: self.fingerprint.clone(), rows, evidence: self.evidence.clone() }
+    }
+
     /// The identity, with the part where there are several.
     pub fn label(&self) -> String {
         match &self.part {

@@ -203,6 +203,19 @@ fn retention_does_not_end_nights() {
     assert_eq!(runs(), before);
 }
 
+/// A topic that was created anew may have as many messages as the old one.
+#[test]
+fn messages_that_are_not_those_that_were_read_are_read() {
+    let Some(broker) = broker() else { return };
+    let shop = Shop::new(Source::topic(&broker));
+    let Shop { workspace, source: Source::Topic(topic), .. } = &shop else { panic!() };
+    topic.create_anew();
+    fs::remove_dir_all(workspace.path("events")).unwrap();
+    (7..=13).for_each(|number| shop.send(day(number)));
+    shop.skips_nothing("created anew");
+    check_against_a_fresh_store(workspace);
+}
+
 #[test]
 fn messages_that_no_run_has_read_are_missed() {
     let Some(broker) = broker() else { return };

@@ -80,6 +80,21 @@ impl Topic {
     }
 
     /// Writes messages and waits until they are there.
+    /// Deletes the topic and creates it again, empty.
+    pub fn create_anew(&self) {
+        wait(admin(&self.broker).delete_topics(&[&self.name], &options())).unwrap();
+        let topic = NewTopic::new(&self.name, self.partitions, TopicReplication::Fixed(1));
+        for _ in 0..200 {
+            // The old one goes in the background.
+            let created = wait(admin(&self.broker).create_topics([&topic], &options())).unwrap();
+            if created.iter().all(Result::is_ok) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        panic!("topic {} cannot be created anew", self.name);
+    }
+
     pub fn produce(&self, messages: &[Message]) {
         self.send(&self.producer, messages);
         self.producer.flush(PATIENCE).unwrap();

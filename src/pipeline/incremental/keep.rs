@@ -132,7 +132,7 @@ impl Keep {
     /// that were not are removed.
     pub fn prepare_plan(self, planned_at: Timestamp) -> Prepared {
         if let Keep::Segment(Draft { folder, .. }) = &self {
-            let manifest = fs::read(folder.join(MANIFEST)).ok().and_then(|bytes| serde_json::from_slice::<Manifest>(&bytes).ok());
+            let manifest = Manifest::read(folder);
             let in_use: Vec<_> = manifest.into_iter().flat_map(|manifest| manifest.segments).collect();
             remove_segments(folder, |name| name.starts_with(OF_PLAN) && !in_use.iter().any(|listed| listed.name == name));
         }
@@ -160,22 +160,22 @@ impl Prepared {
     pub fn publish(self, run_id: &str) {
         let (folder, segments) = match self {
             Prepared::AsTheyAre => return,
-            Prepared::Nothing(folder) => (folder, Vec::new()),
-            Prepared::Segments { folder, segments } => (folder, segments),
+            Prepared::Nothing(folder) => (folder, None),
+            Prepared::Segments { folder, segments } => (folder, Some(segments)),
         };
-        let names: FxHashSet<_> = segments.iter().map(|segment| segment.name.clone()).collect();
-        let manifest = Manifest { version: VERSION, run_id: run_id.to_owned(), segments };
-        let write = || -> Result<()> {
-            let partial = folder.join("matches.json.partial");
-            fs::write(&partial, serde_json::to_vec(&manifest)?)?;
-            Ok(fs::rename(&partial, folder.join(MANIFEST))?)
-        };
-        let is_kept = !names.is_empty()
-            && write().inspect_err(|error| tracing::warn!("{}: no matches are kept: {error:#}", folder.display())).is_ok();
-        if !is_kept {
+        let manifest = segments.map(|segments| Manifest { version: VERSION, run_id: run_id.to_owned(), segments });
+        let manifest = manifest.filter(|manifest| match manifest.write(&folder) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!("{}: no matches are kept: {error:#}", folder.display());
+                false
+            }
+        });
+        if manifest.is_none() {
             let _ = fs::remove_file(folder.join(MANIFEST));
         }
-        remove_segments(&folder, |name| !is_kept || !names.contains(name));
+        let segments = manifest.map(|manifest| manifest.segments).unwrap_or_default();
+        remove_segments(&folder, |name| !segments.iter().any(|segment| segment.name == name));
     }
 }
 

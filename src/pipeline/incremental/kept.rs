@@ -62,8 +62,7 @@ struct Segment {
 impl Kept {
     /// What is kept of a run; `None` where there is nothing, or nothing whole.
     pub fn open(folder: &Path, run_id: &str, reference: &Reference) -> Option<Kept> {
-        let bytes = fs::read(folder.join(MANIFEST)).ok()?;
-        let manifest: Manifest = serde_json::from_slice(&bytes).ok()?;
+        let manifest = Manifest::read(folder)?;
         if manifest.version != VERSION || manifest.run_id != run_id {
             return None;
         }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::choice::{Chosen, CustomerChoice, KeyChoice};
@@ -20,7 +20,7 @@ use crate::pipeline::matcher::Matcher;
 use crate::pipeline::past::{Coverage as PastCoverage, Knowledge};
 use crate::pipeline::read::{check_stable, merge_workers};
 use crate::pipeline::{Completeness, Inputs, Request, Timeline, scan};
-use crate::source::{EventBatch, EventRef, Field, Names, RowChoice, Split, Wanted};
+use crate::source::{EventBatch, EventRef, Field, Moved, Names, RowChoice, Split, Wanted};
 
 /// Beyond so many in a hundred events everything is read: choosing takes a second pass over
 /// what is chosen from, and after a run of everything its matches are kept for the next ones.
@@ -256,6 +256,10 @@ impl<'p> Passes<'p> {
             };
             let workers = read_chosen(&choice, holders)?;
             seen.merge(merge_workers(context, workers));
+        }
+        let missing = self.missing_copies(&seen.copies).len();
+        if missing > 0 {
+            bail!(Moved(format!("{missing} events that came again, or share a key with others, are not where they were")));
         }
         Ok(seen)
     }

@@ -1,8 +1,10 @@
 //! The form of kept matches: a manifest, and for each segment an index and a file of matches a
 //! thread.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
+use anyhow::Result;
 use rustc_hash::FxHashSet;
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +26,20 @@ pub(super) struct Manifest {
     pub run_id: String,
     /// From the oldest to the newest.
     pub segments: Vec<Listed>,
+}
+
+impl Manifest {
+    /// `None` where there is none, or none that can be read.
+    pub fn read(folder: &Path) -> Option<Manifest> {
+        serde_json::from_slice(&fs::read(folder.join(MANIFEST)).ok()?).ok()
+    }
+
+    /// Writes it as a whole or not at all.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let partial = folder.join(MANIFEST).with_extension("json.partial");
+        fs::write(&partial, serde_json::to_vec(self)?)?;
+        Ok(fs::rename(&partial, folder.join(MANIFEST))?)
+    }
 }
 
 /// A segment in the manifest.

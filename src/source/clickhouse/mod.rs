@@ -237,6 +237,7 @@ impl ClickHouseSource {
                 name: self.name.clone(),
                 identity: self.relation.clone(),
                 fingerprint: if has_digest { format!("{rows}:{digest}") } else { rows.clone() },
+                evidence: None,
                 announced_rows: Some(rows.parse().with_context(|| format!("row count `{rows}`"))?),
                 part: Part::Rows { condition: cuts::write(condition, slices, &nanos, &at), hint },
             });

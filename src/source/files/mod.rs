@@ -145,6 +145,7 @@ impl EventSource for FileSource {
                 name: path.display().to_string(),
                 identity: path.canonicalize().unwrap_or_else(|_| path.clone()).display().to_string(),
                 fingerprint: format!("{}:{}", metadata.len(), modified.map_or(0, |since| since.as_nanos())),
+                evidence: None,
                 announced_rows: None,
                 part: Part::Whole,
             };

@@ -15,6 +15,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::topic_partition_list::Offset;
 use rdkafka::types::RDKafkaConfRes;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::clock::Stopwatch;
 use crate::config::KafkaConnection;
@@ -66,6 +67,13 @@ pub(super) struct Topic<'t> {
 pub(super) struct Extent {
     pub low: i64,
     /// The last stable offset: before it, every transaction is decided.
+    pub end: i64,
+}
+
+/// Offsets of a partition, the end not included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Offsets {
+    pub start: i64,
     pub end: i64,
 }
 
@@ -144,6 +152,21 @@ impl<'t> Topic<'t> {
         Ok(offsets)
     }
 
+    /// Tells the last message of some offsets from others that could be there; `None` where
+    /// there is none at the very end, but perhaps the marker of a transaction.
+    pub fn evidence(&self, partition: i32, Offsets { start, end }: Offsets) -> Result<Option<String>> {
+        if start >= end {
+            return Ok(None);
+        }
+        self.assign(partition, end - 1)?;
+        let message = self.next(partition)?.filter(|message| message.offset() == end - 1);
+        Ok(message.map(|message| {
+            let written = message.timestamp().to_millis().unwrap_or_default();
+            let hash = |bytes: Option<&[u8]>| xxh3_64(bytes.unwrap_or_default());
+            format!("{written} {:016x} {:016x}", hash(message.key()), hash(message.payload()))
+        }))
+    }
+
     /// Reads `partition` from `start` on.
     pub fn assign(&self, partition: i32, start: i64) -> Result<()> {
         let mut assignment = TopicPartitionList::new();
@@ -196,7 +219,7 @@ impl<'t> Topic<'t> {
                 Ok(())
             }
             Some(Code::AutoOffsetReset | Code::OffsetOutOfRange) => {
-                bail!(Moved("retention has removed messages that were there: run again".to_owned()))
+                bail!(Moved("retention has removed messages that were to be read".to_owned()))
             }
             _ => bail!("the brokers {} refuse to deliver: {error}{}", self.brokers, self.complaint()),
         }
