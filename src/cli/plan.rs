@@ -439,8 +439,12 @@ impl Report<'_> {
         self.line(out, "new", &[vec![new], why].concat().join(", "))?;
         let customers = counted(skipping.marked_customers, "customer");
         let mut marked = format!("{customers}, {}", counted(skipping.marked_periods, "billing period"));
-        if skipping.stored_windows > 0 {
-            marked = format!("{marked}; {} of them as stored", counted(skipping.stored_windows, "window"));
+        let stored = (skipping.stored_windows > 0).then(|| format!("{} of them", counted(skipping.stored_windows, "window")));
+        let carried =
+            (skipping.carried_periods > 0).then(|| format!("{} of earlier ones", counted(skipping.carried_periods, "sum")));
+        let as_stored: Vec<_> = stored.into_iter().chain(carried).collect();
+        if !as_stored.is_empty() {
+            marked = format!("{marked}; {} as stored", as_stored.join(" and "));
         }
         self.line(out, "marked", &marked)?;
         let mut looked_at = format!("{} of {}", number(skipping.rows), counted(skipping.all_rows, "event"));

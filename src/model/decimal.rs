@@ -60,6 +60,11 @@ impl Decimal {
         Decimal(i128::from(value) * ONE)
     }
 
+    /// A whole number that is not negative, if this is one.
+    pub fn to_u64(self) -> Option<u64> {
+        (self.0 % ONE == 0).then(|| u64::try_from(self.0 / ONE).ok())?
+    }
+
     pub fn is_zero(self) -> bool {
         self.0 == 0
     }

@@ -259,6 +259,19 @@ impl Accumulator {
         }
     }
 
+    /// The state of several windows that are known by the sum of their quantities; `None` where
+    /// more must be known.
+    pub fn of_sum(meter: &Meter, quantity: Decimal) -> Option<Self> {
+        match (meter.charge_on, meter.aggregation) {
+            (ChargeOn::WindowSum, _) => Some(Accumulator::Known(quantity)),
+            (ChargeOn::Period, Aggregation::Count) => quantity.to_u64().map(Accumulator::Count),
+            (ChargeOn::Period, Aggregation::Sum | Aggregation::SumWithMultiplier) => {
+                Accumulator::of_quantity(meter, quantity, 0, Timestamp::MIN)
+            }
+            _ => None,
+        }
+    }
+
     /// Adds the value of one event.
     pub fn add(&mut self, value: &Measured<'_>, moment: Moment<'_>) {
         match (self, value) {

@@ -168,12 +168,24 @@ impl<'c, 'r> AllMatches<'c, 'r> {
             state.count(&of.value, moment, percentage, contribution, of.news)?;
             sessions.entry(key).or_default().add(t, t, state, gap_nanos, percentage);
         } else {
-            let window = window.with_context(|| damaged(of))?;
+            let mut window = window.with_context(|| damaged(of))?;
+            let is_carried = self.changes_from(of, period).filter(|from| window.start < *from);
+            if let Some(from) = is_carried {
+                window = Span { start: period.start, end: from };
+            }
             key.window_start = window.start;
-            let new = || WindowState::new(meter, price, window, period);
+            let new = || WindowState { is_carried: is_carried.is_some(), ..WindowState::new(meter, price, window, period) };
             windows.change(key, new, |state| state.count(&of.value, moment, percentage, contribution, of.news))?;
         }
         Ok(())
+    }
+
+    /// Where the windows begin that may change, if earlier ones of the billing period stay as
+    /// they are.
+    fn changes_from(&self, of: &Match<'_>, period: Span) -> Option<Timestamp> {
+        let marks = self.context.marks.as_ref()?;
+        let from = marks.changes_from((of.subscription as usize, of.meter as usize), period);
+        (from > period.start).then_some(from)
     }
 
     fn session_gap(&self, meter: u32) -> Option<i64> {

@@ -66,10 +66,12 @@ pub fn conservation(events: &EventCounts, usage: &UsageCounts) -> anyhow::Result
 /// Where window costs do not sum to their period's cost.
 pub fn telescoping_cost(priced: &Priced) -> anyhow::Result<()> {
     let mut periods = Walk::new(&priced.periods, |period| &period.key);
+    let mut carried = Walk::new(&priced.carried, |carried| &carried.period);
     for windows in priced.windows.chunk_by(|a, b| a.row.key.period == b.row.key.period) {
         let Some(key) = windows.first().map(|window| &window.row.key.period) else { continue };
         let mut sum = DecimalSum::default();
         windows.iter().for_each(|window| sum.add(window.row.cost));
+        carried.find(key).into_iter().for_each(|carried| sum.add(carried.cost));
         // Periods without usage have no windows.
         let Some(period) = periods.find(key) else {
             return Err(Invariant::TelescopingCost.broken(format!("{key:?} has windows, but no period")));

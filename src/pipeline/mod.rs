@@ -317,7 +317,8 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     }
     if let (Some(marks), Some(stored), Some(skipping)) = (&context.marks, &known, &mut skipping) {
         let add = |key, state| matches.add(key, state);
-        skipping.stored_windows = stored_windows::stand_in(marks, &stored.windows, reference, &mut seen.dimensions, add);
+        let stood_in = stored_windows::stand_in(marks, stored, reference, &mut seen.dimensions, add);
+        (skipping.stored_windows, skipping.carried_periods) = (stood_in.windows, stood_in.carried);
     }
     let mut priced = timeline.step("aggregate and price", None, || {
         let dimensions = &seen.dimensions;
@@ -354,7 +355,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     // reconcile
     let reach = range::reach(range, reference, &request.scope);
     let marks = context.marks.as_ref();
-    let stored = known.map_or_else(|| past.read(inputs, (request, &lateness), (range, reach), None), Ok)?;
+    let stored = known.map_or_else(|| past.read(inputs, (request, &lateness), (range, reach)), Ok)?;
     let stored = stored.comparable(&request.scope, range, marks, &priced);
     let closed = stored.closed;
     let mut changes = timeline.step("reconcile", None, || {
@@ -390,6 +391,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         };
         changes.adjust_closed(adjustments::recorded(store, &job.name, wants)?);
     }
+    changes.add_carried(&priced.carried);
     changes.check_totals()?;
     let foreign_definitions = past.foreign_definitions(&stored.windows, &priced.windows, &basis);
     invariants::ledger_replay(&stored.windows, &changes, &priced, range, &closed)?;

@@ -197,9 +197,21 @@ impl Past {
         store.map_or(Ok(Vec::new()), |store| store.windows(&job.name, span))
     }
 
-    /// Rows of the billing periods that the range touches, or of those that `marks` hold
-    /// and perhaps others.
-    pub fn read(
+    /// Rows of the billing periods that the range touches.
+    ///
+    /// # Errors
+    /// Where the store cannot be read.
+    pub fn read(&self, inputs: &Inputs<'_>, request: (&Request, &Lateness), (range, reach): (Span, Span)) -> Result<Stored> {
+        let stored = self.read_periods(inputs, request, (range, reach), None)?;
+        Ok(Stored { windows: self.windows(inputs.store, inputs.job, reach)?, ..stored })
+    }
+
+    /// As [`Past::read`], but no windows, and of billing periods that `marks` hold and perhaps
+    /// others.
+    ///
+    /// # Errors
+    /// As [`Past::read`].
+    pub fn read_periods(
         &self,
         inputs: &Inputs<'_>,
         (request, lateness): (&Request, &Lateness),
@@ -207,21 +219,32 @@ impl Past {
         marks: Option<&Marks>,
     ) -> Result<Stored> {
         let Inputs { job, reference, store, .. } = *inputs;
+        let windows = Vec::new();
         let Some(store) = store else {
-            return Ok(Stored { windows: Vec::new(), periods: Vec::new(), closed: ClosedPeriods::default() });
+            return Ok(Stored { windows, periods: Vec::new(), closed: ClosedPeriods::default() });
         };
-        let subscriptions = marks.and_then(|marks| marks.marked_subscriptions(reference));
-        let of_periods = subscriptions.as_deref().filter(|_| marks.is_some_and(|marks| marks.know(range)));
+        let subscriptions = marks.filter(|marks| marks.know(range)).and_then(|marks| marks.marked_subscriptions(reference));
         let reach = marks.map_or(reach, |marks| marks.span(reference, (range, reach)));
         let range = Span { start: range.start.max(reach.start), end: range.end.min(reach.end) };
-        let windows = store.windows_of(&job.name, reach, subscriptions.as_deref())?;
-        let periods = store.periods_of(&job.name, range, of_periods)?;
+        let periods = store.periods_of(&job.name, range, subscriptions.as_deref())?;
         let closed = match lateness.horizon {
             _ if request.allow_closed => ClosedPeriods::default(),
             Some(until) => ClosedPeriods::of(&periods).with_horizon(Horizon::new(until, &self.runs), reference),
             None => ClosedPeriods::of(&periods),
         };
         Ok(Stored { windows, periods, closed })
+    }
+
+    /// Rows that may change where `marks` are, and those that come after them.
+    ///
+    /// # Errors
+    /// As [`Past::read`].
+    pub fn read_marked(&self, inputs: &Inputs<'_>, spans: (Span, Span), marks: &Marks) -> Result<Vec<StoredWindow>> {
+        let Inputs { job, reference, store: Some(store), .. } = *inputs else { return Ok(Vec::new()) };
+        let choices = marks.windows(reference);
+        let mut windows = store.windows_of(&job.name, marks.span(reference, spans), choices.as_deref())?;
+        windows.retain(|stored| marks.reach_row(&stored.row, reference));
+        Ok(windows)
     }
 }
 

@@ -11,7 +11,7 @@ use super::hopping;
 use super::names::Names;
 use super::state::{Interner, KeptNews, StateKey, WindowState};
 use super::windows::Windows;
-use crate::model::aggregate::{PeriodKey, PeriodRow, WindowKey, WindowRow};
+use crate::model::aggregate::{PeriodKey, PeriodRow, Text, WindowKey, WindowRow};
 use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
 use crate::model::meter::{ChargeOn, Meter};
 use crate::model::percentage::Fees;
@@ -25,6 +25,16 @@ use crate::reference::{Reference, Subscription};
 pub struct Priced {
     pub windows: Vec<PricedWindow>,
     pub periods: Vec<PeriodRow>,
+    pub carried: Vec<Carried>,
+}
+
+/// What the windows of a billing period cost that stay as they are, and are not among those
+/// that were priced.
+#[derive(Debug)]
+pub struct Carried {
+    pub period: Arc<PeriodKey>,
+    pub currency: Text,
+    pub cost: Decimal,
 }
 
 /// An aggregate, and what was new about its events.
@@ -43,6 +53,7 @@ impl Priced {
         for part in parts {
             all.windows.extend(part.windows);
             all.periods.extend(part.periods);
+            all.carried.extend(part.carried);
         }
         debug_assert!(all.windows.is_sorted_by(|a, b| a.row.key < b.row.key));
         all
@@ -237,23 +248,24 @@ impl PeriodPricing<'_> {
         let key = Arc::new(names.period_key(first, dimensions));
         let names = names.of(first);
         let mut accumulation = Accumulation::new(self.parts, period);
-        let mut emit = |window_start: Timestamp, state: &WindowState, quantity: Decimal, cost: Decimal| {
-            priced.windows.push(PricedWindow {
-                row: Arc::new(WindowRow {
-                    key: WindowKey { period: Arc::clone(&key), window_start },
-                    customer_id: names.customer.clone(),
-                    window_end: state.window_end,
-                    period_end: state.period_end,
-                    quantity,
-                    event_count: state.event_count,
-                    cost,
-                    currency: names.currency.clone(),
-                    events_digest: state.events_digest,
-                    basis: Arc::clone(&names.basis),
-                }),
-                news: state.news.clone(),
-            });
-        };
+        let emit =
+            |windows: &mut Vec<PricedWindow>, window_start: Timestamp, state: &WindowState, quantity: Decimal, cost: Decimal| {
+                windows.push(PricedWindow {
+                    row: Arc::new(WindowRow {
+                        key: WindowKey { period: Arc::clone(&key), window_start },
+                        customer_id: names.customer.clone(),
+                        window_end: state.window_end,
+                        period_end: state.period_end,
+                        quantity,
+                        event_count: state.event_count,
+                        cost,
+                        currency: names.currency.clone(),
+                        events_digest: state.events_digest,
+                        basis: Arc::clone(&names.basis),
+                    }),
+                    news: state.news.clone(),
+                });
+            };
         for (state_key, state) in self.states {
             let (quantity, cost) = accumulation.add(state).with_context(|| {
                 format!(
@@ -261,8 +273,10 @@ impl PeriodPricing<'_> {
                     state_key.window_start, key.subscription_id, key.meter_id, key.price_id, key.dimensions
                 )
             })?;
-            if !matches!(self.parts.meter.window, WindowKind::Hopping(_)) {
-                emit(state_key.window_start, state, quantity, cost);
+            if state.is_carried {
+                priced.carried.push(Carried { period: Arc::clone(&key), currency: names.currency.clone(), cost });
+            } else if !matches!(self.parts.meter.window, WindowKind::Hopping(_)) {
+                emit(&mut priced.windows, state_key.window_start, state, quantity, cost);
             }
         }
         let describe = || {
@@ -271,7 +285,7 @@ impl PeriodPricing<'_> {
         if let WindowKind::Hopping(hopping) = self.parts.meter.window {
             for (window_start, state) in hopping::windows(self.states, hopping, self.timezone) {
                 let quantity = state.accumulator.quantity(accumulation.measure).with_context(describe)?;
-                emit(window_start, &state, quantity, Decimal::ZERO);
+                emit(&mut priced.windows, window_start, &state, quantity, Decimal::ZERO);
             }
         }
         let adjustments = accumulation.adjustments().with_context(describe)?;

@@ -10,7 +10,7 @@ use rustc_hash::FxHashSet;
 
 use super::causes::{Evidence, Judge, KnownBasis, Slot};
 use super::closed::{ClosedDifference, ClosedPeriods};
-use super::price::PricedWindow;
+use super::price::{Carried, PricedWindow};
 use super::session_changes::SessionChanges;
 use crate::model::aggregate::{
     Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, Recorded, StoredWindow, Text, WindowKey,
@@ -165,6 +165,15 @@ impl Reconciliation {
         if !sessions.rebuilt.is_empty() {
             let upserted: FxHashSet<_> = self.upserts.iter().map(|row| &row.key).collect();
             self.retractions.retain(|key| !upserted.contains(key));
+        }
+    }
+
+    /// Adds what stays as it is, and was not compared.
+    pub fn add_carried(&mut self, carried: &[Carried]) {
+        for Carried { currency, cost, .. } in carried {
+            let totals = self.totals.entry(currency.clone()).or_default();
+            totals.before.add(*cost);
+            totals.after.add(*cost);
         }
     }
 

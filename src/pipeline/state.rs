@@ -7,7 +7,7 @@ use rustc_hash::FxHashMap;
 
 use super::accumulator::{Accumulator, Measured, Moment};
 use crate::model::aggregate::{Text, WindowRow};
-use crate::model::decimal::DecimalError;
+use crate::model::decimal::{Decimal, DecimalError};
 use crate::model::digest::SetDigest;
 use crate::model::meter::Meter;
 use crate::model::percentage::{Percentage, Transaction, Transactions};
@@ -46,6 +46,9 @@ pub struct WindowState {
     /// Of prices that must know events one by one.
     pub transactions: Option<Box<Transactions>>,
     pub news: KeptNews,
+    /// Whether it stands for all windows from the start of the billing period that stay as they
+    /// are: later ones add to it.
+    pub is_carried: bool,
 }
 
 impl WindowState {
@@ -58,6 +61,7 @@ impl WindowState {
             accumulator: Accumulator::new(meter),
             transactions: price.and_then(Price::transactions).map(|_| Box::default()),
             news: KeptNews::default(),
+            is_carried: false,
         }
     }
 
@@ -73,7 +77,15 @@ impl WindowState {
             accumulator: Accumulator::of_quantity(meter, row.quantity, row.event_count, start)?,
             transactions: None,
             news: KeptNews::default(),
+            is_carried: false,
         })
+    }
+
+    /// Windows that stay as they are, by the sum of their quantities; `None` where it does not
+    /// tell what they add to their billing period.
+    pub fn carried(meter: &Meter, quantity: Decimal, windows: Span, period: Span) -> Option<Self> {
+        let accumulator = Accumulator::of_sum(meter, quantity)?;
+        Some(WindowState { accumulator, is_carried: true, ..WindowState::new(meter, None, windows, period) })
     }
 
     /// Counts one event; `contribution` is what it adds to the digest.

@@ -9,7 +9,7 @@ pub mod sqlite;
 use std::sync::Arc;
 
 use anyhow::Result;
-use rustc_hash::FxHashSet;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::model::aggregate::{
     Correction, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Values, WindowKey, WindowRow,
@@ -159,6 +159,32 @@ impl Table {
 /// Tenant and subscription.
 pub type SubscriptionKey = (String, String);
 
+/// Rows of `usage_windows` that somebody wants: those of a subscription whose windows end after
+/// an instant.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct WindowChoice {
+    pub subscription: SubscriptionKey,
+    /// `None` for all meters.
+    pub meter_id: Option<String>,
+    pub from: Timestamp,
+}
+
+impl WindowChoice {
+    /// Whether a row is one of those that are wanted.
+    fn hold_in<'c>(choices: &'c [WindowChoice]) -> impl Fn(&WindowRow) -> bool + 'c {
+        let key = |choice: &'c WindowChoice| {
+            let (tenant, subscription) = &choice.subscription;
+            ((tenant.as_str(), subscription.as_str(), choice.meter_id.as_deref()), choice.from)
+        };
+        let wanted: FxHashMap<_, _> = choices.iter().map(key).collect();
+        move |row| {
+            let PeriodKey { tenant_id, subscription_id, meter_id, .. } = &*row.key.period;
+            let of = |meter| wanted.get(&(&**tenant_id, &**subscription_id, meter)).is_some_and(|from| row.window_end > *from);
+            of(Some(&**meter_id)) || of(None)
+        }
+    }
+}
+
 /// Subscriptions to look up.
 struct SubscriptionSet<'s>(FxHashSet<(&'s str, &'s str)>);
 
@@ -195,12 +221,13 @@ pub trait AggregateStore {
     /// Period rows whose period touches `span`, sorted by key.
     fn periods(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>>;
 
-    /// As [`AggregateStore::windows`], of these subscriptions (tenant and id) or of all.
-    fn windows_of(&self, job: &str, span: Span, subscriptions: Option<&[SubscriptionKey]>) -> Result<Vec<StoredWindow>> {
-        let mut windows = self.windows(job, span)?;
-        if let Some(subscriptions) = subscriptions.map(SubscriptionSet::new) {
-            windows.retain(|stored| subscriptions.holds(&stored.row.key.period));
-        }
+    /// As [`AggregateStore::windows`], of these choices or all.
+    fn windows_of(&self, job: &str, span: Span, choices: Option<&[WindowChoice]>) -> Result<Vec<StoredWindow>> {
+        let Some(choices) = choices else { return self.windows(job, span) };
+        let Some(from) = choices.iter().map(|choice| choice.from).min() else { return Ok(Vec::new()) };
+        let is_wanted = WindowChoice::hold_in(choices);
+        let mut windows = self.windows(job, Span { start: span.start.max(from), ..span })?;
+        windows.retain(|stored| is_wanted(&stored.row));
         Ok(windows)
     }
 

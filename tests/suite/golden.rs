@@ -55,9 +55,7 @@ pub fn check_step(workspace: &Workspace, step: &Path, name: &str, full: bool, pr
     let arguments = fs::read_to_string(step.join("args")).unwrap_or_default();
     let mut command = vec!["run", "job.yaml", "--output", "json"];
     command.extend(arguments.split_whitespace());
-    // A range is as full as it can be.
-    let has_range = ["--start", "--day", "--month", "--last"].iter().any(|option| arguments.contains(option));
-    command.extend((!full && !has_range).then_some("--incremental"));
+    command.extend((!full && !has_range(&arguments)).then_some("--incremental"));
     let outcome = workspace.trueup(&command);
     if outcome.code != 0 {
         let _ = writeln!(problems, "{name}: exit {}: {}", outcome.code, outcome.stderr);
@@ -95,6 +93,11 @@ pub fn check_step(workspace: &Workspace, step: &Path, name: &str, full: bool, pr
     if verified.code != 0 {
         let _ = writeln!(problems, "{name}: verify exits {}: {}{}", verified.code, verified.stdout, verified.stderr);
     }
+}
+
+/// Whether a run is of a range: such a one is as full as it can be.
+pub fn has_range(arguments: &str) -> bool {
+    ["--start", "--day", "--month", "--last"].iter().any(|option| arguments.contains(option))
 }
 
 /// Every key of `expected` must be in `actual` with the same value.

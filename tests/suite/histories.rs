@@ -2,15 +2,17 @@
 //! subscriptions and events, and what happens to them later; the binary must store what
 //! the oracle expects after every step.
 //!
-//! `TRUEUP_TEST_HISTORIES` is how many (40), `TRUEUP_TEST_FIRST_HISTORY` the first seed (1).
+//! `TRUEUP_TEST_HISTORIES` is how many (40, and 10 from services), `TRUEUP_TEST_FIRST_HISTORY` the first seed (1).
 
 use std::env;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
 
-use crate::golden::check_case;
+use crate::kafka_topic::broker;
+use crate::parts::clickhouse;
 use crate::support::fixtures;
+use crate::{golden, kafka, parts};
 
 /// A Python with PyYAML, or `None` where there is none and none is required.
 #[allow(clippy::print_stderr)]
@@ -29,8 +31,30 @@ fn number(name: &str, default: u64) -> u64 {
 
 #[test]
 fn random_histories_give_what_the_oracle_expects() {
+    histories(40, &|_| true, &|case, problems| golden::check_case(case, problems));
+}
+
+/// Nights that read what came since the last one, from a topic.
+#[test]
+fn random_histories_give_the_same_from_a_topic() {
+    let Some(broker) = broker() else { return };
+    let check = |case: &Path, problems: &mut String| kafka::check_case(&broker, case, None, false, problems);
+    histories(10, &kafka::can_be_messages, &check);
+}
+
+/// Nights that read what came since the last one, from a table.
+#[test]
+fn random_histories_give_the_same_from_a_table() {
+    let Some(url) = clickhouse() else { return };
+    histories(10, &|_| true, &|case, problems| {
+        parts::check_case(&url, case, (true, false), false, problems);
+    });
+}
+
+/// Checks so many histories, or as many as were asked for.
+fn histories(count: u64, is_fit: &dyn Fn(&Path) -> bool, check: &dyn Fn(&Path, &mut String)) {
     let Some(python) = python() else { return };
-    let (first, count) = (number("TRUEUP_TEST_FIRST_HISTORY", 1), number("TRUEUP_TEST_HISTORIES", 40));
+    let (first, count) = (number("TRUEUP_TEST_FIRST_HISTORY", 1), number("TRUEUP_TEST_HISTORIES", count));
     let folder = tempfile::tempdir().unwrap();
     let made = Command::new(python)
         .arg(fixtures().join("random_case.py"))
@@ -39,12 +63,15 @@ fn random_histories_give_what_the_oracle_expects() {
         .output()
         .unwrap();
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let cases = (first..first + count).map(|seed| (seed, folder.path().join(seed.to_string())));
+    let cases: Vec<_> = cases.filter(|(_, case)| is_fit(case)).collect();
+    assert!(!cases.is_empty(), "no history of {count} is fit");
     let mut problems = String::new();
-    for seed in first..first + count {
+    for (seed, case) in &cases {
         let mut found = String::new();
-        check_case(&folder.path().join(seed.to_string()), &mut found);
+        check(case, &mut found);
         if !found.is_empty() {
-            let _ = writeln!(problems, "--- {}\n{}", repeat(seed), shortened(&found));
+            let _ = writeln!(problems, "--- {}\n{}", repeat(*seed), shortened(&found));
         }
     }
     if !problems.is_empty() {

@@ -286,3 +286,24 @@ fn after_a_run_of_an_earlier_snapshot_everything_is_computed() {
     shop.skips_nothing("computed a part");
     check_against_a_fresh_store(workspace);
 }
+
+#[test]
+fn a_run_of_a_part_does_not_end_nights_past_retention() {
+    let Some(broker) = broker() else { return };
+    let shop = Shop::new(Source::topic(&broker));
+    let Shop { workspace, source: Source::Topic(topic), .. } = &shop else { panic!() };
+    let late = |id: &str| Call { id, customer: "a", day: 2, hour: 12, value: 7, came: 2 }.line();
+    shop.night(day(6));
+    workspace.run(&["--day", "2026-03-03"]);
+    // As long as everything is there, everything is read once more.
+    shop.send(late("first"));
+    let run = workspace.run(&[]);
+    assert_eq!(run["coverage"]["mode"], "full", "{}", run["coverage"]);
+    assert!(run["coverage"]["why"].as_str().unwrap().contains("computed a part"), "{}", run["coverage"]);
+    workspace.run(&["--day", "2026-03-03"]);
+    (0..3).for_each(|partition| topic.delete_before(partition, 12));
+    shop.send(late("second"));
+    let run = workspace.run(&[]);
+    assert_eq!((&run["coverage"]["mode"], kept(&run) > 0), (&json!("incremental"), true), "{}", run["coverage"]);
+    check_against_a_fresh_store(workspace);
+}

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::incremental::{increment, marked, read};
-use crate::promises::state;
+use crate::promises::{State, state};
 use crate::support::{Workspace, job};
 
 /// Their quantities add up, or the greatest, the last, the sum of means tells enough.
@@ -97,6 +97,12 @@ pub fn check_against_a_fresh_store(workspace: &Workspace) {
     assert_eq!(state(workspace, "job"), state(workspace, "fresh"));
 }
 
+/// Windows that a run took from the store one by one, and sums of earlier ones.
+fn stood_in(run: &Value) -> (u64, u64) {
+    let skipping = &run["coverage"]["skipping"];
+    (skipping["stored_windows"].as_u64().unwrap(), skipping["carried_periods"].as_u64().unwrap())
+}
+
 /// Files that a run looked at, and windows that it took from the store.
 pub fn spared(run: &Value) -> (u64, u64) {
     let skipping = &run["coverage"]["skipping"];
@@ -125,11 +131,16 @@ fn a_night_reads_its_own_file_alone() {
     workspace.write("events/6.ndjson", day(6));
     let run = night(&workspace);
     assert_eq!((read(&run), marked(&run), spared(&run).0), ((6, 6), (3, 3), 1));
-    let stored = workspace.query("SELECT * FROM usage_windows WHERE window_start < '2026-03-06'");
-    assert_eq!(spared(&run).1, stored.len() as u64);
+    // The greatest and the last of a month are not known by what is known of the whole.
+    let earlier = "FROM usage_windows WHERE window_start < '2026-03-06' AND meter_id";
+    let one_by_one = workspace.query(&format!("SELECT * {earlier} IN ('peak', 'seats')")).len() as u64;
+    let by_sum = workspace
+        .query(&format!("SELECT DISTINCT subscription_id, price_id, dimensions {earlier} NOT IN ('peak', 'seats')"))
+        .len();
+    assert_eq!(stood_in(&run), (one_by_one, by_sum as u64));
     let rows = workspace.query("SELECT * FROM usage_windows WHERE window_start >= '2026-03-06'").len() as u64;
     assert_eq!(ledger(&workspace, &run), said(&[("insert first_computation", rows)]));
-    assert_eq!(run["rows"]["unchanged"], stored.len());
+    assert_eq!(run["rows"]["unchanged"], one_by_one);
     // The night after finds nothing new, and reads nothing.
     assert_eq!((read(&night(&workspace)), marked(&night(&workspace))), ((0, 0), (0, 0)));
 }
@@ -199,9 +210,10 @@ fn a_meter_that_needs_all_events_reads_its_period() {
     workspace.write("events/6.ndjson", day(6));
     let run = night(&workspace);
     assert_eq!((read(&run), spared(&run).0), ((36, 36), 6));
-    // The other meters' windows are as stored all the same.
-    let stored = workspace.query("SELECT * FROM usage_windows WHERE window_start < '2026-03-06' AND meter_id <> 'users'");
-    assert_eq!(spared(&run).1, stored.len() as u64);
+    // The other meters' windows are as stored all the same, one by one or by their sum.
+    assert_eq!(stood_in(&run), (3 * 5 * 2, 3 * 4));
+    // Its own earlier windows cannot change: nobody compares them.
+    assert_eq!(run["rows"]["unchanged"], 3 * 5 * 2);
     // What is charged window by window needs no other window.
     workspace.edit("meters.yaml", "property: user}", "property: user, charge_on: window}");
     night(&workspace);
@@ -282,6 +294,16 @@ fn an_altered_end_of_a_period_cuts_no_window() {
         workspace.tamper(&format!("UPDATE usage_windows SET period_end = '{end}' WHERE subscription_id = 'sb'"));
         workspace.write("events/6.ndjson", day(6));
         workspace.run(&["--incremental", "--yes"]);
+        // What was computed is right; what nobody had to look at is mended when somebody does.
+        assert_eq!(workspace.trueup(&["run", "fresh.yaml"]).code, 0);
+        let (found, right) = (state(&workspace, "job"), state(&workspace, "fresh"));
+        assert_eq!(found.periods, right.periods);
+        let day = |state: State| -> Vec<_> {
+            let sixth = state.windows.into_values().filter(|row| row.key.window_start.to_string().starts_with("2026-03-06"));
+            sixth.collect()
+        };
+        assert_eq!(day(found), day(right));
+        workspace.run(&["--full", "--yes"]);
         check_against_a_fresh_store(&workspace);
     }
 }
@@ -315,7 +337,8 @@ fn made_up_nights_leave_what_a_full_run_does() {
     for file in &files[2..] {
         rename("", "events/", file);
         let run = night(&workspace);
-        assert!(marked(&run).0 > 300 && spared(&run).1 > 2000, "{}", run["coverage"]);
+        let (windows, sums) = stood_in(&run);
+        assert!(marked(&run).0 > 300 && windows > 500 && sums > 500, "{}", run["coverage"]);
         assert!(run["rows"]["updated"].as_u64() > Some(0), "{}", run["rows"]);
     }
 }
@@ -327,10 +350,32 @@ fn a_plan_says_what_comes_from_the_store() {
     let plan = workspace.trueup(&["plan", "job.yaml", "--incremental"]).stdout;
     for line in [
         "marked       3 customers, 3 billing periods; ",
-        " windows of them as stored",
+        "; 30 windows of them and 12 sums of earlier ones as stored",
         "looked at    6 of 36 events, 1 of 6 files",
     ] {
         assert!(plan.contains(line), "`{line}` is missing in:\n{plan}");
     }
     assert_eq!(json!("incremental"), workspace.run(&["--incremental"])["coverage"]["mode"]);
+}
+
+/// What the row of a billing period says of its first windows must be what they cost.
+#[test]
+fn a_sum_that_does_not_fit_carries_nothing() {
+    for damage in [
+        "usage_periods SET quantity = '9.5'",
+        "usage_periods SET cost = '99'",
+        "usage_periods SET period_end = '2026-03-30T00:00:00Z'",
+        "usage_windows SET cost = '99' WHERE window_start LIKE '2026-03-04%'",
+        "usage_windows SET quantity = '99', event_count = 99 WHERE window_start LIKE '2026-03-04%'",
+    ] {
+        let workspace = shop(METERS, PRICES);
+        let one = "meter_id IN ('calls', 'tokens', 'mean') AND subscription_id = 'sb'";
+        let condition = if damage.contains("WHERE") { "AND" } else { "WHERE" };
+        workspace.tamper(&format!("UPDATE {damage} {condition} {one}"));
+        // Late by three days: of that day, windows are read, of earlier ones their sum.
+        workspace.write("events/late.ndjson", Call { id: "late", customer: "b", day: 3, hour: 12, value: 4, came: 2 }.line());
+        let run = workspace.run(&["--incremental", "--yes"]);
+        assert_eq!(run["coverage"]["skipping"]["carried_periods"], 0, "{damage}: {}", run["coverage"]);
+        check_against_a_fresh_store(&workspace);
+    }
 }

@@ -55,20 +55,29 @@ fn window(start: &str, quantity: &str) -> (String, String) {
 #[test]
 fn every_case_gives_the_expected_rows_from_a_topic() {
     let Some(broker) = broker() else { return };
-    golden_cases(&|case, problems| check_case(&broker, case, None, problems));
+    golden_cases(&|case, problems| {
+        check_case(&broker, case, None, true, problems);
+        if case.join("then-1").exists() {
+            check_case(&broker, case, None, false, problems);
+        }
+    });
 }
 
 #[test]
 fn every_case_gives_the_expected_rows_from_a_topic_to_clickhouse() {
     let (Some(broker), Some(url)) = (broker(), clickhouse()) else { return };
-    golden_cases(&|case, problems| check_case(&broker, case, Some(&Scratch::new(&url)), problems));
+    golden_cases(&|case, problems| check_case(&broker, case, Some(&Scratch::new(&url)), true, problems));
+}
+
+/// Whether the events of a case can be messages.
+pub fn can_be_messages(case: &Path) -> bool {
+    fs::read_to_string(case.join("job.yaml")).unwrap().contains(".ndjson") && !loses_events(case)
 }
 
 /// Every case whose events can be messages.
 fn golden_cases(check_case: &(dyn Fn(&Path, &mut String) + Sync)) {
     let cases = cases();
-    let readable = |case: &&PathBuf| fs::read_to_string(case.join("job.yaml")).unwrap().contains(".ndjson");
-    let cases: Vec<_> = cases.iter().filter(readable).filter(|case| !loses_events(case)).collect();
+    let cases: Vec<_> = cases.iter().filter(|case| can_be_messages(case)).collect();
     assert!(cases.len() >= 40, "only {} cases", cases.len());
     // Most of the time is waiting for the broker.
     let check = |cases: &[&PathBuf]| {
@@ -95,7 +104,7 @@ fn loses_events(case: &Path) -> bool {
 }
 
 /// One case through a topic of its own, into SQLite or the given database.
-fn check_case(broker: &str, case: &Path, store: Option<&Scratch>, problems: &mut String) {
+pub fn check_case(broker: &str, case: &Path, store: Option<&Scratch>, full: bool, problems: &mut String) {
     // Cases span years: nothing is too old, and nothing too far ahead.
     let topic = Topic::create(broker, 3, &[("retention.ms", "-1"), ("message.timestamp.after.max.ms", "9223372036854775807")]);
     let workspace = Workspace::new();
@@ -109,7 +118,7 @@ fn check_case(broker: &str, case: &Path, store: Option<&Scratch>, problems: &mut
         topic.produce(&messages_of(&step.join("events")));
         let name = step.display().to_string();
         let Some(store) = store else {
-            check_step(&workspace, &step, &name, true, problems);
+            check_step(&workspace, &step, &name, full, problems);
             continue;
         };
         let both = format!(
@@ -118,7 +127,7 @@ fn check_case(broker: &str, case: &Path, store: Option<&Scratch>, problems: &mut
         );
         let job = replace_key(&workspace.read("job.yaml"), "connections", &both);
         workspace.write("parts.yaml", replace_key(&job, "store", "store: {kind: clickhouse}"));
-        parts::check_step(&workspace, &step, &name, false, problems);
+        parts::check_step(&workspace, &step, &name, (false, full), problems);
     }
 }
 

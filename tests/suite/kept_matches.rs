@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::incremental::read;
-use crate::incremental_windows::{Call, METERS, PRICES, day, night, shop, spared};
+use crate::incremental_windows::{Call, METERS, PRICES, check_against_a_fresh_store, day, night, shop, spared};
 use crate::support::Workspace;
 
 pub const USERS: &str = "  - {meter_id: users, event_name: call, aggregation: count_unique, property: user, dimensions: [model]}
@@ -288,9 +288,13 @@ fn what_is_of_another_run_or_damaged_is_not_used() {
         assert_eq!(kept(&night(&workspace)), 0, "{suffix}");
     }
     let path = damage(11, &|bytes| bytes[70] ^= 1, "0.matches");
-    let plan = workspace.trueup(&["run", "job.yaml"]);
-    plan.fails_with(1, &[path.to_str().unwrap(), "not what was written", "run again"]);
-    assert_eq!(kept(&night(&workspace)), 0);
+    let run = workspace.run(&["--incremental"]);
+    check_against_a_fresh_store(&workspace);
+    let why = run["coverage"]["why"].as_str().unwrap_or_default();
+    assert!(why.contains(path.to_str().unwrap()) && why.contains("not what was written"), "{}", run["coverage"]);
+    // What that run kept is of use again.
+    workspace.write("events/late.ndjson", Call { id: "late", customer: "a", day: 2, hour: 12, value: 7, came: 2 }.line());
+    assert!(kept(&night(&workspace)) > 0);
 }
 
 /// Killed at a random moment, before it publishes, while it does, and before it keeps: later

@@ -349,8 +349,8 @@ pub fn full() -> Request {
 /// What a store says, without how that came about.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
-    windows: BTreeMap<WindowKey, WindowRow>,
-    periods: BTreeMap<PeriodKey, PeriodRow>,
+    pub windows: BTreeMap<WindowKey, WindowRow>,
+    pub periods: BTreeMap<PeriodKey, PeriodRow>,
     dead_letters: BTreeSet<DeadLetterKey>,
 }
 

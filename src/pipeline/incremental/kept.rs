@@ -9,20 +9,21 @@
 //! one of the whole job. Without it, events are read again.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs::{self, File};
-use std::io::{Read as _, Seek as _, SeekFrom};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use rustc_hash::{FxHashMap, FxHashSet};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::Marks;
 use super::marks::Pair;
 use super::segment::{Index, Listed, MANIFEST, Manifest, Replaced, ShardIndex, Tables, VERSION, index_path, matches_path, span};
 use super::spans::Spans;
+use super::{Marks, Retreat};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::pipeline::context::Context;
@@ -45,8 +46,6 @@ pub struct Kept {
 #[derive(Debug)]
 struct Segment {
     listed: Listed,
-    /// By shard.
-    files: Vec<Mutex<File>>,
     shards: Vec<ShardIndex>,
     tables: Arc<Tables>,
     /// The numbers of its subscriptions, meters and prices in the tables of now. A row that
@@ -144,11 +143,9 @@ impl Kept {
         KeptMatches { kept: self, parts: &context.parts, marks, replaced, wanted, pieces, renamed, count: AtomicU64::new(0) }
     }
 
-    /// Says that what is kept is damaged, and removes it.
-    fn damaged(&self, segment: &Segment, shard: usize, why: &str) -> anyhow::Error {
-        let _ = fs::remove_file(self.folder.join(MANIFEST));
-        let path = matches_path(&self.folder, &segment.listed.name, shard);
-        anyhow!("{}: {why}; it is used no more: run again, and events are read instead", path.display())
+    /// Why a run does without what is kept of it.
+    fn useless(path: &Path, why: &dyn fmt::Display) -> Retreat {
+        Retreat { why: format!("{}: kept matches are of no use: {why}", path.display()), is_choice: true }
     }
 }
 
@@ -187,12 +184,10 @@ impl Segment {
         tables: Arc<Tables>,
         numbers: &Numbers<'_>,
     ) -> Result<Segment> {
-        let mut files = Vec::new();
         for (number, shard) in shards.iter().enumerate() {
             let path = matches_path(folder, &listed.name, number);
-            let file = File::open(&path).with_context(|| path.display().to_string())?;
-            ensure!(file.metadata()?.len() == shard.length, "{} is not as long as it was", path.display());
-            files.push(Mutex::new(file));
+            let metadata = fs::metadata(&path).with_context(|| path.display().to_string())?;
+            ensure!(metadata.len() == shard.length, "{} is not as long as it was", path.display());
         }
         let of_row =
             |(tenant, id, _): &(String, String, u32)| numbers.subscriptions.get(&(tenant.as_str(), id.as_str())).copied();
@@ -208,22 +203,20 @@ impl Segment {
             }
         }
         let replaced = replaced.events.iter().map(|(high, low)| u128::from(*high) << 64 | u128::from(*low)).collect();
-        Ok(Segment { listed, files, shards, tables, subscriptions, meters, prices, replaced, spans })
-    }
-
-    fn read(&self, shard: usize, piece: &Piece, out: &mut Vec<u8>) -> Result<()> {
-        out.clear();
-        let Some(file) = self.files.get(shard) else { return Ok(()) };
-        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-        file.seek(SeekFrom::Start(piece.start))?;
-        (&mut *file).take(piece.length).read_to_end(out)?;
-        Ok(())
+        Ok(Segment { listed, shards, tables, subscriptions, meters, prices, replaced, spans })
     }
 
     /// Whether this segment replaces a match of an older one.
     fn replaces(&self, identity: u128, pair: Pair, at: Timestamp) -> bool {
         self.replaced.contains(&identity) && self.spans.get(&pair).is_some_and(|spans| spans.contains(at))
     }
+}
+
+fn read_piece(file: &mut File, piece: &Piece, out: &mut Vec<u8>) -> io::Result<()> {
+    out.clear();
+    file.seek(SeekFrom::Start(piece.start))?;
+    file.take(piece.length).read_to_end(out)?;
+    Ok(())
 }
 
 /// Kept matches of marked windows, to be aggregated beside those of events that were read.
@@ -259,8 +252,8 @@ impl KeptMatches<'_> {
     /// Calls `each` with the matches of one part, and with the windows that they count in.
     ///
     /// # Errors
-    /// Where they cannot be read, or are not what was written: they are removed then, so
-    /// that the next run does without. Or where `each` fails.
+    /// [`Retreat`] where they cannot be read, or are not what was written. Or where `each`
+    /// fails.
     pub fn read(&self, at: usize, mut each: impl FnMut(&Match<'_>, &Place) -> Result<()>) -> Result<()> {
         let (mut bytes, mut count) = (Vec::new(), 0);
         for ((_, number), parts) in self.pieces.range((at, 0)..(at + 1, 0)) {
@@ -271,12 +264,19 @@ impl KeptMatches<'_> {
             let shards = segment.shards.iter().enumerate().zip(renamed);
             for ((number, shard), renamed) in shards.filter(|(_, renamed)| renamed.spans.iter().any(|(_, marked)| *marked)) {
                 let mut readers: FxHashMap<usize, Reader> = FxHashMap::default();
-                for piece in shard.pieces.iter().filter(|piece| parts.contains(&piece.part)) {
-                    segment.read(number, piece, &mut bytes).with_context(|| {
-                        format!("{} cannot be read", matches_path(&self.kept.folder, &segment.listed.name, number).display())
-                    })?;
+                let mut pieces = shard.pieces.iter().filter(|piece| parts.contains(&piece.part)).peekable();
+                if pieces.peek().is_none() {
+                    continue;
+                }
+                // Opened for as long as it is read: there may be many segments.
+                let path = matches_path(&self.kept.folder, &segment.listed.name, number);
+                let mut file = File::open(&path).map_err(|error| Kept::useless(&path, &error))?;
+                for piece in pieces {
+                    read_piece(&mut file, piece, &mut bytes).map_err(|error| Kept::useless(&path, &error))?;
                     if xxh3_64(&bytes) != piece.checksum {
-                        return Err(self.kept.damaged(segment, number, "kept matches are not what was written"));
+                        // Nobody else should try.
+                        let _ = fs::remove_file(self.kept.folder.join(MANIFEST));
+                        return Err(Kept::useless(&path, &"they are not what was written").into());
                     }
                     readers.entry(piece.part).or_default().read(&bytes, |of| {
                         if let Some((found, place)) = self.find(at, of, segment, &later, renamed)? {
@@ -328,7 +328,10 @@ impl KeptMatches<'_> {
             NO_PRICE => NO_PRICE,
             price => match segment.prices.get(price as usize).copied().flatten() {
                 Some(price) => price,
-                None => bail!(self.kept.damaged(segment, 0, "a kept match has a price that there is no more")),
+                None => {
+                    let path = index_path(&self.kept.folder, &segment.listed.name);
+                    bail!(Kept::useless(&path, &"a match has a price that there is no more"))
+                }
             },
         };
         let dimensions = *renamed.dimensions.get(of.dimensions as usize).with_context(unknown)?;

@@ -13,11 +13,12 @@ use crate::model::aggregate::{PeriodKey, WindowRow};
 use crate::model::meter::Aggregation;
 use crate::model::property::Property;
 use crate::model::timestamp::Timestamp;
-use crate::model::window::{BillingCycle, Span};
+use crate::model::window::{BillingCycle, Span, WindowKind};
 use crate::pipeline::enrich::Enricher;
 use crate::pipeline::state::WindowCache;
 use crate::reference::Reference;
 use crate::source::EventRef;
+use crate::store::{SubscriptionKey, WindowChoice};
 
 /// Subscription and meter, as indexes into the reference tables.
 pub(super) type Pair = (usize, usize);
@@ -25,9 +26,7 @@ pub(super) type Pair = (usize, usize);
 /// What must be computed again.
 #[derive(Debug, Default)]
 pub struct Marks {
-    /// Events in these spans count again: whole billing periods, or parts of them that
-    /// single windows have.
-    spans: FxHashMap<Pair, Spans>,
+    pairs: FxHashMap<Pair, PairMarks>,
     /// The range of the baseline: later and earlier periods were never computed.
     known: Option<Span>,
     /// By tenant and id.
@@ -43,6 +42,17 @@ pub struct Marks {
     names: BTreeSet<String>,
 }
 
+/// What is marked of a subscription and a meter.
+#[derive(Debug, Default)]
+struct PairMarks {
+    /// Events in these spans count again: whole billing periods, or parts of them that
+    /// single windows have.
+    events: Spans,
+    /// Windows that may change themselves. Later ones of a billing period may cost something
+    /// else; earlier ones stay as they are.
+    windows: Spans,
+}
+
 impl Marks {
     /// `known` is the range that the baseline computed.
     pub fn new(reference: &Reference, known: Option<Span>) -> Marks {
@@ -56,17 +66,23 @@ impl Marks {
 
     /// Whether something of a billing period of a subscription and a meter is computed again.
     pub fn hold(&self, subscription: usize, meter: usize, period: Span) -> bool {
-        self.is_fresh(period) || self.spans.get(&(subscription, meter)).is_some_and(|spans| spans.overlap(period))
+        self.is_fresh(period) || self.pairs.get(&(subscription, meter)).is_some_and(|marked| marked.events.overlap(period))
     }
 
     /// Whether the window of an event at `t` is computed again.
     pub fn hold_event(&self, subscription: usize, meter: usize, period: Span, t: Timestamp) -> bool {
-        self.is_fresh(period) || self.spans.get(&(subscription, meter)).is_some_and(|spans| spans.contains(t))
+        self.is_fresh(period) || self.pairs.get(&(subscription, meter)).is_some_and(|marked| marked.events.contains(t))
+    }
+
+    /// Where the windows of a marked billing period begin that may change.
+    pub fn changes_from(&self, pair: Pair, period: Span) -> Timestamp {
+        let first = self.pairs.get(&pair).and_then(|marked| marked.windows.first_in(period));
+        first.filter(|_| !self.is_fresh(period)).unwrap_or(period.start)
     }
 
     /// As [`Marks::hold_event`], for the window of a stored row.
     pub(super) fn hold_window(&self, (subscription, meter): Pair, row: &WindowRow) -> bool {
-        self.hold_event(subscription, meter, row.period(), row.key.window_start.max(row.key.period.period_start))
+        self.hold_event(subscription, meter, row.period(), start_of(row))
     }
 
     /// Whether single windows of a billing period may be marked, and others not.
@@ -105,21 +121,52 @@ impl Marks {
 
     /// Tenant and id of all subscriptions that may have marked windows; `None` where
     /// any may.
-    pub fn marked_subscriptions(&self, reference: &Reference) -> Option<Vec<(String, String)>> {
+    pub fn marked_subscriptions(&self, reference: &Reference) -> Option<Vec<SubscriptionKey>> {
         if self.is_meter_gone {
             return None;
         }
-        let indexes: BTreeSet<_> = self.spans.keys().map(|(subscription, _)| *subscription).collect();
+        let indexes: BTreeSet<_> = self.pairs.keys().map(|(subscription, _)| *subscription).collect();
         let name = |at: &usize| reference.subscriptions.get(*at).map(|row| (row.tenant_id.clone(), row.id.clone()));
         Some(indexes.iter().filter_map(name).chain(self.gone.iter().cloned()).collect())
+    }
+
+    /// The stored rows that may change, and later ones; `None` where any row may.
+    pub fn windows(&self, reference: &Reference) -> Option<Vec<WindowChoice>> {
+        if self.is_meter_gone {
+            return None;
+        }
+        let marked = self.pairs.iter().filter_map(|((subscription, meter), marked)| {
+            let (row, meter_row) = (reference.subscriptions.get(*subscription)?, reference.meters.get(*meter)?);
+            let first = marked.windows.whole()?.start;
+            let from = if first == Spans::ALWAYS.start {
+                first
+            } else {
+                self.changes_from((*subscription, *meter), row.cycle.period(first))
+            };
+            let subscription = (row.tenant_id.clone(), row.id.clone());
+            Some(WindowChoice { subscription, meter_id: Some(meter_row.id.clone()), from })
+        });
+        let of_all = |subscription: &SubscriptionKey| WindowChoice {
+            subscription: subscription.clone(),
+            meter_id: None,
+            from: Spans::ALWAYS.start,
+        };
+        Some(marked.chain(self.gone.iter().map(of_all)).collect())
+    }
+
+    /// Whether a stored row is among those that may change, or that come after them.
+    pub fn reach_row(&self, row: &WindowRow, reference: &Reference) -> bool {
+        let Some(pair) = self.pair(&row.key.period) else { return true };
+        let cycle = reference.subscriptions.get(pair.0).map(|subscription| subscription.cycle);
+        cycle.is_none_or(|cycle| start_of(row) >= self.changes_from(pair, cycle.period(row.key.period.period_start)))
     }
 
     /// All billing periods that marked rows may be of lie in here.
     pub fn span(&self, reference: &Reference, (range, reach): (Span, Span)) -> Span {
         let Some(known) = self.known.filter(|_| self.gone.is_empty() && !self.is_meter_gone) else { return reach };
         let mut cycles: FxHashMap<BillingCycle, Span> = FxHashMap::default();
-        for ((subscription, _), spans) in &self.spans {
-            let (Some(row), Some(span)) = (reference.subscriptions.get(*subscription), spans.whole()) else { continue };
+        for ((subscription, _), spans) in self.spans() {
+            let (Some(row), Some(span)) = (reference.subscriptions.get(subscription), spans.whole()) else { continue };
             cycles.entry(row.cycle).and_modify(|known| *known = known.union(span)).or_insert(span);
         }
         let marked = cycles.iter().filter_map(|(cycle, span)| periods(cycle, *span, reach));
@@ -129,18 +176,25 @@ impl Marks {
         marked.chain(earlier).chain(later).reduce(Span::union).unwrap_or(nothing)
     }
 
-    /// Subscriptions and meters with what is marked of them.
+    /// Subscriptions and meters with the spans whose events count again.
     pub(super) fn spans(&self) -> impl Iterator<Item = (Pair, &Spans)> {
-        self.spans.iter().map(|(pair, spans)| (*pair, spans))
+        self.pairs.iter().map(|(pair, marked)| (*pair, &marked.events))
     }
 
-    pub(super) fn mark(&mut self, subscription: usize, meter: usize, span: Span) {
-        self.spans.entry((subscription, meter)).or_default().add(span);
+    pub(super) fn mark(&mut self, pair: Pair, span: Span) {
+        let marked = self.pairs.entry(pair).or_default();
+        marked.events.add(span);
+        marked.windows.add(span);
+    }
+
+    /// Lets all windows of a span change, though not all of their events are needed.
+    pub(super) fn open(&mut self, pair: Pair, span: Span) {
+        self.pairs.entry(pair).or_default().windows.add(span);
     }
 
     fn mark_subscription(&mut self, tenant: &str, id: &str) {
         match self.subscriptions.get(tenant).and_then(|ids| ids.get(id)).copied() {
-            Some(index) => (0..self.meters.len()).for_each(|meter| self.mark(index, meter, Spans::ALWAYS)),
+            Some(index) => (0..self.meters.len()).for_each(|meter| self.mark((index, meter), Spans::ALWAYS)),
             None => {
                 self.gone.insert((tenant.to_owned(), id.to_owned()));
             }
@@ -165,7 +219,7 @@ impl Marks {
             match self.meters.get(id) {
                 Some(meter) => {
                     let meter = *meter;
-                    (0..reference.subscriptions.len()).for_each(|index| self.mark(index, meter, Spans::ALWAYS));
+                    (0..reference.subscriptions.len()).for_each(|index| self.mark((index, meter), Spans::ALWAYS));
                 }
                 None => self.is_meter_gone = true,
             }
@@ -179,7 +233,7 @@ impl Marks {
                     } else {
                         periods(&subscription.cycle, price.valid(), reach)
                     };
-                    span.into_iter().for_each(|span| self.mark(index, meter, span));
+                    span.into_iter().for_each(|span| self.mark((index, meter), span));
                 }
             }
         }
@@ -193,7 +247,7 @@ impl Marks {
             for (index, subscription) in reference.subscriptions.iter().enumerate() {
                 let cycle = &subscription.cycle;
                 if before != now && cycle.period(last(before)).end != cycle.period(last(now)).end {
-                    self.mark(index, meter, Spans::ALWAYS);
+                    self.mark((index, meter), Spans::ALWAYS);
                 }
             }
         }
@@ -201,17 +255,19 @@ impl Marks {
 
     /// Adds what the events of one thread mark.
     pub fn add_events(&mut self, scan: MarkScan<'_, '_>) {
-        for (pair, spans) in scan.spans {
-            self.spans.entry(pair).or_default().merge(&spans);
+        for (pair, found) in scan.pairs {
+            let marked = self.pairs.entry(pair).or_default();
+            marked.events.merge(&found.events);
+            marked.windows.merge(&found.windows);
         }
     }
 
     /// The rows of known splits that belong to marked windows and periods.
     pub fn choice(&self, reference: &Reference) -> CustomerChoice {
         let mut by_subscription: FxHashMap<usize, FxHashMap<&str, Spans>> = FxHashMap::default();
-        for ((subscription, meter), marked) in &self.spans {
-            let Some(meter) = reference.meters.get(*meter) else { continue };
-            by_subscription.entry(*subscription).or_default().entry(&meter.event_name).or_default().merge(marked);
+        for ((subscription, meter), marked) in self.spans() {
+            let Some(meter) = reference.meters.get(meter) else { continue };
+            by_subscription.entry(subscription).or_default().entry(&meter.event_name).or_default().merge(marked);
         }
         let mut choice = CustomerChoice::default();
         for (tenant, external_id, customer) in reference.externals() {
@@ -232,6 +288,11 @@ impl Marks {
     }
 }
 
+/// Where what a row counts begins: a window that lasts longer has a row in each period.
+fn start_of(row: &WindowRow) -> Timestamp {
+    row.key.window_start.max(row.key.period.period_start)
+}
+
 fn is_level(reference: &Reference, meter: usize) -> bool {
     reference.meters.get(meter).is_some_and(|meter| meter.aggregation == Aggregation::WeightedSum)
 }
@@ -247,7 +308,7 @@ fn periods(cycle: &BillingCycle, span: Span, reach: Span) -> Option<Span> {
 pub struct MarkScan<'c, 'r> {
     enricher: &'c Enricher<'r>,
     separable: &'c Separable<'r>,
-    spans: FxHashMap<Pair, Spans>,
+    pairs: FxHashMap<Pair, PairMarks>,
     /// The period of each subscription that was found last.
     last: FxHashMap<usize, Span>,
     windows: WindowCache,
@@ -256,7 +317,7 @@ pub struct MarkScan<'c, 'r> {
 impl<'c, 'r> MarkScan<'c, 'r> {
     pub fn new(enricher: &'c Enricher<'r>, separable: &'c Separable<'r>) -> Self {
         let windows = WindowCache::default();
-        MarkScan { enricher, separable, spans: FxHashMap::default(), last: FxHashMap::default(), windows }
+        MarkScan { enricher, separable, pairs: FxHashMap::default(), last: FxHashMap::default(), windows }
     }
 
     /// Marks the windows or the periods that an event counts in, or would if its properties
@@ -279,16 +340,23 @@ impl<'c, 'r> MarkScan<'c, 'r> {
         };
         self.last.insert(subscription, period);
         for meter in plan.meters.iter().filter(|meter| meter.accepts(slots)) {
-            let span = if meter.meter.aggregation == Aggregation::WeightedSum {
-                Spans::ALWAYS
-            } else if self.separable.holds(row, meter.index) {
+            let (events, windows) = if meter.meter.aggregation == Aggregation::WeightedSum {
+                (Spans::ALWAYS, Spans::ALWAYS)
+            } else if matches!(meter.meter.window, WindowKind::Tumbling(_)) {
                 let window = self.windows.window(meter.meter.window, t, self.separable.timezone);
                 // What counts in both: a window that lasts longer has a row in each period.
-                Span { start: window.start.max(period.start), end: window.end.min(period.end) }
+                let window = Span { start: window.start.max(period.start), end: window.end.min(period.end) };
+                match self.separable.by_window(row, meter.index) {
+                    Some(true) => (window, window),
+                    Some(false) => (period, window),
+                    None => (period, period),
+                }
             } else {
-                period
+                (period, period)
             };
-            self.spans.entry((subscription, meter.index)).or_default().add(span);
+            let marked = self.pairs.entry((subscription, meter.index)).or_default();
+            marked.events.add(events);
+            marked.windows.add(windows);
         }
     }
 }

@@ -29,7 +29,7 @@ pub mod stored_windows;
 
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use rustc_hash::{FxHashMap, FxHashSet};
 use serde::Serialize;
 
@@ -42,7 +42,7 @@ use crate::config::{Incremental, Source};
 use crate::model::aggregate::{StoredWindow, WindowRow};
 use crate::model::run::{RunBasis, RunMode, RunRecord};
 use crate::reference::ReferenceDigests;
-use crate::source::{Field, Moved, Selection, Split};
+use crate::source::{Field, Moved, Part, Selection, Split, kafka};
 use kept::Kept;
 pub use marks::Marks;
 pub use passes::{Again, Marked, Passes};
@@ -76,6 +76,9 @@ pub struct Skipping {
     pub marked_periods: u64,
     /// Windows of those periods whose usage is as it was stored.
     pub stored_windows: u64,
+    /// Billing periods of a meter whose first windows were not looked at: what came after them
+    /// changes neither their usage nor their cost.
+    pub carried_periods: u64,
     /// Matches of events with meters that were not read again, but taken as an earlier run
     /// kept them.
     pub kept_matches: u64,
@@ -215,6 +218,17 @@ fn find<'p>(
     if let Some(reason) = moved_input(&job.source, past, at, &splits) {
         return Ok(Err(reason));
     }
+    // By their times, it may have read less of a topic. Where the source has no longer
+    // everything, that is how runs go on.
+    let is_topic = matches!(job.source, Source::Kafka { .. });
+    if let Some(part) = past.runs.iter().skip(at + 1).find(|run| is_topic && run.mode.computes())
+        && request.completeness == Completeness::Auto
+    {
+        bail!(Retreat {
+            why: format!("run {} computed a part, from messages that it chose by their time", part.run_id),
+            is_choice: true
+        });
+    }
     let known: FxHashSet<_> = run.input.files.iter().map(|file| file.name.as_str()).collect();
     let is_new = splits.iter().map(|split| !known.contains(split.label().as_str())).collect();
     Ok(Ok((Baseline { run, snapshot, is_new }, splits)))
@@ -256,15 +270,17 @@ fn obstacle(later: &RunRecord, baseline: &RunRecord, basis: &RunBasis) -> Option
 fn moved_input(source: &Source, past: &Past, baseline: usize, splits: &[Split]) -> Option<String> {
     let labels: Vec<_> = splits.iter().map(Split::label).collect();
     let now: FxHashMap<&str, &Split> = labels.iter().map(String::as_str).zip(splits).collect();
-    let computing = past.runs.iter().skip(baseline).filter(|run| run.mode.computes());
+    let mut computing: Vec<_> = past.runs.iter().skip(baseline).filter(|run| run.mode.computes()).collect();
     // What later runs read of a part may have been less than the baseline did (an earlier
     // snapshot of a topic), or rows that changed since.
-    if !matches!(source, Source::Files { .. })
-        && let Some(run) = computing.clone().nth(1)
-    {
-        return Some(format!("run {} computed a part, perhaps from other events", run.run_id));
+    if !matches!(source, Source::Files { .. }) {
+        let later = computing.split_off(computing.len().min(1));
+        let is_as_far = |run: &&RunRecord| computing.iter().all(|baseline| reads_as_far(run, baseline, splits));
+        if let Some(run) = later.iter().find(|run| !is_as_far(run)) {
+            return Some(format!("run {} computed a part, perhaps from other events", run.run_id));
+        }
     }
-    computing.flat_map(|run| run.input.files.iter().map(move |file| (run, file))).find_map(|(run, file)| {
+    computing.into_iter().flat_map(|run| run.input.files.iter().map(move |file| (run, file))).find_map(|(run, file)| {
         let what = match now.get(file.name.as_str()) {
             None => "is gone",
             Some(split) if split.fingerprint != file.fingerprint => "changed",
@@ -277,6 +293,17 @@ fn moved_input(source: &Source, past: &Past, baseline: usize, splits: &[Split]) 
                 format!("rows changed since run {} read them, or others came that were ingested before", run.run_id)
             }
         })
+    })
+}
+
+/// Whether a run read a topic to where the baseline did, or further.
+fn reads_as_far(run: &RunRecord, baseline: &RunRecord, splits: &[Split]) -> bool {
+    splits.iter().all(|split| match split.part {
+        Part::Offsets { partition, .. } => {
+            let until = |run: &RunRecord| kafka::read_until(&run.input.files, &split.identity, partition);
+            until(run) >= until(baseline)
+        }
+        Part::Whole | Part::RowGroup(_) | Part::Rows { .. } => false,
     })
 }
 

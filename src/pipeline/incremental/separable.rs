@@ -38,8 +38,10 @@ impl<'r> Separable<'r> {
         }
     }
 
-    pub fn holds(&self, subscription: &Subscription, meter: usize) -> bool {
-        self.meters.get(meter) == Some(&true)
-            && (self.by_event.is_empty() || !self.by_event.contains(&(subscription.plan_id.as_str(), meter)))
+    /// Whether the windows of a meter can be computed one by one; `None` where not even later
+    /// ones can without those before.
+    pub fn by_window(&self, subscription: &Subscription, meter: usize) -> Option<bool> {
+        let by_event = !self.by_event.is_empty() && self.by_event.contains(&(subscription.plan_id.as_str(), meter));
+        (!by_event).then(|| self.meters.get(meter) == Some(&true))
     }
 }

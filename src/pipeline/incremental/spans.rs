@@ -50,6 +50,13 @@ impl Spans {
         self.0.get(at).is_some_and(|known| known.overlaps(span))
     }
 
+    /// The first instant of `span` that is here.
+    pub fn first_in(&self, span: Span) -> Option<Timestamp> {
+        let at = self.0.partition_point(|known| known.end <= span.start);
+        let first = self.0.get(at).filter(|known| known.start < span.end)?;
+        Some(first.start.max(span.start))
+    }
+
     /// Whether an instant from `first` to `last`, both included, may be here.
     pub fn touches(&self, (first, last): (Timestamp, Timestamp)) -> bool {
         self.0.iter().any(|span| span.start <= last && first < span.end)
@@ -82,6 +89,11 @@ mod tests {
         assert_eq!(
             [overlap(0, 10), overlap(0, 11), overlap(40, 50), overlap(45, 51), overlap(59, 99), overlap(60, 99)],
             [false, true, false, true, true, false]
+        );
+        let first_in = |start, end| spans.first_in(span(start, end)).map(Timestamp::nanos);
+        assert_eq!(
+            [first_in(0, 10), first_in(0, 11), first_in(15, 60), first_in(40, 50), first_in(40, 99), first_in(60, 99)],
+            [None, Some(10), Some(15), None, Some(50), None]
         );
         spans.add(Spans::ALWAYS);
         assert_eq!(spans, Spans(vec![Spans::ALWAYS]));

@@ -1,5 +1,7 @@
 //! Windows that nothing marks, in billing periods of which another window is marked: they
-//! are taken as they are stored, so that only marked windows need their events.
+//! are taken as they are stored, so that only marked windows need their events. Those before
+//! the first marked one are taken together, by the row of the billing period: what comes later
+//! moves neither their usage nor their cost.
 
 use anyhow::Result;
 use rustc_hash::FxHashMap;
@@ -8,19 +10,22 @@ use super::Marks;
 use super::marks::Pair;
 use super::spans::Spans;
 use crate::model::aggregate::{PeriodKey, PeriodRow, StoredWindow, Text, WindowRow};
-use crate::model::decimal::DecimalSum;
+use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
 use crate::model::meter::{ChargeOn, Meter};
+use crate::model::price::PriceModel;
+use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::pipeline::accumulator::{Accumulator, Measure};
 use crate::pipeline::closed::ClosedPeriods;
 use crate::pipeline::lateness::Lateness;
 use crate::pipeline::past::{Past, Stored};
 use crate::pipeline::state::{Interner, NO_DIMENSIONS, NO_PRICE, StateKey, WindowCache, WindowState, index};
-use crate::pipeline::{Inputs, Request};
+use crate::pipeline::{Inputs, Request, price};
 use crate::reference::{Reference, Subscription};
 
-/// Reads what is stored of marked billing periods. Marks those as a whole of which some
-/// windows cannot be taken from there.
+/// Reads what is stored of marked billing periods: their rows, and those of windows that may
+/// change or come after them. Marks those as a whole of which some windows cannot be taken from
+/// there.
 ///
 /// # Errors
 /// Where the store cannot be read.
@@ -31,44 +36,67 @@ pub fn read(
     spans: (Span, Span),
     marks: &mut Marks,
 ) -> Result<Stored> {
-    let stored = past.read(inputs, request, spans, Some(marks))?;
+    let mut stored = past.read_periods(inputs, request, spans, Some(marks))?;
     // What is closed differs from its events: that is recorded, but not in the rows.
-    let mut whole = closed_periods(marks, &stored.closed, inputs.reference);
-    let accumulations = Accumulations::new(inputs.reference);
-    let mut check =
-        Check { accumulations, periods: &stored.periods, timezone: inputs.job.timezone, windows: WindowCache::default() };
-    for (pair, period, rows) in divided(marks, &stored.windows, inputs.reference) {
-        let left = rows.iter().map(|stored| &*stored.row).filter(|row| !marks.hold_window(pair, row));
-        if !check.can_stand_in(pair, rows, left) {
-            whole.push((pair, period));
+    for (pair, period) in closed_periods(marks, &stored.closed, inputs.reference) {
+        marks.mark(pair, period);
+    }
+    let mut check = Check {
+        accumulations: Accumulations::new(inputs.reference),
+        timezone: inputs.job.timezone,
+        windows: WindowCache::default(),
+    };
+    let parts = divided(marks, &stored, inputs.reference).filter(|part| part.is_carried && !check.can_carry(part));
+    let to_open: Vec<_> = parts.map(|part| (part.pair, part.period)).collect();
+    to_open.into_iter().for_each(|(pair, period)| marks.open(pair, period));
+    loop {
+        stored.windows = past.read_marked(inputs, spans, marks)?;
+        let parts = divided(marks, &stored, inputs.reference).filter(|part| !check.can_stand_in(part, marks));
+        let wrong: Vec<_> = parts.map(|part| (part.pair, part.period, part.is_carried)).collect();
+        let is_done = !wrong.iter().any(|(.., is_carried)| *is_carried);
+        for (pair, period, is_carried) in wrong {
+            if is_carried { marks.open(pair, period) } else { marks.mark(pair, period) }
+        }
+        if is_done {
+            return Ok(stored);
         }
     }
-    for ((subscription, meter), period) in whole {
-        marks.mark(subscription, meter, period);
-    }
-    Ok(stored)
 }
 
 /// Finds rows that are not what the definitions would make of any events.
 struct Check<'c> {
     accumulations: Accumulations<'c>,
-    periods: &'c [PeriodRow],
     timezone: chrono_tz::Tz,
     windows: WindowCache,
 }
 
 impl Check<'_> {
-    /// Whether those of a billing period's `rows` that are `left` can stand in for their
-    /// events.
-    fn can_stand_in<'s>(&mut self, pair: Pair, rows: &[StoredWindow], left: impl Iterator<Item = &'s WindowRow>) -> bool {
-        let mut left = left.peekable();
-        let Some(key) = left.peek().map(|row| &row.key.period) else { return true };
-        let Some(Accumulation { meter, period, .. }) = self.accumulations.of(pair, key) else { return false };
-        let Ok(at) = self.periods.binary_search_by(|row| row.key.cmp(key)) else { return false };
+    /// Whether the row of a billing period can stand in for windows that come before those that
+    /// may change.
+    fn can_carry(&self, part: &Part<'_>) -> bool {
+        let Some(Accumulation { key, meter, .. }) = self.accumulations.of(part.pair, part.key) else { return false };
+        let price = self.accumulations.reference.prices.get(key.price as usize);
+        // The quantity tells all, and the cost tells that it is right.
+        price.is_some_and(|price| !matches!(price.model, PriceModel::Percentage(_) | PriceModel::Flat { .. }))
+            && Accumulator::of_sum(meter, Decimal::ZERO).is_some()
+    }
+
+    /// Whether those windows of a part that are not marked can stand in for their events.
+    fn can_stand_in(&mut self, part: &Part<'_>, marks: &Marks) -> bool {
+        let mut left = part.left(marks).peekable();
+        if left.peek().is_none() && !part.is_carried {
+            return true;
+        }
+        let Some(Accumulation { meter, period, .. }) = self.accumulations.of(part.pair, part.key) else { return false };
         let mut is_right = |row: &WindowRow| {
             row.period() == period && row.window() == self.windows.window(meter.window, row.key.window_start, self.timezone)
         };
-        left.all(&mut is_right) && self.periods.get(at).is_some_and(|period| add_up(meter, rows, period))
+        left.all(&mut is_right)
+            && match part.row {
+                Some(_) if part.is_carried => self.accumulations.carried(part).is_ok(),
+                Some(row) => add_up(meter, part.windows, row),
+                None => false,
+            }
     }
 }
 
@@ -89,42 +117,81 @@ fn add_up(meter: &Meter, rows: &[StoredWindow], period: &PeriodRow) -> bool {
     quantity == Ok(period.quantity) && costs.total() == Ok(period.cost)
 }
 
+/// Windows that were taken from the store.
+#[derive(Debug, Default)]
+pub struct StoodIn {
+    /// One by one.
+    pub windows: u64,
+    /// Billing periods of a meter of which the first windows were taken together.
+    pub carried: u64,
+}
+
 /// Hands the windows of marked billing periods that are not marked themselves to `each`, as
-/// they are stored: their usage is known, what they cost is not. Returns how many.
+/// they are stored: their usage is known, what they cost is not.
 pub fn stand_in(
     marks: &Marks,
-    stored: &[StoredWindow],
+    stored: &Stored,
     reference: &Reference,
     dimensions: &mut Interner,
     mut each: impl FnMut(StateKey, WindowState),
-) -> u64 {
+) -> StoodIn {
     let accumulations = Accumulations::new(reference);
-    let mut count = 0;
-    for (pair, _, rows) in divided(marks, stored, reference) {
-        let Some(of) = rows.first().and_then(|first| accumulations.of(pair, &first.row.key.period)) else { continue };
-        let dimensions = rows.first().map_or(NO_DIMENSIONS, |first| dimensions.intern(&first.row.key.period.dimensions));
-        for StoredWindow { row, .. } in rows.iter().filter(|stored| !marks.hold_window(pair, &stored.row)) {
+    let mut count = StoodIn::default();
+    for part in divided(marks, stored, reference) {
+        let Some(of) = accumulations.of(part.pair, part.key) else { continue };
+        let dimensions = dimensions.intern(&part.key.dimensions);
+        if part.is_carried
+            && let Ok(Some((key, state))) = accumulations.carried(&part)
+        {
+            count.carried += 1;
+            each(StateKey { dimensions, ..key }, state);
+        }
+        for row in part.left(marks) {
             let Some(state) = WindowState::of_row(of.meter, row) else { continue };
-            count += 1;
+            count.windows += 1;
             each(StateKey { dimensions, window_start: row.key.window_start, ..of.key }, state);
         }
     }
     count
 }
 
-/// The rows of billing periods that are marked in part, by subscription and meter; those of
-/// one accumulation together. The period is the one that begins the rows' by the tables: what
-/// rows say of its end may have been altered.
-fn divided<'s>(
-    marks: &Marks,
-    stored: &'s [StoredWindow],
-    reference: &Reference,
-) -> impl Iterator<Item = (Pair, Span, &'s [StoredWindow])> {
-    stored.chunk_by(|a, b| a.row.key.period == b.row.key.period).filter_map(|rows| {
-        let key = &rows.first()?.row.key.period;
+/// What is stored of one accumulation in a billing period that is marked in part.
+struct Part<'s> {
+    pair: Pair,
+    /// By the tables: what rows say of its end may have been altered.
+    period: Span,
+    key: &'s PeriodKey,
+    row: Option<&'s PeriodRow>,
+    windows: &'s [StoredWindow],
+    /// Where the windows begin that may change.
+    from: Timestamp,
+    /// Whether earlier ones are known by the row of the period alone.
+    is_carried: bool,
+}
+
+impl<'s> Part<'s> {
+    /// The windows that are not marked.
+    fn left(&self, marks: &Marks) -> impl Iterator<Item = &'s WindowRow> {
+        let rows = self.windows.iter().map(|stored| &*stored.row);
+        rows.filter(|row| !marks.hold_window(self.pair, row))
+    }
+}
+
+fn divided<'s>(marks: &Marks, stored: &'s Stored, reference: &Reference) -> impl Iterator<Item = Part<'s>> {
+    let mut windows = stored.windows.chunk_by(|a, b| a.row.key.period == b.row.key.period).peekable();
+    let mut rows = stored.periods.iter().peekable();
+    let of = |windows: &&'s [StoredWindow]| windows.first().map(|first| &*first.row.key.period);
+    let accumulations = std::iter::from_fn(move || {
+        let key = [windows.peek().and_then(of), rows.peek().map(|row| &row.key)].into_iter().flatten().min()?;
+        let windows = windows.next_if(|windows| of(windows) == Some(key)).unwrap_or_default();
+        Some((key, rows.next_if(|row| row.key == *key), windows))
+    });
+    accumulations.filter_map(|(key, row, windows)| {
         let pair = marks.pair(key)?;
         let period = reference.subscriptions.get(pair.0)?.cycle.period(key.period_start);
-        marks.divide(pair, period).then_some((pair, period, rows))
+        let from = marks.changes_from(pair, period);
+        let is_carried = from > period.start && !marks.hold_event(pair.0, pair.1, period, period.start);
+        marks.divide(pair, period).then_some(Part { pair, period, key, row, windows, from, is_carried })
     })
 }
 
@@ -170,6 +237,38 @@ impl<'r> Accumulations<'r> {
             window_start: period.start,
         };
         Some(Accumulation { key, meter: meter_row, period })
+    }
+}
+
+impl Accumulations<'_> {
+    /// What the windows before those of a part are together; `None` where there are none. Nothing
+    /// but their sum is known: it must cost what the row of the billing period leaves for them.
+    fn carried(&self, part: &Part<'_>) -> Result<Option<(StateKey, WindowState)>, Unproved> {
+        let row = part.row.ok_or(Unproved)?;
+        let Accumulation { key, meter, period } = self.of(part.pair, part.key).ok_or(Unproved)?;
+        let (mut quantities, mut costs) = (DecimalSum::default(), DecimalSum::default());
+        for StoredWindow { row, .. } in part.windows {
+            quantities.add(row.quantity);
+            costs.add(row.cost);
+        }
+        let (quantity, cost) = (row.quantity.checked_sub(quantities.total()?)?, row.cost.checked_sub(costs.total()?)?);
+        if quantity.is_zero() && cost.is_zero() {
+            return Ok(None);
+        }
+        let windows = Span { start: period.start, end: part.from };
+        let state = WindowState::carried(meter, quantity, windows, period).ok_or(Unproved)?;
+        let parts = price::Parts::of(&key, self.reference).ok_or(Unproved)?;
+        let (_, priced) = price::Accumulation::new(parts, period).add(&state)?;
+        if priced == cost && !cost.is_zero() && row.period_end == period.end { Ok(Some((key, state))) } else { Err(Unproved) }
+    }
+}
+
+/// What rows say cannot be right, or proves nothing.
+struct Unproved;
+
+impl From<DecimalError> for Unproved {
+    fn from(_: DecimalError) -> Self {
+        Unproved
     }
 }
 

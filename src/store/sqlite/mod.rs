@@ -14,6 +14,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::{
     AggregateStore, Corrections, LedgerEntry, PeriodEntry, Publication, RowSink, StoredDeadLetter, SubscriptionKey, Table,
+    WindowChoice,
 };
 use crate::model::aggregate::{PeriodRow, StoredWindow};
 use crate::model::run::RunRecord;
@@ -136,8 +137,8 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
 }
 
 /// As rows of theirs are sorted: what is read in this order need not be sorted any more.
-fn in_order(subscriptions: &[SubscriptionKey]) -> Vec<&SubscriptionKey> {
-    let mut keys: Vec<_> = subscriptions.iter().collect();
+fn in_order<K: Ord>(keys: &[K]) -> Vec<&K> {
+    let mut keys: Vec<_> = keys.iter().collect();
     keys.sort_unstable();
     keys
 }
@@ -163,9 +164,9 @@ impl AggregateStore for SqliteStore {
         read::periods(&self.connection, job, span).context("reading usage_periods")
     }
 
-    fn windows_of(&self, job: &str, span: Span, subscriptions: Option<&[SubscriptionKey]>) -> Result<Vec<StoredWindow>> {
-        let Some(subscriptions) = subscriptions else { return self.windows(job, span) };
-        parallel::windows_of(&self.connection, job, span, &in_order(subscriptions)).context("reading usage_windows")
+    fn windows_of(&self, job: &str, span: Span, choices: Option<&[WindowChoice]>) -> Result<Vec<StoredWindow>> {
+        let Some(choices) = choices else { return self.windows(job, span) };
+        parallel::windows_of(&self.connection, job, span, &in_order(choices)).context("reading usage_windows")
     }
 
     fn periods_of(&self, job: &str, span: Span, subscriptions: Option<&[SubscriptionKey]>) -> Result<Vec<PeriodRow>> {

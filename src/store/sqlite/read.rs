@@ -12,7 +12,9 @@ use crate::model::run::RunRecord;
 use crate::model::timestamp::{SECOND, Timestamp};
 use crate::model::window::Span;
 use crate::store::rows::{self, Cells, WindowReader};
-use crate::store::{Cell, Corrections, LedgerEntry, PeriodEntry, RowSink, StoredDeadLetter, SubscriptionKey, Table};
+use crate::store::{
+    Cell, Corrections, LedgerEntry, PeriodEntry, RowSink, StoredDeadLetter, SubscriptionKey, Table, WindowChoice,
+};
 
 impl Cells for Row<'_> {
     fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>> {
@@ -104,20 +106,31 @@ pub(super) fn periods(connection: &Connection, job: &str, span: Span) -> Result<
     Ok(periods)
 }
 
-/// As [`windows`], of these subscriptions; with how many runs there were.
+/// As [`windows`], of these choices; with how many runs there were.
 pub(super) fn windows_of(
     connection: &Connection,
     job: &str,
     span: Span,
-    keys: &[&SubscriptionKey],
+    choices: &[&WindowChoice],
 ) -> Result<(i64, Vec<StoredWindow>)> {
-    let sql = select_windows("AND tenant_id = ?2 AND subscription_id = ?3", ("?4", "?5"));
+    // The key begins with these columns.
+    let of = |meter: &str| select_windows(&format!("AND tenant_id = ?2 AND subscription_id = ?3 {meter}"), ("?4", "?5"));
     // Digests and rows are of one state, whoever publishes meanwhile.
     let connection = &*connection.unchecked_transaction()?;
     let runs = connection.query_row("SELECT count(*) FROM runs", [], |row| row.get(0))?;
+    let (mut of_any, mut of_meter) = (connection.prepare(&of(""))?, connection.prepare(&of("AND meter_id = ?6"))?);
     let (mut reader, digests) = (WindowReader::default(), Digests::load(connection)?);
-    let mut windows =
-        query_of(connection, &sql, (job, bounds(span)), keys, |row| reader.read(&WindowCells { row, digests: &digests }))?;
+    let mut windows = Vec::new();
+    for WindowChoice { subscription: (tenant, subscription), meter_id, from } in choices {
+        let [end, start] = bounds(Span { start: span.start.max(*from), ..span });
+        let mut found = match meter_id {
+            None => of_any.query([job, tenant, subscription, &end, &start])?,
+            Some(meter) => of_meter.query([job, tenant, subscription, &end, &start, meter])?,
+        };
+        while let Some(row) = found.next()? {
+            windows.push(reader.read(&WindowCells { row, digests: &digests })?);
+        }
+    }
     windows.retain(|stored| stored.row.window().overlaps(span));
     windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
     Ok((runs, windows))
@@ -127,29 +140,17 @@ pub(super) fn windows_of(
 pub(super) fn periods_of(connection: &Connection, job: &str, span: Span, keys: &[&SubscriptionKey]) -> Result<Vec<PeriodRow>> {
     let sql = "SELECT * FROM usage_periods WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 \
                AND rtrim(period_start, 'Z') < rtrim(?4, 'Z') AND rtrim(period_end, 'Z') > rtrim(?5, 'Z')";
-    let mut periods =
-        query_of(connection, sql, (job, [span.end.to_string(), span.start.to_string()]), keys, |row| rows::period(row))?;
-    periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
-    Ok(periods)
-}
-
-/// Rows of one subscription after the other: the keys of both tables begin with them.
-fn query_of<T>(
-    connection: &Connection,
-    sql: &str,
-    (job, [end, start]): (&str, [String; 2]),
-    keys: &[&SubscriptionKey],
-    mut of: impl FnMut(&Row<'_>) -> Result<T>,
-) -> Result<Vec<T>> {
+    let [end, start] = [span.end.to_string(), span.start.to_string()];
     let mut statement = connection.prepare(sql)?;
-    let mut result = Vec::new();
+    let mut periods = Vec::new();
     for (tenant, subscription) in keys {
         let mut found = statement.query([job, tenant, subscription, &end, &start])?;
         while let Some(row) = found.next()? {
-            result.push(of(row)?);
+            periods.push(rows::period(row)?);
         }
     }
-    Ok(result)
+    periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+    Ok(periods)
 }
 
 pub(super) fn state(connection: &Connection, job: &str, name: &str) -> Result<Option<(String, String)>> {
