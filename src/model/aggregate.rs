@@ -137,6 +137,12 @@ impl WindowRow {
         Span { start: self.key.window_start, end: self.window_end }
     }
 
+    /// Where what it counts begins: a window that lasts longer than its billing period has a row
+    /// in each.
+    pub fn counts_from(&self) -> Timestamp {
+        self.key.window_start.max(self.key.period.period_start)
+    }
+
     pub fn period(&self) -> Span {
         Span { start: self.key.period.period_start, end: self.period_end }
     }

@@ -150,7 +150,7 @@ impl<'c, 'r> AllMatches<'c, 'r> {
         let meter = reference.meters.get(of.meter as usize).with_context(|| damaged(of))?;
         let price = reference.prices.get(of.price as usize);
         let percentage = price.and_then(Price::transactions);
-        let contribution = contribution(of.identity, &of.value);
+        let contribution = || contribution(of.identity, &of.value);
         let moment = of.moment.unwrap_or(NO_MOMENT);
         let mut key = StateKey {
             subscription: of.subscription,
@@ -165,7 +165,7 @@ impl<'c, 'r> AllMatches<'c, 'r> {
             let t = moment.timestamp;
             let window = Span { start: t, end: t };
             let mut state = WindowState::new(meter, price, window, period);
-            state.count(&of.value, moment, percentage, contribution, of.news)?;
+            state.count(&of.value, moment, percentage, contribution(), of.arrived.news())?;
             sessions.entry(key).or_default().add(t, t, state, gap_nanos, percentage);
         } else {
             let mut window = window.with_context(|| damaged(of))?;
@@ -174,8 +174,10 @@ impl<'c, 'r> AllMatches<'c, 'r> {
                 window = Span { start: period.start, end: from };
             }
             key.window_start = window.start;
+            // No row says which events these are.
+            let contribution = if is_carried.is_some() { 0 } else { contribution() };
             let new = || WindowState { is_carried: is_carried.is_some(), ..WindowState::new(meter, price, window, period) };
-            windows.change(key, new, |state| state.count(&of.value, moment, percentage, contribution, of.news))?;
+            windows.change(key, new, |state| state.count(&of.value, moment, percentage, contribution, of.arrived.news()))?;
         }
         Ok(())
     }

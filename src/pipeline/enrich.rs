@@ -127,6 +127,11 @@ impl<'r> Enricher<'r> {
         Enricher::of_meters(reference, scope, |_| true)
     }
 
+    /// Whether properties decide which meters count an event.
+    pub fn has_filters(&self) -> bool {
+        self.events.values().any(|plan| plan.meters.iter().any(|meter| !meter.filters.is_empty()))
+    }
+
     /// For some of the meters: the others are unknown.
     pub fn of_meters(reference: &'r Reference, scope: Scope, wants: impl Fn(&Meter) -> bool) -> Self {
         let mut events: FxHashMap<&str, EventPlan<'r>> = FxHashMap::default();

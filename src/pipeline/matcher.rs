@@ -14,7 +14,7 @@ use super::enrich::{EventPlan, MeterPlan, Rejection};
 use super::event_forms::{event_json, identity};
 use super::held::{self, Held};
 use super::letters::VisitedLetters;
-use super::matches::{Match, Matches, NO_WINDOW};
+use super::matches::{Arrived, Match, Matches, NO_WINDOW};
 use super::places::{Numbered, Places};
 use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, StateKey, index};
 use super::text_memo::TextMemo;
@@ -93,13 +93,17 @@ pub struct Matcher<'c, 'r> {
 }
 
 /// What names of events and customers of a batch stand for.
-struct Memo<'c, 'r> {
-    plans: TextMemo<1, Option<&'c EventPlan<'r>>>,
-    customers: TextMemo<2, Option<&'r ExternalCustomer>>,
+pub(super) struct Memo<'c, 'r> {
+    pub plans: TextMemo<1, Option<&'c EventPlan<'r>>>,
+    pub customers: TextMemo<2, Option<&'r ExternalCustomer>>,
 }
 
 impl Memo<'_, '_> {
-    fn begin_batch(&mut self) {
+    pub fn new() -> Self {
+        Memo { plans: TextMemo::new(6), customers: TextMemo::new(12) }
+    }
+
+    pub fn begin_batch(&mut self) {
         self.plans.begin_batch();
         self.customers.begin_batch();
     }
@@ -139,7 +143,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
             read_again: FxHashSet::default(),
             key: Vec::new(),
             replaced: Vec::new(),
-            memo: Memo { plans: TextMemo::new(6), customers: TextMemo::new(12) },
+            memo: Memo::new(),
             places: Places::new(context.enricher.reference, context.timezone),
             scratch: Scratch::default(),
         }
@@ -478,13 +482,11 @@ impl<'c, 'r> Matcher<'c, 'r> {
                 return Ok(Ok(true));
             }
         };
-        let news = News {
-            late: u64::from(arrival == Arrival::Late && !resolved),
+        let arrived = Arrived {
+            late: arrival == Arrival::Late && !resolved,
             // An event amended within its window is one amended event.
-            amended: u64::from(arrival == Arrival::Amended && !self.replaced.contains(&key)),
-            voided: 0,
-            duplicates: 0,
-            resolved: u64::from(resolved),
+            amended: arrival == Arrival::Amended && !self.replaced.contains(&key),
+            resolved,
         };
         let by_moment = plan.needs_moment || price.is_some_and(|price| self.context.enricher.needs_transactions(price));
         let moment = by_moment.then(|| Moment {
@@ -503,7 +505,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
             identity: at.identity,
             value: Measured::of(&value, plan.meter.aggregation),
             moment,
-            news,
+            arrived,
         };
         self.matches.write(self.context.parts.part(key.subscription), &found)?;
         Ok(Ok(true))

@@ -11,7 +11,7 @@ use rustc_hash::FxHashMap;
 
 use super::accumulator::{Measured, Moment};
 use super::spill::{KeptFile, Partitions};
-use super::state::{NO_DIMENSIONS, News};
+use super::state::{NO_DIMENSIONS, NO_PRICE, News};
 use crate::model::decimal::Decimal;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
@@ -35,7 +35,22 @@ pub struct Match<'m> {
     pub value: Measured<'m>,
     /// Where the aggregation or the price depends on it.
     pub moment: Option<Moment<'m>>,
-    pub news: News,
+    pub arrived: Arrived,
+}
+
+/// What is new about an event to those who knew what there was before.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Arrived {
+    pub late: bool,
+    pub amended: bool,
+    pub resolved: bool,
+}
+
+impl Arrived {
+    pub fn news(self) -> News {
+        let Arrived { late, amended, resolved } = self;
+        News { late: late.into(), amended: amended.into(), resolved: resolved.into(), ..News::default() }
+    }
 }
 
 /// Where a match counts.
@@ -195,12 +210,12 @@ fn encode(of: &Match<'_>, is_same: bool, out: &mut Vec<u8>) {
         Measured::Operation { is_add: false, .. } => 4,
         Measured::Operation { is_add: true, .. } => 5,
     };
-    let other_news = flag(of.news.amended > 0, AMENDED) | flag(of.news.resolved > 0, RESOLVED);
+    let other_news = flag(of.arrived.amended, AMENDED) | flag(of.arrived.resolved, RESOLVED);
     out.push(
         flag(is_same, SAME_EVENT)
             | flag(of.moment.is_some(), MOMENT)
             | flag(of.dimensions != NO_DIMENSIONS, DIMENSIONS)
-            | flag(of.news.late > 0, LATE)
+            | flag(of.arrived.late, LATE)
             | flag(other_news != 0, OTHER_NEWS)
             | kind << KIND,
     );
@@ -261,31 +276,49 @@ impl Reader {
     /// Where the piece is not what was written, or `each` fails.
     pub fn read<'b>(&mut self, piece: &'b [u8], mut each: impl FnMut(&Match<'b>) -> Result<()>) -> Result<()> {
         let mut rest = piece;
+        let mut of = Match {
+            subscription: self.subscription,
+            meter: 0,
+            price: NO_PRICE,
+            dimensions: NO_DIMENSIONS,
+            window: NO_WINDOW,
+            period: 0,
+            identity: self.identity,
+            value: Measured::Event,
+            moment: None,
+            arrived: Arrived::default(),
+        };
         while !rest.is_empty() {
-            let found = decode(&mut rest, &mut self.subscription, &mut self.identity);
-            each(&found.context("matches of events with meters that were set aside are damaged")?)?;
+            decode(&mut rest, &mut of).context("matches of events with meters that were set aside are damaged")?;
+            each(&of)?;
         }
+        (self.subscription, self.identity) = (of.subscription, of.identity);
         Ok(())
     }
 }
 
-fn decode<'b>(rest: &mut &'b [u8], subscription: &mut u32, identity: &mut u128) -> Option<Match<'b>> {
+/// Decodes in place of the match before: it may be of the same event, and is too large to be
+/// handed around by the million.
+fn decode<'b>(rest: &mut &'b [u8], of: &mut Match<'b>) -> Option<()> {
     let flags = take_byte(rest)?;
     if flags & SAME_EVENT == 0 {
-        *subscription = take_number(rest)?;
-        *identity = u128::from_le_bytes(take_bytes(rest)?);
+        of.subscription = take_number(rest)?;
+        of.identity = u128::from_le_bytes(take_bytes(rest)?);
     }
-    let (meter, price, window, period) = (take_number(rest)?, take_number(rest)?, take_number(rest)?, take_number(rest)?);
-    let dimensions = if flags & DIMENSIONS == 0 { NO_DIMENSIONS } else { take_number(rest)? };
+    of.meter = take_number(rest)?;
+    of.price = take_number(rest)?.wrapping_sub(1);
+    of.window = take_number(rest)?;
+    of.period = take_number(rest)?;
+    of.dimensions = if flags & DIMENSIONS == 0 { NO_DIMENSIONS } else { take_number(rest)? };
     let other_news = if flags & OTHER_NEWS == 0 { 0 } else { take_byte(rest)? };
-    let value = match flags >> KIND {
+    of.value = match flags >> KIND {
         0 => Measured::Event,
         1 => Measured::Number(Decimal::from_le_bytes(take_bytes(rest)?)),
         2 => Measured::Distinct(u128::from_le_bytes(take_bytes(rest)?)),
         3 => Measured::Text(take_text(rest)?),
         kind => Measured::Operation { value: u128::from_le_bytes(take_bytes(rest)?), is_add: kind == 5 },
     };
-    let moment = if flags & MOMENT == 0 {
+    of.moment = if flags & MOMENT == 0 {
         None
     } else {
         let [timestamp, ingested_at, remaining] =
@@ -293,14 +326,8 @@ fn decode<'b>(rest: &mut &'b [u8], subscription: &mut u32, identity: &mut u128) 
         let [timestamp, ingested_at] = [timestamp, ingested_at].map(Timestamp::from_nanos);
         Some(Moment { timestamp, ingested_at, id: take_text(rest)?, remaining })
     };
-    let news = News {
-        late: u64::from(flags & LATE != 0),
-        amended: u64::from(other_news & AMENDED != 0),
-        resolved: u64::from(other_news & RESOLVED != 0),
-        ..News::default()
-    };
-    let (subscription, identity, price) = (*subscription, *identity, price.wrapping_sub(1));
-    Some(Match { subscription, meter, price, dimensions, window, period, identity, value, moment, news })
+    of.arrived = Arrived { late: flags & LATE != 0, amended: other_news & AMENDED != 0, resolved: other_news & RESOLVED != 0 };
+    Some(())
 }
 
 fn take_byte(rest: &mut &[u8]) -> Option<u8> {
@@ -333,7 +360,6 @@ fn take_text<'b>(rest: &mut &'b [u8]) -> Option<&'b str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::state::NO_PRICE;
     use proptest::prelude::*;
 
     fn measured(kind: u8, value: u128) -> Measured<'static> {
@@ -372,12 +398,7 @@ mod tests {
                     id: "id",
                     remaining: 5,
                 }),
-                news: News {
-                    late: u64::from(bits >> 3 & 1),
-                    amended: u64::from(bits >> 4 & 1),
-                    resolved: u64::from(bits >> 5 & 1),
-                    ..News::default()
-                },
+                arrived: Arrived { late: bits & 8 != 0, amended: bits & 16 != 0, resolved: bits & 32 != 0 },
             }).collect();
             let part = |of: &Match<'_>| of.subscription as usize % parts;
             let mut set_aside = Matches::with_limit(parts, limit, keep_in);

@@ -243,7 +243,15 @@ impl Past {
         let Inputs { job, reference, store: Some(store), .. } = *inputs else { return Ok(Vec::new()) };
         let choices = marks.windows(reference);
         let mut windows = store.windows_of(&job.name, marks.span(reference, spans), choices.as_deref())?;
-        windows.retain(|stored| marks.reach_row(&stored.row, reference));
+        // Windows of a period follow each other.
+        let mut last: Option<(Arc<PeriodKey>, Option<Timestamp>)> = None;
+        windows.retain(|StoredWindow { row, .. }| {
+            let from = match &last {
+                Some((period, from)) if Arc::ptr_eq(period, &row.key.period) => *from,
+                _ => last.insert((Arc::clone(&row.key.period), marks.row_changes_from(&row.key.period, reference))).1,
+            };
+            from.is_none_or(|from| row.counts_from() >= from)
+        });
         Ok(windows)
     }
 }

@@ -68,7 +68,7 @@ impl WindowState {
     /// A window as it is stored; `None` where its row does not tell what it adds to its
     /// billing period.
     pub fn of_row(meter: &Meter, row: &WindowRow) -> Option<Self> {
-        let start = row.key.window_start.max(row.key.period.period_start);
+        let start = row.counts_from();
         Some(WindowState {
             window_end: row.window_end,
             period_end: row.period_end,

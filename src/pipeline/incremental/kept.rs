@@ -20,16 +20,16 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustc_hash::{FxHashMap, FxHashSet};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::marks::Pair;
+use super::marks::{Pair, PairMarks};
 use super::segment::{Index, Listed, MANIFEST, Manifest, Replaced, ShardIndex, Tables, VERSION, index_path, matches_path, span};
 use super::spans::Spans;
 use super::{Marks, Retreat};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::pipeline::context::Context;
-use crate::pipeline::matches::{Match, NO_WINDOW, Partitioning, Place, Reader};
+use crate::pipeline::matches::{Arrived, Match, NO_WINDOW, Place, Reader};
 use crate::pipeline::spill::Piece;
-use crate::pipeline::state::{Interner, NO_PRICE, News, index};
+use crate::pipeline::state::{Interner, NO_PRICE, index};
 use crate::reference::Reference;
 
 /// After so many segments, everything is computed again: each takes files and time to read,
@@ -125,22 +125,26 @@ impl Kept {
         replaced: &'k FxHashSet<u128>,
         dimensions: &mut Interner,
     ) -> KeptMatches<'k> {
-        let wanted: FxHashSet<usize> = marks.spans().map(|((subscription, _), _)| subscription).collect();
+        let marked: FxHashSet<usize> = marks.spans().map(|((subscription, _), _)| subscription).collect();
+        let mut wanted = vec![Vec::new(); context.parts.count()];
+        for subscription in &marked {
+            wanted.get_mut(context.parts.part(index(*subscription))).into_iter().for_each(|of| of.push(*subscription));
+        }
         let mut pieces: BTreeMap<(usize, usize), BTreeSet<usize>> = BTreeMap::new();
         for (number, segment) in self.segments.iter().enumerate() {
             let rows = segment.tables.subscriptions.iter().zip(&segment.subscriptions);
-            for ((.., part), at) in rows.filter_map(|(row, at)| Some((row, at.filter(|at| wanted.contains(at))?))) {
+            for ((.., part), at) in rows.filter_map(|(row, at)| Some((row, at.filter(|at| marked.contains(at))?))) {
                 pieces.entry((context.parts.part(index(at)), number)).or_default().insert(*part as usize);
             }
         }
-        let mut marked = Spans::default();
-        marks.spans().for_each(|(_, spans)| marked.merge(spans));
+        let mut all_spans = Spans::default();
+        marks.spans().for_each(|(_, spans)| all_spans.merge(spans));
         let mut renamed = |shard: &ShardIndex| Renamed {
-            spans: shard.spans.iter().map(|nanos| (span(*nanos), marked.contains(span(*nanos).start))).collect(),
+            spans: shard.spans.iter().map(|nanos| (span(*nanos), all_spans.contains(span(*nanos).start))).collect(),
             dimensions: shard.dimensions.iter().map(|text| dimensions.intern(text)).collect(),
         };
         let renamed = self.segments.iter().map(|segment| segment.shards.iter().map(&mut renamed).collect()).collect();
-        KeptMatches { kept: self, parts: &context.parts, marks, replaced, wanted, pieces, renamed, count: AtomicU64::new(0) }
+        KeptMatches { kept: self, marks, replaced, wanted, pieces, renamed, count: AtomicU64::new(0) }
     }
 
     /// Why a run does without what is kept of it.
@@ -223,16 +227,37 @@ fn read_piece(file: &mut File, piece: &Piece, out: &mut Vec<u8>) -> io::Result<(
 #[derive(Debug)]
 pub struct KeptMatches<'k> {
     kept: &'k Kept,
-    parts: &'k Partitioning,
     marks: &'k Marks,
     replaced: &'k FxHashSet<u128>,
-    /// Subscriptions that have marked windows.
-    wanted: FxHashSet<usize>,
+    /// By part: subscriptions that have marked windows.
+    wanted: Vec<Vec<usize>>,
     /// By part and segment: the segment's parts that hold matches of it.
     pieces: BTreeMap<(usize, usize), BTreeSet<usize>>,
     /// By segment and shard.
     renamed: Vec<Vec<Renamed>>,
     count: AtomicU64,
+}
+
+/// A subscription, and what is marked of it by meter.
+type MarkedSubscription<'m> = (u32, Vec<Option<&'m PairMarks>>);
+
+/// What is marked of the subscription of a match; `last` is that of the match before, by its
+/// number in the segment.
+fn marked_of<'m>(
+    of: &Match<'_>,
+    segment: &Segment,
+    marked: &'m FxHashMap<usize, MarkedSubscription<'m>>,
+    last: &mut Option<(u32, Option<&'m MarkedSubscription<'m>>)>,
+) -> Option<&'m MarkedSubscription<'m>> {
+    match last {
+        Some((number, found)) if *number == of.subscription => *found,
+        _ => {
+            let at = segment.subscriptions.get(of.subscription as usize).copied().flatten();
+            let found = at.and_then(|at| marked.get(&at));
+            *last = Some((of.subscription, found));
+            found
+        }
+    }
 }
 
 /// What the numbers of a segment's shard stand for.
@@ -256,6 +281,7 @@ impl KeptMatches<'_> {
     /// fails.
     pub fn read(&self, at: usize, mut each: impl FnMut(&Match<'_>, &Place) -> Result<()>) -> Result<()> {
         let (mut bytes, mut count) = (Vec::new(), 0);
+        let marked = self.marked(at);
         for ((_, number), parts) in self.pieces.range((at, 0)..(at + 1, 0)) {
             let Some(segment) = self.kept.segments.get(*number) else { continue };
             let later = self.kept.segments.get(number + 1..).unwrap_or_default();
@@ -264,6 +290,7 @@ impl KeptMatches<'_> {
             let shards = segment.shards.iter().enumerate().zip(renamed);
             for ((number, shard), renamed) in shards.filter(|(_, renamed)| renamed.spans.iter().any(|(_, marked)| *marked)) {
                 let mut readers: FxHashMap<usize, Reader> = FxHashMap::default();
+                let mut last = None;
                 let mut pieces = shard.pieces.iter().filter(|piece| parts.contains(&piece.part)).peekable();
                 if pieces.peek().is_none() {
                     continue;
@@ -279,11 +306,12 @@ impl KeptMatches<'_> {
                         return Err(Kept::useless(&path, &"they are not what was written").into());
                     }
                     readers.entry(piece.part).or_default().read(&bytes, |of| {
-                        if let Some((found, place)) = self.find(at, of, segment, &later, renamed)? {
-                            count += 1;
-                            each(&found, &place)?;
-                        }
-                        Ok(())
+                        let Some(subscription) = marked_of(of, segment, &marked, &mut last) else { return Ok(()) };
+                        let Some((found, place)) = self.find(of, subscription, (segment, &later), renamed)? else {
+                            return Ok(());
+                        };
+                        count += 1;
+                        each(&found, &place)
                     })?;
                 }
             }
@@ -292,13 +320,21 @@ impl KeptMatches<'_> {
         Ok(())
     }
 
-    /// A match in the numbers of now, if it is of the part and counts.
+    /// What is marked of the subscriptions of a part. Small tables: millions of matches are
+    /// looked up.
+    fn marked(&self, part: usize) -> FxHashMap<usize, MarkedSubscription<'_>> {
+        let meters =
+            self.kept.segments.iter().flat_map(|segment| segment.meters.iter().flatten()).max().map_or(0, |last| last + 1);
+        let of = |at: &usize| (*at, (index(*at), (0..meters).map(|meter| self.marks.of((*at, meter))).collect()));
+        self.wanted.get(part).into_iter().flatten().map(of).collect()
+    }
+
+    /// A match in the numbers of now, if it counts.
     fn find<'m>(
         &self,
-        part: usize,
         of: &Match<'m>,
-        segment: &Segment,
-        later: &[&Segment],
+        (subscription, meters): &MarkedSubscription<'_>,
+        (segment, later): (&Segment, &[&Segment]),
         renamed: &Renamed,
     ) -> Result<Option<(Match<'m>, Place)>> {
         let unknown = || format!("segment {}: a match of meter {} has no window", segment.listed.name, of.meter);
@@ -314,13 +350,11 @@ impl KeptMatches<'_> {
         if !is_marked {
             return Ok(None);
         }
-        let number = |at: u32, of: &[Option<usize>]| of.get(at as usize).copied().flatten();
-        let subscription = number(of.subscription, &segment.subscriptions);
-        let subscription = subscription.filter(|at| self.parts.part(index(*at)) == part && self.wanted.contains(at));
-        let (Some(subscription), Some(meter)) = (subscription, number(of.meter, &segment.meters)) else { return Ok(None) };
-        if !self.marks.hold_event(subscription, meter, period, start)
+        let Some(meter) = segment.meters.get(of.meter as usize).copied().flatten() else { return Ok(None) };
+        let pair = (*subscription as usize, meter);
+        if !self.marks.hold_of(meters.get(meter).copied().flatten(), period, start)
             || self.replaced.contains(&of.identity)
-            || later.iter().any(|later| later.replaces(of.identity, (subscription, meter), start))
+            || later.iter().any(|later| later.replaces(of.identity, pair, start))
         {
             return Ok(None);
         }
@@ -336,7 +370,7 @@ impl KeptMatches<'_> {
         };
         let dimensions = *renamed.dimensions.get(of.dimensions as usize).with_context(unknown)?;
         // Whatever was news to the run that kept it is known now.
-        let found = Match { subscription: index(subscription), meter: index(meter), price, news: News::default(), ..*of };
+        let found = Match { subscription: *subscription, meter: index(meter), price, arrived: Arrived::default(), ..*of };
         Ok(Some((found, Place { window, period, dimensions })))
     }
 }

@@ -15,9 +15,10 @@ use crate::model::property::Property;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{BillingCycle, Span, WindowKind};
 use crate::pipeline::enrich::Enricher;
+use crate::pipeline::matcher::Memo;
 use crate::pipeline::state::WindowCache;
 use crate::reference::Reference;
-use crate::source::EventRef;
+use crate::source::{EventRef, Field};
 use crate::store::{SubscriptionKey, WindowChoice};
 
 /// Subscription and meter, as indexes into the reference tables.
@@ -44,7 +45,7 @@ pub struct Marks {
 
 /// What is marked of a subscription and a meter.
 #[derive(Debug, Default)]
-struct PairMarks {
+pub(super) struct PairMarks {
     /// Events in these spans count again: whole billing periods, or parts of them that
     /// single windows have.
     events: Spans,
@@ -71,7 +72,16 @@ impl Marks {
 
     /// Whether the window of an event at `t` is computed again.
     pub fn hold_event(&self, subscription: usize, meter: usize, period: Span, t: Timestamp) -> bool {
-        self.is_fresh(period) || self.pairs.get(&(subscription, meter)).is_some_and(|marked| marked.events.contains(t))
+        self.hold_of(self.of((subscription, meter)), period, t)
+    }
+
+    pub(super) fn of(&self, pair: Pair) -> Option<&PairMarks> {
+        self.pairs.get(&pair)
+    }
+
+    /// As [`Marks::hold_event`], where it is known what is marked of subscription and meter.
+    pub(super) fn hold_of(&self, marked: Option<&PairMarks>, period: Span, t: Timestamp) -> bool {
+        self.is_fresh(period) || marked.is_some_and(|marked| marked.events.contains(t))
     }
 
     /// Where the windows of a marked billing period begin that may change.
@@ -82,7 +92,7 @@ impl Marks {
 
     /// As [`Marks::hold_event`], for the window of a stored row.
     pub(super) fn hold_window(&self, (subscription, meter): Pair, row: &WindowRow) -> bool {
-        self.hold_event(subscription, meter, row.period(), start_of(row))
+        self.hold_event(subscription, meter, row.period(), row.counts_from())
     }
 
     /// Whether single windows of a billing period may be marked, and others not.
@@ -154,11 +164,10 @@ impl Marks {
         Some(marked.chain(self.gone.iter().map(of_all)).collect())
     }
 
-    /// Whether a stored row is among those that may change, or that come after them.
-    pub fn reach_row(&self, row: &WindowRow, reference: &Reference) -> bool {
-        let Some(pair) = self.pair(&row.key.period) else { return true };
-        let cycle = reference.subscriptions.get(pair.0).map(|subscription| subscription.cycle);
-        cycle.is_none_or(|cycle| start_of(row) >= self.changes_from(pair, cycle.period(row.key.period.period_start)))
+    /// As [`Marks::changes_from`], for stored rows; `None` where any may change.
+    pub fn row_changes_from(&self, key: &PeriodKey, reference: &Reference) -> Option<Timestamp> {
+        let pair = self.pair(key)?;
+        Some(self.changes_from(pair, reference.subscriptions.get(pair.0)?.cycle.period(key.period_start)))
     }
 
     /// All billing periods that marked rows may be of lie in here.
@@ -288,11 +297,6 @@ impl Marks {
     }
 }
 
-/// Where what a row counts begins: a window that lasts longer has a row in each period.
-fn start_of(row: &WindowRow) -> Timestamp {
-    row.key.window_start.max(row.key.period.period_start)
-}
-
 fn is_level(reference: &Reference, meter: usize) -> bool {
     reference.meters.get(meter).is_some_and(|meter| meter.aggregation == Aggregation::WeightedSum)
 }
@@ -308,6 +312,8 @@ fn periods(cycle: &BillingCycle, span: Span, reach: Span) -> Option<Span> {
 pub struct MarkScan<'c, 'r> {
     enricher: &'c Enricher<'r>,
     separable: &'c Separable<'r>,
+    has_filters: bool,
+    memo: Memo<'c, 'r>,
     pairs: FxHashMap<Pair, PairMarks>,
     /// The period of each subscription that was found last.
     last: FxHashMap<usize, Span>,
@@ -315,9 +321,27 @@ pub struct MarkScan<'c, 'r> {
 }
 
 impl<'c, 'r> MarkScan<'c, 'r> {
+    /// What it needs of events; `key` is what others do.
+    pub fn wanted(enricher: &Enricher<'_>, key: &[Field]) -> Vec<Field> {
+        let properties = enricher.has_filters().then_some(Field::Properties);
+        let own = [Field::TenantId, Field::Id, Field::EventName, Field::ExternalCustomerId];
+        own.iter().chain(key).copied().chain(properties).collect()
+    }
+
     pub fn new(enricher: &'c Enricher<'r>, separable: &'c Separable<'r>) -> Self {
-        let windows = WindowCache::default();
-        MarkScan { enricher, separable, pairs: FxHashMap::default(), last: FxHashMap::default(), windows }
+        MarkScan {
+            enricher,
+            separable,
+            has_filters: enricher.has_filters(),
+            memo: Memo::new(),
+            pairs: FxHashMap::default(),
+            last: FxHashMap::default(),
+            windows: WindowCache::default(),
+        }
+    }
+
+    pub fn begin_batch(&mut self) {
+        self.memo.begin_batch();
     }
 
     /// Marks the windows or the periods that an event counts in, or would if its properties
@@ -328,18 +352,24 @@ impl<'c, 'r> MarkScan<'c, 'r> {
         else {
             return;
         };
-        let Some(plan) = self.enricher.plan(name) else { return };
-        if Timestamp::in_range(t.nanos()).is_none() || plan.properties.read(event.properties, slots).is_err() {
+        let Some(plan) = self.memo.plans.get([name], || self.enricher.plan(name)) else { return };
+        let is_unread = self.has_filters && plan.properties.read(event.properties, slots).is_err();
+        if Timestamp::in_range(t.nanos()).is_none() || is_unread {
             return;
         }
-        let Ok(subscription) = self.enricher.subscription(tenant, external_id, t) else { return };
+        let customer = self.memo.customers.get([tenant, external_id], || self.enricher.reference.customer(tenant, external_id));
+        let Ok(subscription) = self.enricher.subscription_of(customer, external_id, t) else { return };
         let Some(row) = self.enricher.reference.subscriptions.get(subscription) else { return };
         let period = match self.last.get(&subscription) {
             Some(period) if period.contains(t) => *period,
             _ => row.cycle.period(t),
         };
         self.last.insert(subscription, period);
-        for meter in plan.meters.iter().filter(|meter| meter.accepts(slots)) {
+        for meter in plan.meters.iter().filter(|meter| !self.has_filters || meter.accepts(slots)) {
+            let marked = self.pairs.entry((subscription, meter.index)).or_default();
+            if marked.windows.contains(t) {
+                continue;
+            }
             let (events, windows) = if meter.meter.aggregation == Aggregation::WeightedSum {
                 (Spans::ALWAYS, Spans::ALWAYS)
             } else if matches!(meter.meter.window, WindowKind::Tumbling(_)) {
@@ -354,7 +384,6 @@ impl<'c, 'r> MarkScan<'c, 'r> {
             } else {
                 (period, period)
             };
-            let marked = self.pairs.entry((subscription, meter.index)).or_default();
             marked.events.add(events);
             marked.windows.add(windows);
         }

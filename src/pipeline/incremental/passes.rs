@@ -131,13 +131,16 @@ impl<'p> Passes<'p> {
             let new_scans = || (new_scan(), NameScan::new(key, &hashes));
             let visit = |(scan, names): &mut (MarkScan<'_, '_>, NameScan<'_>), _: usize, batch: &EventBatch| {
                 let mut slots = Vec::new();
+                scan.begin_batch();
                 for event in batch.rows() {
                     scan.visit(&event, &mut slots);
                     names.visit(&event);
                 }
                 Ok(())
             };
-            let (scans, rows) = scan::scan(source, &new, Wanted::Whole, threads, &|rows| progress.rows(rows), new_scans, visit)?;
+            let fields = MarkScan::wanted(&enricher, key);
+            let wanted = Wanted::Keys(&fields);
+            let (scans, rows) = scan::scan(source, &new, wanted, threads, &|rows| progress.rows(rows), new_scans, visit)?;
             check_stable(&new, &new_rows, &rows)?;
             let mut names = BTreeSet::new();
             for (scan, found) in scans {
@@ -154,6 +157,7 @@ impl<'p> Passes<'p> {
             let (chosen, splits) = Chosen::new(source, &choice, holders.into_iter());
             let visit = |scan: &mut MarkScan<'_, '_>, _: usize, batch: &EventBatch| {
                 let mut slots = Vec::new();
+                scan.begin_batch();
                 batch.rows().filter(|event| choice.wants(event)).for_each(|event| scan.visit(&event, &mut slots));
                 Ok(())
             };
