@@ -8,7 +8,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::closed::ClosedPeriods;
 use super::enrich::Scope;
-use super::incremental::marks::Marks;
+use super::incremental::marks::{Marks, Pair};
 use super::lateness::{Horizon, Lateness};
 use super::letters::{OpenDeadLetters, VisitedLetters};
 use super::price::{Priced, PricedWindow};
@@ -235,13 +235,20 @@ impl Past {
         Ok(Stored { windows, periods, closed })
     }
 
-    /// Rows that may change where `marks` are, and those that come after them.
+    /// Rows that may change where `marks` are, and those that come after them; of all marked
+    /// pairs, or of some.
     ///
     /// # Errors
     /// As [`Past::read`].
-    pub fn read_marked(&self, inputs: &Inputs<'_>, spans: (Span, Span), marks: &Marks) -> Result<Vec<StoredWindow>> {
+    pub fn read_marked(
+        &self,
+        inputs: &Inputs<'_>,
+        spans: (Span, Span),
+        marks: &Marks,
+        of: Option<&FxHashSet<Pair>>,
+    ) -> Result<Vec<StoredWindow>> {
         let Inputs { job, reference, store: Some(store), .. } = *inputs else { return Ok(Vec::new()) };
-        let choices = marks.windows(reference);
+        let choices = marks.windows(reference, of);
         let mut windows = store.windows_of(&job.name, marks.span(reference, spans), choices.as_deref())?;
         // Windows of a period follow each other.
         let mut last: Option<(Arc<PeriodKey>, Option<Timestamp>)> = None;

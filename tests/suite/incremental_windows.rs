@@ -379,3 +379,26 @@ fn a_sum_that_does_not_fit_carries_nothing() {
         check_against_a_fresh_store(&workspace);
     }
 }
+
+/// Earlier windows may be there though their sum is nothing.
+#[test]
+fn a_sum_that_cancels_keeps_the_row_of_its_period() {
+    let meters = "meters:\n  - {meter_id: net, event_name: net, aggregation: sum, property: value}\n";
+    let price = "prices:\n  - {price_id: p, plan_id: pro, meter_id: net, currency: EUR, model: per_unit, unit_amount: \"2\"}\n";
+    let workspace = shop(meters, price);
+    let net = |id, day, value: i32| {
+        let call = Call { id, customer: "a", day, hour: 9, value: 0, came: 1 }.line();
+        call.replace(r#""call""#, r#""net""#).replace(r#""value":0"#, &format!(r#""value":{value}"#))
+    };
+    workspace.write("events/net.ndjson", net("plus", 1, 5) + &net("minus", 2, -5) + &net("last", 3, 7));
+    workspace.run(&["--full"]);
+    let void = r#"{"tenant_id":"t","id":"last","deleted":true,"ingested_at":"2026-04-05"}"#;
+    workspace.write("events/void.ndjson", format!("{void}\n"));
+    night(&workspace);
+    assert_eq!(workspace.query("SELECT * FROM usage_periods").len(), 1);
+    // And goes with the last of them.
+    let void = |id: &str| void.replace("last", id) + "\n";
+    workspace.write("events/void-more.ndjson", void("plus") + &void("minus"));
+    night(&workspace);
+    assert_eq!(workspace.query("SELECT * FROM usage_periods").len(), 0);
+}

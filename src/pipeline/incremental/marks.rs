@@ -22,7 +22,7 @@ use crate::source::{EventRef, Field};
 use crate::store::{SubscriptionKey, WindowChoice};
 
 /// Subscription and meter, as indexes into the reference tables.
-pub(super) type Pair = (usize, usize);
+pub type Pair = (usize, usize);
 
 /// What must be computed again.
 #[derive(Debug, Default)]
@@ -140,12 +140,14 @@ impl Marks {
         Some(indexes.iter().filter_map(name).chain(self.gone.iter().cloned()).collect())
     }
 
-    /// The stored rows that may change, and later ones; `None` where any row may.
-    pub fn windows(&self, reference: &Reference) -> Option<Vec<WindowChoice>> {
+    /// The stored rows that may change, and later ones: of these pairs, or of all; `None` where
+    /// any row may.
+    pub fn windows(&self, reference: &Reference, of: Option<&FxHashSet<Pair>>) -> Option<Vec<WindowChoice>> {
         if self.is_meter_gone {
             return None;
         }
-        let marked = self.pairs.iter().filter_map(|((subscription, meter), marked)| {
+        let pairs = self.pairs.iter().filter(|(pair, _)| of.is_none_or(|of| of.contains(pair)));
+        let marked = pairs.filter_map(|((subscription, meter), marked)| {
             let (row, meter_row) = (reference.subscriptions.get(*subscription)?, reference.meters.get(*meter)?);
             let first = marked.windows.whole()?.start;
             let from = if first == Spans::ALWAYS.start {
@@ -161,7 +163,7 @@ impl Marks {
             meter_id: None,
             from: Spans::ALWAYS.start,
         };
-        Some(marked.chain(self.gone.iter().map(of_all)).collect())
+        Some(marked.chain(self.gone.iter().filter(|_| of.is_none()).map(of_all)).collect())
     }
 
     /// As [`Marks::changes_from`], for stored rows; `None` where any may change.

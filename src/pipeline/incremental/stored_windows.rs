@@ -4,14 +4,14 @@
 //! moves neither their usage nor their cost.
 
 use anyhow::Result;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::Marks;
 use super::marks::Pair;
 use super::spans::Spans;
 use crate::model::aggregate::{PeriodKey, PeriodRow, StoredWindow, Text, WindowRow};
 use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
-use crate::model::meter::{ChargeOn, Meter};
+use crate::model::meter::{Aggregation, ChargeOn, Meter};
 use crate::model::price::PriceModel;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
@@ -49,17 +49,27 @@ pub fn read(
     let parts = divided(marks, &stored, inputs.reference).filter(|part| part.is_carried && !check.can_carry(part));
     let to_open: Vec<_> = parts.map(|part| (part.pair, part.period)).collect();
     to_open.into_iter().for_each(|(pair, period)| marks.open(pair, period));
+    stored.windows = past.read_marked(inputs, spans, marks, None)?;
     loop {
-        stored.windows = past.read_marked(inputs, spans, marks)?;
         let parts = divided(marks, &stored, inputs.reference).filter(|part| !check.can_stand_in(part, marks));
         let wrong: Vec<_> = parts.map(|part| (part.pair, part.period, part.is_carried)).collect();
-        let is_done = !wrong.iter().any(|(.., is_carried)| *is_carried);
+        let mut opened = FxHashSet::default();
         for (pair, period, is_carried) in wrong {
-            if is_carried { marks.open(pair, period) } else { marks.mark(pair, period) }
+            if is_carried {
+                marks.open(pair, period);
+                opened.insert(pair);
+            } else {
+                marks.mark(pair, period);
+            }
         }
-        if is_done {
+        if opened.is_empty() {
             return Ok(stored);
         }
+        let is_opened = |row: &WindowRow| marks.pair(&row.key.period).is_some_and(|pair| opened.contains(&pair));
+        stored.windows.retain(|stored| !is_opened(&stored.row));
+        let again = past.read_marked(inputs, spans, marks, Some(&opened))?;
+        stored.windows.extend(again.into_iter().filter(|stored| is_opened(&stored.row)));
+        stored.windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
     }
 }
 
@@ -78,6 +88,7 @@ impl Check<'_> {
         let price = self.accumulations.reference.prices.get(key.price as usize);
         // The quantity tells all, and the cost tells that it is right.
         price.is_some_and(|price| !matches!(price.model, PriceModel::Percentage(_) | PriceModel::Flat { .. }))
+            && part.row.is_some_and(|row| !row.cost.is_zero())
             && Accumulator::of_sum(meter, Decimal::ZERO).is_some()
     }
 
@@ -93,7 +104,7 @@ impl Check<'_> {
         };
         left.all(&mut is_right)
             && match part.row {
-                Some(_) if part.is_carried => self.accumulations.carried(part).is_ok(),
+                Some(_) if part.is_carried => self.accumulations.carried(part, marks).is_ok(),
                 Some(row) => add_up(meter, part.windows, row),
                 None => false,
             }
@@ -141,7 +152,7 @@ pub fn stand_in(
         let Some(of) = accumulations.of(part.pair, part.key) else { continue };
         let dimensions = dimensions.intern(&part.key.dimensions);
         if part.is_carried
-            && let Ok(Some((key, state))) = accumulations.carried(&part)
+            && let Ok(Some((key, state))) = accumulations.carried(&part, marks)
         {
             count.carried += 1;
             each(StateKey { dimensions, ..key }, state);
@@ -243,7 +254,7 @@ impl<'r> Accumulations<'r> {
 impl Accumulations<'_> {
     /// What the windows before those of a part are together; `None` where there are none. Nothing
     /// but their sum is known: it must cost what the row of the billing period leaves for them.
-    fn carried(&self, part: &Part<'_>) -> Result<Option<(StateKey, WindowState)>, Unproved> {
+    fn carried(&self, part: &Part<'_>, marks: &Marks) -> Result<Option<(StateKey, WindowState)>, Unproved> {
         let row = part.row.ok_or(Unproved)?;
         let Accumulation { key, meter, period } = self.of(part.pair, part.key).ok_or(Unproved)?;
         let (mut quantities, mut costs) = (DecimalSum::default(), DecimalSum::default());
@@ -252,8 +263,11 @@ impl Accumulations<'_> {
             costs.add(row.cost);
         }
         let (quantity, cost) = (row.quantity.checked_sub(quantities.total()?)?, row.cost.checked_sub(costs.total()?)?);
-        if quantity.is_zero() && cost.is_zero() {
-            return Ok(None);
+        if quantity.is_zero() {
+            // Windows whose quantities cancel to zero keep the row of their billing period, even
+            // where all others go; and that row may say what is due without any window.
+            let keeps_its_row = meter.aggregation == Aggregation::Count || part.left(marks).next().is_some();
+            return if keeps_its_row && cost.is_zero() { Ok(None) } else { Err(Unproved) };
         }
         let windows = Span { start: period.start, end: part.from };
         let state = WindowState::carried(meter, quantity, windows, period).ok_or(Unproved)?;
