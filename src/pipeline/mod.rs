@@ -356,7 +356,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let reach = range::reach(range, reference, &request.scope);
     let marks = context.marks.as_ref();
     let stored = known.map_or_else(|| past.read(inputs, (request, &lateness), (range, reach)), Ok)?;
-    let stored = stored.comparable(&request.scope, range, marks, &priced);
+    let stored = stored.comparable(&request.scope, range, (marks, reference), &priced);
     let closed = stored.closed;
     let mut changes = timeline.step("reconcile", None, || {
         let session_meters: FxHashSet<_> =

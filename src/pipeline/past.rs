@@ -248,7 +248,7 @@ impl Past {
         of: Option<&FxHashSet<Pair>>,
     ) -> Result<Vec<StoredWindow>> {
         let Inputs { job, reference, store: Some(store), .. } = *inputs else { return Ok(Vec::new()) };
-        let choices = marks.windows(reference, of);
+        let choices = marks.rows_to_read(reference, of);
         let mut windows = store.windows_of(&job.name, marks.span(reference, spans), choices.as_deref())?;
         // Windows of a period follow each other.
         let mut last: Option<(Arc<PeriodKey>, Option<Timestamp>)> = None;
@@ -267,17 +267,23 @@ impl Stored {
     /// The rows that what is `priced` now is compared with: those of the scope, and of
     /// billing periods that the range touches and that `marks` hold.
     #[must_use]
-    pub fn comparable(mut self, scope: &Scope, range: Span, marks: Option<&Marks>, priced: &Priced) -> Stored {
-        let is_marked = |key: &PeriodKey, period: Span| marks.is_none_or(|marks| marks.hold_row(key, period));
+    pub fn comparable(
+        mut self,
+        scope: &Scope,
+        range: Span,
+        (marks, reference): (Option<&Marks>, &Reference),
+        priced: &Priced,
+    ) -> Stored {
+        let is_marked = |key: &PeriodKey| marks.is_none_or(|marks| marks.hold_key(key, reference));
         // A row that is computed now is compared whoever it belonged to.
         let is_computed = |key: &WindowKey| priced.windows.binary_search_by(|window| window.row.key.cmp(key)).is_ok();
         // Windows of a period follow each other.
-        let mut last: Option<(Arc<PeriodKey>, Span, bool)> = None;
+        let mut last: Option<(Arc<PeriodKey>, bool)> = None;
         self.windows.retain(|StoredWindow { row, .. }| {
-            let (key, period) = (&row.key.period, row.period());
+            let key = &row.key.period;
             let is_marked = match &last {
-                Some((last, span, is_marked)) if Arc::ptr_eq(last, key) && *span == period => *is_marked,
-                _ => last.insert((Arc::clone(key), period, is_marked(key, period))).2,
+                Some((last, is_marked)) if Arc::ptr_eq(last, key) => *is_marked,
+                _ => last.insert((Arc::clone(key), is_marked(key))).1,
             };
             let in_scope = is_marked && scope.holds(&key.tenant_id, &row.customer_id, &key.meter_id);
             row.period().overlaps(range) && (in_scope || is_computed(&row.key))
@@ -285,8 +291,7 @@ impl Stored {
         let period_keys: FxHashSet<_> = priced.periods.iter().map(|period| &period.key).collect();
         self.periods.retain(|row| {
             let in_scope = scope.holds(&row.key.tenant_id, &row.customer_id, &row.key.meter_id);
-            let in_scope = in_scope && is_marked(&row.key, Span { start: row.key.period_start, end: row.period_end });
-            in_scope || period_keys.contains(&row.key)
+            (in_scope && is_marked(&row.key)) || period_keys.contains(&row.key)
         });
         self
     }

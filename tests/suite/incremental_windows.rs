@@ -380,25 +380,93 @@ fn a_sum_that_does_not_fit_carries_nothing() {
     }
 }
 
+/// An event of the meter `net`: so much of a customer on a day of March.
+fn net(customer: &str, day: u32, model: &str, value: i32) -> String {
+    let id = format!("net-{customer}-{day}-{model}-{value}");
+    let call = Call { id: &id, customer, day, hour: 9, value: 0, came: 1 }.line();
+    let amount = format!(r#""value":{value},"model":"{model}""#);
+    call.replace(r#""call""#, r#""net""#).replace(r#""value":0,"model":"large""#, &amount)
+}
+
+fn void(id: &str) -> String {
+    format!("{{\"tenant_id\":\"t\",\"id\":\"{id}\",\"deleted\":true,\"ingested_at\":\"2026-04-05\"}}\n")
+}
+
+/// A shop that sells sums alone, with these first events.
+fn net_shop(meter: &str, terms: &str, first: &str) -> Workspace {
+    let workspace = shop(
+        &format!("meters:\n  - {{meter_id: net, event_name: net, aggregation: sum, property: value{meter}}}\n"),
+        &format!("prices:\n  - {{price_id: p, plan_id: pro, meter_id: net, currency: EUR, {terms}}}\n"),
+    );
+    workspace.write("events/net.ndjson", first);
+    workspace.run(&["--full"]);
+    workspace
+}
+
 /// Earlier windows may be there though their sum is nothing.
 #[test]
 fn a_sum_that_cancels_keeps_the_row_of_its_period() {
-    let meters = "meters:\n  - {meter_id: net, event_name: net, aggregation: sum, property: value}\n";
-    let price = "prices:\n  - {price_id: p, plan_id: pro, meter_id: net, currency: EUR, model: per_unit, unit_amount: \"2\"}\n";
-    let workspace = shop(meters, price);
-    let net = |id, day, value: i32| {
-        let call = Call { id, customer: "a", day, hour: 9, value: 0, came: 1 }.line();
-        call.replace(r#""call""#, r#""net""#).replace(r#""value":0"#, &format!(r#""value":{value}"#))
-    };
-    workspace.write("events/net.ndjson", net("plus", 1, 5) + &net("minus", 2, -5) + &net("last", 3, 7));
-    workspace.run(&["--full"]);
-    let void = r#"{"tenant_id":"t","id":"last","deleted":true,"ingested_at":"2026-04-05"}"#;
-    workspace.write("events/void.ndjson", format!("{void}\n"));
+    let terms = "model: per_unit, unit_amount: \"2\"";
+    let workspace = net_shop("", terms, &(net("a", 1, "small", 5) + &net("a", 2, "small", -5) + &net("a", 3, "small", 7)));
+    workspace.write("events/void.ndjson", void("net-a-3-small-7"));
     night(&workspace);
     assert_eq!(workspace.query("SELECT * FROM usage_periods").len(), 1);
     // And goes with the last of them.
-    let void = |id: &str| void.replace("last", id) + "\n";
-    workspace.write("events/void-more.ndjson", void("plus") + &void("minus"));
+    workspace.write("events/void-more.ndjson", void("net-a-1-small-5") + &void("net-a-2-small--5"));
     night(&workspace);
     assert_eq!(workspace.query("SELECT * FROM usage_periods").len(), 0);
+    // Of another combination of dimensions, nothing is new.
+    let first = net("a", 1, "large", 3) + &net("a", 1, "small", 0) + &net("a", 2, "small", 0);
+    let workspace = net_shop(", dimensions: [model]", &format!("{terms}, minimum_amount: \"5\""), &first);
+    workspace.write("events/late.ndjson", net("a", 4, "large", 3));
+    night(&workspace);
+}
+
+/// The row of a billing period may say what is due without usage: that is no sum of windows.
+#[test]
+fn what_is_due_without_usage_carries_nothing() {
+    let terms =
+        r#"model: graduated, tiers: [{up_to: "10", unit_amount: "1", flat_amount: "5"}, {up_to: null, unit_amount: "2"}]"#;
+    for meter in ["", ", dimensions: [model]"] {
+        let workspace = net_shop(meter, terms, &net("a", 1, "small", 3));
+        workspace.write("events/first.ndjson", net("b", 4, "large", 3));
+        night(&workspace);
+        workspace.write("events/second.ndjson", net("b", 2, "large", 4));
+        night(&workspace);
+    }
+}
+
+/// It prices whole billing periods, also events that lie outside of its range and have no windows
+/// yet.
+#[test]
+fn after_a_run_of_a_part_nothing_is_carried() {
+    let first = net("a", 1, "small", 3) + &net("a", 2, "small", 4) + &net("a", 7, "small", 4);
+    for (lateness, part) in [("", &["--day", "2026-03-03"] as &[&str]), ("lateness: {lookback: 2d}\n", &[])] {
+        let workspace = net_shop("", "model: per_unit, unit_amount: \"2\"", &first);
+        workspace.write("job.yaml", workspace.read("job.yaml") + lateness);
+        workspace.run(&["--full"]);
+        workspace.write("events/more.ndjson", net("a", 3, "small", 3) + &net("a", 6, "small", 5));
+        workspace.run(part);
+        workspace.run(&["--incremental"]);
+        check_against_a_fresh_store(&workspace);
+        workspace.write("events/last.ndjson", net("a", 9, "small", 2));
+        workspace.run(&["--incremental"]);
+        check_against_a_fresh_store(&workspace);
+    }
+}
+
+/// Closed rows of a former billing cycle belong to none of the periods of now.
+#[test]
+fn rows_of_a_former_billing_cycle_stand_for_nothing() {
+    let days = [2, 12, 27].map(|day| net("a", day, "small", 3)).concat();
+    let workspace = net_shop("", "model: per_unit, unit_amount: \"2\"", &days);
+    assert_eq!(workspace.trueup(&["close", "job.yaml", "--period", "2026-03"]).code, 0);
+    workspace.edit("subscriptions.csv", "t,sa,a,pro,EUR,month", "t,sa,a,pro,EUR,week");
+    workspace.run(&["--incremental"]);
+    for (number, late) in [net("a", 1, "small", 1), net("a", 29, "small", 1), net("a", 25, "small", 1)].iter().enumerate() {
+        workspace.write(&format!("events/late-{number}.ndjson"), late);
+        let run = workspace.run(&["--incremental"]);
+        assert_eq!(run["rows"]["adjusted"], 0, "{}", run["rows"]);
+        assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0, "{late}");
+    }
 }

@@ -147,8 +147,13 @@ impl Kept {
         KeptMatches { kept: self, marks, replaced, wanted, pieces, renamed, count: AtomicU64::new(0) }
     }
 
-    /// Why a run does without what is kept of it.
-    fn useless(path: &Path, why: &dyn fmt::Display) -> Retreat {
+    /// Why a run does without what is kept. Nobody else should try, unless another run has
+    /// replaced it meanwhile.
+    fn useless(&self, segment: &Segment, path: &Path, why: &dyn fmt::Display) -> Retreat {
+        let manifest = Manifest::read(&self.folder);
+        if manifest.is_some_and(|manifest| manifest.segments.contains(&segment.listed)) {
+            let _ = fs::remove_file(self.folder.join(MANIFEST));
+        }
         Retreat { why: format!("{}: kept matches are of no use: {why}", path.display()), is_choice: true }
     }
 }
@@ -297,13 +302,12 @@ impl KeptMatches<'_> {
                 }
                 // Opened for as long as it is read: there may be many segments.
                 let path = matches_path(&self.kept.folder, &segment.listed.name, number);
-                let mut file = File::open(&path).map_err(|error| Kept::useless(&path, &error))?;
+                let useless = |why: &dyn fmt::Display| self.kept.useless(segment, &path, why);
+                let mut file = File::open(&path).map_err(|error| useless(&error))?;
                 for piece in pieces {
-                    read_piece(&mut file, piece, &mut bytes).map_err(|error| Kept::useless(&path, &error))?;
+                    read_piece(&mut file, piece, &mut bytes).map_err(|error| useless(&error))?;
                     if xxh3_64(&bytes) != piece.checksum {
-                        // Nobody else should try.
-                        let _ = fs::remove_file(self.kept.folder.join(MANIFEST));
-                        return Err(Kept::useless(&path, &"they are not what was written").into());
+                        bail!(useless(&"they are not what was written"));
                     }
                     readers.entry(piece.part).or_default().read(&bytes, |of| {
                         let Some(subscription) = marked_of(of, segment, &marked, &mut last) else { return Ok(()) };
@@ -364,7 +368,7 @@ impl KeptMatches<'_> {
                 Some(price) => price,
                 None => {
                     let path = index_path(&self.kept.folder, &segment.listed.name);
-                    bail!(Kept::useless(&path, &"a match has a price that there is no more"))
+                    bail!(self.kept.useless(segment, &path, &"a match has a price that there is no more"))
                 }
             },
         };

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::choice::CustomerChoice;
-use super::separable::Separable;
+use super::separable::{Dependence, Separable};
 use super::snapshot::Differences;
 use super::spans::Spans;
 use crate::model::aggregate::{PeriodKey, WindowRow};
@@ -142,7 +142,7 @@ impl Marks {
 
     /// The stored rows that may change, and later ones: of these pairs, or of all; `None` where
     /// any row may.
-    pub fn windows(&self, reference: &Reference, of: Option<&FxHashSet<Pair>>) -> Option<Vec<WindowChoice>> {
+    pub fn rows_to_read(&self, reference: &Reference, of: Option<&FxHashSet<Pair>>) -> Option<Vec<WindowChoice>> {
         if self.is_meter_gone {
             return None;
         }
@@ -169,7 +169,8 @@ impl Marks {
     /// As [`Marks::changes_from`], for stored rows; `None` where any may change.
     pub fn row_changes_from(&self, key: &PeriodKey, reference: &Reference) -> Option<Timestamp> {
         let pair = self.pair(key)?;
-        Some(self.changes_from(pair, reference.subscriptions.get(pair.0)?.cycle.period(key.period_start)))
+        let period = reference.subscriptions.get(pair.0)?.cycle.period(key.period_start);
+        (period.start == key.period_start).then(|| self.changes_from(pair, period))
     }
 
     /// All billing periods that marked rows may be of lie in here.
@@ -199,7 +200,7 @@ impl Marks {
     }
 
     /// Lets all windows of a span change, though not all of their events are needed.
-    pub(super) fn open(&mut self, pair: Pair, span: Span) {
+    pub(super) fn let_change(&mut self, pair: Pair, span: Span) {
         self.pairs.entry(pair).or_default().windows.add(span);
     }
 
@@ -378,10 +379,10 @@ impl<'c, 'r> MarkScan<'c, 'r> {
                 let window = self.windows.window(meter.meter.window, t, self.separable.timezone);
                 // What counts in both: a window that lasts longer has a row in each period.
                 let window = Span { start: window.start.max(period.start), end: window.end.min(period.end) };
-                match self.separable.by_window(row, meter.index) {
-                    Some(true) => (window, window),
-                    Some(false) => (period, window),
-                    None => (period, period),
+                match self.separable.depend(row, meter.index) {
+                    Dependence::None => (window, window),
+                    Dependence::OnEvents => (period, window),
+                    Dependence::OnOrder => (period, period),
                 }
             } else {
                 (period, period)

@@ -20,6 +20,17 @@ pub struct Separable<'r> {
     pub timezone: chrono_tz::Tz,
 }
 
+/// What the price of a window needs of earlier windows of its billing period.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dependence {
+    /// What their rows tell.
+    None,
+    /// All of their events, whichever window each is in.
+    OnEvents,
+    /// All of their events, window by window.
+    OnOrder,
+}
+
 impl<'r> Separable<'r> {
     pub fn new(reference: &'r Reference, timezone: chrono_tz::Tz) -> Self {
         let is_separable = |meter: &Meter| {
@@ -38,10 +49,12 @@ impl<'r> Separable<'r> {
         }
     }
 
-    /// Whether the windows of a meter can be computed one by one; `None` where not even later
-    /// ones can without those before.
-    pub fn by_window(&self, subscription: &Subscription, meter: usize) -> Option<bool> {
-        let by_event = !self.by_event.is_empty() && self.by_event.contains(&(subscription.plan_id.as_str(), meter));
-        (!by_event).then(|| self.meters.get(meter) == Some(&true))
+    /// How the windows of a meter depend on those before.
+    pub fn depend(&self, subscription: &Subscription, meter: usize) -> Dependence {
+        match self.meters.get(meter) {
+            _ if self.by_event.contains(&(subscription.plan_id.as_str(), meter)) => Dependence::OnOrder,
+            Some(true) => Dependence::None,
+            _ => Dependence::OnEvents,
+        }
     }
 }

@@ -6,9 +6,9 @@
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::Marks;
 use super::marks::Pair;
 use super::spans::Spans;
+use super::{Coverage, Marks};
 use crate::model::aggregate::{PeriodKey, PeriodRow, StoredWindow, Text, WindowRow};
 use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
 use crate::model::meter::{Aggregation, ChargeOn, Meter};
@@ -46,9 +46,12 @@ pub fn read(
         timezone: inputs.job.timezone,
         windows: WindowCache::default(),
     };
-    let parts = divided(marks, &stored, inputs.reference).filter(|part| part.is_carried && !check.can_carry(part));
+    // A later run of a part of the job priced events whose windows it did not write.
+    let is_whole = past.runs.iter().rfind(|run| run.mode.computes()).is_some_and(Coverage::is_baseline);
+    let is_unfit = |part: &MarkedPeriod<'_>| part.is_carried && !(is_whole && check.can_carry(part));
+    let parts = divided(marks, &stored, inputs.reference).filter(is_unfit);
     let to_open: Vec<_> = parts.map(|part| (part.pair, part.period)).collect();
-    to_open.into_iter().for_each(|(pair, period)| marks.open(pair, period));
+    to_open.into_iter().for_each(|(pair, period)| marks.let_change(pair, period));
     stored.windows = past.read_marked(inputs, spans, marks, None)?;
     loop {
         let parts = divided(marks, &stored, inputs.reference).filter(|part| !check.can_stand_in(part, marks));
@@ -56,7 +59,7 @@ pub fn read(
         let mut opened = FxHashSet::default();
         for (pair, period, is_carried) in wrong {
             if is_carried {
-                marks.open(pair, period);
+                marks.let_change(pair, period);
                 opened.insert(pair);
             } else {
                 marks.mark(pair, period);
@@ -83,17 +86,18 @@ struct Check<'c> {
 impl Check<'_> {
     /// Whether the row of a billing period can stand in for windows that come before those that
     /// may change.
-    fn can_carry(&self, part: &Part<'_>) -> bool {
+    fn can_carry(&self, part: &MarkedPeriod<'_>) -> bool {
         let Some(Accumulation { key, meter, .. }) = self.accumulations.of(part.pair, part.key) else { return false };
         let price = self.accumulations.reference.prices.get(key.price as usize);
-        // The quantity tells all, and the cost tells that it is right.
+        // The price must depend on the quantity alone, for what is left of it is all that is known
+        // of those windows; and must say something, for it is how a wrong quantity is found.
         price.is_some_and(|price| !matches!(price.model, PriceModel::Percentage(_) | PriceModel::Flat { .. }))
             && part.row.is_some_and(|row| !row.cost.is_zero())
             && Accumulator::of_sum(meter, Decimal::ZERO).is_some()
     }
 
     /// Whether those windows of a part that are not marked can stand in for their events.
-    fn can_stand_in(&mut self, part: &Part<'_>, marks: &Marks) -> bool {
+    fn can_stand_in(&mut self, part: &MarkedPeriod<'_>, marks: &Marks) -> bool {
         let mut left = part.left(marks).peekable();
         if left.peek().is_none() && !part.is_carried {
             return true;
@@ -167,7 +171,7 @@ pub fn stand_in(
 }
 
 /// What is stored of one accumulation in a billing period that is marked in part.
-struct Part<'s> {
+struct MarkedPeriod<'s> {
     pair: Pair,
     /// By the tables: what rows say of its end may have been altered.
     period: Span,
@@ -180,7 +184,7 @@ struct Part<'s> {
     is_carried: bool,
 }
 
-impl<'s> Part<'s> {
+impl<'s> MarkedPeriod<'s> {
     /// The windows that are not marked.
     fn left(&self, marks: &Marks) -> impl Iterator<Item = &'s WindowRow> {
         let rows = self.windows.iter().map(|stored| &*stored.row);
@@ -188,7 +192,7 @@ impl<'s> Part<'s> {
     }
 }
 
-fn divided<'s>(marks: &Marks, stored: &'s Stored, reference: &Reference) -> impl Iterator<Item = Part<'s>> {
+fn divided<'s>(marks: &Marks, stored: &'s Stored, reference: &Reference) -> impl Iterator<Item = MarkedPeriod<'s>> {
     let mut windows = stored.windows.chunk_by(|a, b| a.row.key.period == b.row.key.period).peekable();
     let mut rows = stored.periods.iter().peekable();
     let of = |windows: &&'s [StoredWindow]| windows.first().map(|first| &*first.row.key.period);
@@ -200,9 +204,13 @@ fn divided<'s>(marks: &Marks, stored: &'s Stored, reference: &Reference) -> impl
     accumulations.filter_map(|(key, row, windows)| {
         let pair = marks.pair(key)?;
         let period = reference.subscriptions.get(pair.0)?.cycle.period(key.period_start);
+        // A former billing cycle may have left closed rows.
+        if key.period_start != period.start {
+            return None;
+        }
         let from = marks.changes_from(pair, period);
         let is_carried = from > period.start && !marks.hold_event(pair.0, pair.1, period, period.start);
-        marks.divide(pair, period).then_some(Part { pair, period, key, row, windows, from, is_carried })
+        marks.divide(pair, period).then_some(MarkedPeriod { pair, period, key, row, windows, from, is_carried })
     })
 }
 
@@ -254,7 +262,7 @@ impl<'r> Accumulations<'r> {
 impl Accumulations<'_> {
     /// What the windows before those of a part are together; `None` where there are none. Nothing
     /// but their sum is known: it must cost what the row of the billing period leaves for them.
-    fn carried(&self, part: &Part<'_>, marks: &Marks) -> Result<Option<(StateKey, WindowState)>, Unproved> {
+    fn carried(&self, part: &MarkedPeriod<'_>, marks: &Marks) -> Result<Option<(StateKey, WindowState)>, Unproved> {
         let row = part.row.ok_or(Unproved)?;
         let Accumulation { key, meter, period } = self.of(part.pair, part.key).ok_or(Unproved)?;
         let (mut quantities, mut costs) = (DecimalSum::default(), DecimalSum::default());
