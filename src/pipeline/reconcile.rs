@@ -69,7 +69,7 @@ pub fn reconcile(
 ) -> Reconciliation {
     let known = KnownBasis::of(stored);
     let pairs = Pairs { stored: stored.iter().peekable(), computed: computed.iter().peekable() };
-    let pairs: Vec<_> = pairs.flat_map(|pair| pair.unless_rebuilt(&evidence.sessions)).collect();
+    let pairs: Vec<_> = pairs.flat_map(|pair| pair.unless_rebuilt(&evidence.sessions, closed)).collect();
     let moved = moved_periods(&pairs);
     let is_new = |pair: &&Pair<'_>| matches!(pair, Pair::Computed(_));
     let new = pairs.iter().filter(is_new).count();
@@ -122,10 +122,11 @@ impl Pair<'_> {
         }
     }
 
-    /// A session that was joined or split is not the one that began at the same time.
-    fn unless_rebuilt(self, sessions: &SessionChanges) -> impl Iterator<Item = Self> {
+    /// A session that was joined or split is not the one that began at the same time; but what is
+    /// closed keeps its row, and what differs from it is one adjustment.
+    fn unless_rebuilt(self, sessions: &SessionChanges, closed: &ClosedPeriods) -> impl Iterator<Item = Self> {
         let (first, second) = match self {
-            Pair::Both(before, after) if sessions.rebuilt.contains(&after.row.key) => {
+            Pair::Both(before, after) if sessions.rebuilt.contains(&after.row.key) && !closed.hold(&after.row.key.period) => {
                 (Pair::Stored(before), Some(Pair::Computed(after)))
             }
             pair => (pair, None),

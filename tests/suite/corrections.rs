@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::incremental_windows::{Call, shop};
 use crate::support::{Row, Workspace};
 
 /// Two customers on a graduated plan, with events in January and February.
@@ -144,6 +145,27 @@ fn differences_in_closed_periods_become_adjustments() {
     assert_eq!(workspace.run(&["--allow-closed"])["rows"]["inserted"], 1);
     assert_eq!(amounts(&workspace)[0], "s1 2026-01-01T00:00:00Z 14");
     assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+}
+
+/// Two sessions that become one: the one that begins at the same time differs in one adjustment.
+#[test]
+fn a_closed_session_that_was_joined_is_adjusted_once() {
+    let meters = "meters:\n  - {meter_id: visits, event_name: call, aggregation: count, window: {session: {gap: 5h}}}\n";
+    let price =
+        "prices:\n  - {price_id: p, plan_id: pro, meter_id: visits, currency: EUR, model: per_unit, unit_amount: \"1\"}\n";
+    let workspace = shop(meters, price);
+    assert_eq!(workspace.trueup(&["close", "job.yaml", "--period", "2026-03"]).code, 0);
+    let between = Call { id: "between", customer: "a", day: 2, hour: 13, value: 1, came: 2 };
+    workspace.write("events/between.ndjson", between.line());
+    for (adjusted, mode) in [(2, "--incremental"), (0, "--full"), (0, "--incremental")] {
+        assert_eq!(workspace.run(&[mode])["rows"]["adjusted"], adjusted, "{mode}");
+        assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+    }
+    let sql = "SELECT substr(window_start, 12, 5) AS start, event_count_before AS was, event_count_after AS is_now FROM corrections \
+               WHERE kind = 'adjust' ORDER BY window_start";
+    let rows: Vec<_> =
+        workspace.query(sql).iter().map(|row| [&row["start"], &row["was"], &row["is_now"]].map(String::clone)).collect();
+    assert_eq!(rows, [["09:30", "1", "3"], ["17:30", "1", ""]]);
 }
 
 #[test]
