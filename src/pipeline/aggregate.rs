@@ -9,6 +9,7 @@ use rustc_hash::FxHashMap;
 use super::accumulator::Moment;
 use super::context::Context;
 use super::event_forms::contribution;
+use super::incremental::Marks;
 use super::incremental::kept::KeptMatches;
 use super::matches::{Match, Matches, Place, Reader};
 use super::state::{Sessions, StateKey, WindowState};
@@ -40,10 +41,12 @@ pub struct AllMatches<'c, 'r> {
 const NO_MOMENT: Moment<'static> = Moment { timestamp: Timestamp::MIN, ingested_at: Timestamp::MIN, id: "", remaining: 0 };
 
 impl Shard {
-    fn place(&self, of: &Match<'_>) -> Result<Place> {
+    fn place(&self, of: &Match<'_>, marks: Option<&Marks>) -> Result<Place> {
         let period = self.matches.spans.span(of.period).with_context(|| damaged(of))?;
         let dimensions = self.dimensions.get(of.dimensions as usize).copied().with_context(|| damaged(of))?;
-        Ok(Place { window: self.matches.spans.span(of.window), period, dimensions })
+        let pair = (of.subscription as usize, of.meter as usize);
+        let changes_from = marks.map_or(period.start, |marks| marks.changes_from(pair, period));
+        Ok(Place { window: self.matches.spans.span(of.window), period, changes_from, dimensions })
     }
 }
 
@@ -117,11 +120,12 @@ impl<'c, 'r> AllMatches<'c, 'r> {
         let subscriptions = reference.subscriptions.len().div_ceil(self.context.parts.count());
         let mut windows = Windows::new(subscriptions, reference.meters.len(), self.expected.load(Ordering::Relaxed));
         let mut sessions: FxHashMap<StateKey, Sessions> = FxHashMap::default();
+        let marks = self.context.marks.as_ref();
         let mut bytes = Vec::new();
         for shard in &self.shards {
             let mut reader = Reader::default();
             while shard.matches.next(at, &mut bytes)? {
-                reader.read(&bytes, |of| self.count(of, &shard.place(of)?, &mut windows, &mut sessions))?;
+                reader.read(&bytes, |of| self.count(of, &shard.place(of, marks)?, &mut windows, &mut sessions))?;
             }
         }
         if let Some(kept) = &self.kept {
@@ -142,7 +146,7 @@ impl<'c, 'r> AllMatches<'c, 'r> {
     fn count(
         &self,
         of: &Match<'_>,
-        &Place { window, period, dimensions }: &Place,
+        &Place { window, period, changes_from, dimensions }: &Place,
         windows: &mut Windows,
         sessions: &mut FxHashMap<StateKey, Sessions>,
     ) -> Result<()> {
@@ -169,25 +173,17 @@ impl<'c, 'r> AllMatches<'c, 'r> {
             sessions.entry(key).or_default().add(t, t, state, gap_nanos, percentage);
         } else {
             let mut window = window.with_context(|| damaged(of))?;
-            let is_carried = self.changes_from(of, period).filter(|from| window.start < *from);
-            if let Some(from) = is_carried {
-                window = Span { start: period.start, end: from };
+            let is_carried = window.start < changes_from && period.start < changes_from;
+            if is_carried {
+                window = Span { start: period.start, end: changes_from };
             }
             key.window_start = window.start;
             // No row says which events these are.
-            let contribution = if is_carried.is_some() { 0 } else { contribution() };
-            let new = || WindowState { is_carried: is_carried.is_some(), ..WindowState::new(meter, price, window, period) };
+            let contribution = if is_carried { 0 } else { contribution() };
+            let new = || WindowState { is_carried, ..WindowState::new(meter, price, window, period) };
             windows.change(key, new, |state| state.count(&of.value, moment, percentage, contribution, of.arrived.news()))?;
         }
         Ok(())
-    }
-
-    /// Where the windows begin that may change, if earlier ones of the billing period stay as
-    /// they are.
-    fn changes_from(&self, of: &Match<'_>, period: Span) -> Option<Timestamp> {
-        let marks = self.context.marks.as_ref()?;
-        let from = marks.changes_from((of.subscription as usize, of.meter as usize), period);
-        (from > period.start).then_some(from)
     }
 
     fn session_gap(&self, meter: u32) -> Option<i64> {

@@ -59,6 +59,8 @@ pub struct Place {
     /// `None` for a session, which has no window yet.
     pub window: Option<Span>,
     pub period: Span,
+    /// Windows that begin earlier stay as they are, and are taken together.
+    pub changes_from: Timestamp,
     /// Among those of all threads.
     pub dimensions: u32,
 }

@@ -356,7 +356,8 @@ impl KeptMatches<'_> {
         }
         let Some(meter) = segment.meters.get(of.meter as usize).copied().flatten() else { return Ok(None) };
         let pair = (*subscription as usize, meter);
-        if !self.marks.hold_of(meters.get(meter).copied().flatten(), period, start)
+        let marked = meters.get(meter).copied().flatten();
+        if !self.marks.hold_of(marked, period, start)
             || self.replaced.contains(&of.identity)
             || later.iter().any(|later| later.replaces(of.identity, pair, start))
         {
@@ -375,6 +376,7 @@ impl KeptMatches<'_> {
         let dimensions = *renamed.dimensions.get(of.dimensions as usize).with_context(unknown)?;
         // Whatever was news to the run that kept it is known now.
         let found = Match { subscription: *subscription, meter: index(meter), price, arrived: Arrived::default(), ..*of };
-        Ok(Some((found, Place { window, period, dimensions })))
+        let changes_from = self.marks.changes_from_of(marked, period);
+        Ok(Some((found, Place { window, period, changes_from, dimensions })))
     }
 }

@@ -86,7 +86,12 @@ impl Marks {
 
     /// Where the windows of a marked billing period begin that may change.
     pub fn changes_from(&self, pair: Pair, period: Span) -> Timestamp {
-        let first = self.pairs.get(&pair).and_then(|marked| marked.windows.first_in(period));
+        self.changes_from_of(self.of(pair), period)
+    }
+
+    /// As [`Marks::changes_from`], where it is known what is marked of subscription and meter.
+    pub(super) fn changes_from_of(&self, marked: Option<&PairMarks>, period: Span) -> Timestamp {
+        let first = marked.and_then(|marked| marked.windows.first_in(period));
         first.filter(|_| !self.is_fresh(period)).unwrap_or(period.start)
     }
 
