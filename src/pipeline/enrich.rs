@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 
+use super::text_memo::TextMemo;
 use crate::model::aggregate::Reason;
 use crate::model::decimal::{Decimal, DecimalError};
 use crate::model::expression::ExpressionError;
@@ -81,6 +82,25 @@ pub struct MeterPlan<'r> {
     pub needs_moment: bool,
     /// Slot, name, and `{"name":` or `,"name":`.
     dimensions: Vec<(usize, &'r str, String)>,
+}
+
+/// What names of events and customers of a batch stand for.
+pub struct Memo<'c, 'r> {
+    pub plans: TextMemo<1, Option<&'c EventPlan<'r>>>,
+    pub customers: TextMemo<2, Option<&'r ExternalCustomer>>,
+}
+
+impl Default for Memo<'_, '_> {
+    fn default() -> Self {
+        Memo { plans: TextMemo::new(6), customers: TextMemo::new(12) }
+    }
+}
+
+impl Memo<'_, '_> {
+    pub fn begin_batch(&mut self) {
+        self.plans.begin_batch();
+        self.customers.begin_batch();
+    }
 }
 
 /// A value to aggregate.

@@ -10,21 +10,19 @@ use super::accumulator::{Measured, Moment};
 use super::aggregate::{AllMatches, Shard};
 use super::context::Context;
 use super::deduplicate::{Copies, key_hash, write_key};
-use super::enrich::{EventPlan, MeterPlan, Rejection};
+use super::enrich::{Memo, MeterPlan, Rejection};
 use super::event_forms::{event_json, identity};
 use super::held::{self, Held};
 use super::letters::VisitedLetters;
 use super::matches::{Arrived, Match, Matches, NO_WINDOW};
 use super::places::{Numbered, Places};
 use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, StateKey, index};
-use super::text_memo::TextMemo;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
 use crate::model::counts::{EventCounts, UsageCounts};
 use crate::model::meter::Aggregation;
 use crate::model::property::Property;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
-use crate::reference::ExternalCustomer;
 use crate::source::Field;
 use crate::source::{EventBatch, EventRef, RowChoice};
 
@@ -92,23 +90,6 @@ pub struct Matcher<'c, 'r> {
     memo: Memo<'c, 'r>,
 }
 
-/// What names of events and customers of a batch stand for.
-pub(super) struct Memo<'c, 'r> {
-    pub plans: TextMemo<1, Option<&'c EventPlan<'r>>>,
-    pub customers: TextMemo<2, Option<&'r ExternalCustomer>>,
-}
-
-impl Memo<'_, '_> {
-    pub fn new() -> Self {
-        Memo { plans: TextMemo::new(6), customers: TextMemo::new(12) }
-    }
-
-    pub fn begin_batch(&mut self) {
-        self.plans.begin_batch();
-        self.customers.begin_batch();
-    }
-}
-
 #[derive(Default)]
 struct Scratch {
     text: String,
@@ -143,7 +124,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
             read_again: FxHashSet::default(),
             key: Vec::new(),
             replaced: Vec::new(),
-            memo: Memo::new(),
+            memo: Memo::default(),
             places: Places::new(context.enricher.reference, context.timezone),
             scratch: Scratch::default(),
         }

@@ -14,8 +14,7 @@ use crate::model::meter::Aggregation;
 use crate::model::property::Property;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{BillingCycle, Span, WindowKind};
-use crate::pipeline::enrich::Enricher;
-use crate::pipeline::matcher::Memo;
+use crate::pipeline::enrich::{Enricher, Memo};
 use crate::pipeline::state::WindowCache;
 use crate::reference::Reference;
 use crate::source::{EventRef, Field};
@@ -341,7 +340,7 @@ impl<'c, 'r> MarkScan<'c, 'r> {
             enricher,
             separable,
             has_filters: enricher.has_filters(),
-            memo: Memo::new(),
+            memo: Memo::default(),
             pairs: FxHashMap::default(),
             last: FxHashMap::default(),
             windows: WindowCache::default(),
