@@ -42,12 +42,14 @@ fn random_histories_give_the_same_from_a_topic() {
     histories(10, &kafka::can_be_messages, &check);
 }
 
-/// Nights that read what came since the last one, from a table.
+/// Nights that read what came since the last one, from a table; every other history is stored
+/// there too.
 #[test]
 fn random_histories_give_the_same_from_a_table() {
     let Some(url) = clickhouse() else { return };
     histories(10, &|_| true, &|case, problems| {
-        parts::check_case(&url, case, (true, false), false, problems);
+        let to_clickhouse = case.to_string_lossy().ends_with(['1', '3', '5', '7', '9']);
+        parts::check_case(&url, case, (true, to_clickhouse), false, problems);
     });
 }
 

@@ -79,7 +79,6 @@ impl Topic {
         Topic { broker: broker.to_owned(), name, partitions, next_partition: Cell::new(0), producer }
     }
 
-    /// Writes messages and waits until they are there.
     /// Deletes the topic and creates it again, empty.
     pub fn create_anew(&self) {
         wait(admin(&self.broker).delete_topics(&[&self.name], &options())).unwrap();
@@ -95,6 +94,7 @@ impl Topic {
         panic!("topic {} cannot be created anew", self.name);
     }
 
+    /// Writes messages and waits until they are there.
     pub fn produce(&self, messages: &[Message]) {
         self.send(&self.producer, messages);
         self.producer.flush(PATIENCE).unwrap();

@@ -231,8 +231,11 @@ impl<'p> Passes<'p> {
         let (mut workers, rows) = scan::scan(source, &new, Wanted::Whole, threads, &count_rows, new_worker, visit)?;
         check_stable(&new, &new_rows, &rows)?;
 
+        let mut looked_at = LookedAt::default();
+        self.baseline.part(self.splits, self.keys, true).for_each(|part| looked_at.add(part));
         let mut read_chosen = |choice: &dyn RowChoice, splits: Vec<(&'p Split, &'p SplitKeys)>| {
-            skipping.count(&splits);
+            splits.iter().for_each(|part| looked_at.add(*part));
+            (skipping.files, skipping.rows) = (looked_at.files.len() as u64, looked_at.rows);
             let (chosen, splits) = Chosen::new(source, choice, splits.into_iter());
             let visit = |matcher: &mut Matcher<'c, 'r>, index: usize, batch: &EventBatch| {
                 let known = knowledge(&splits, index);
@@ -310,11 +313,19 @@ impl<'p> Passes<'p> {
     }
 }
 
-impl Skipping {
-    /// Counts splits that are looked at.
-    fn count(&mut self, splits: &[(&Split, &SplitKeys)]) {
-        let names: BTreeSet<_> = splits.iter().map(|(split, _)| &split.name).collect();
-        self.files += names.len() as u64;
-        self.rows += splits.iter().map(|(_, keys)| keys.rows).sum::<u64>();
+/// Splits that were opened for their events, however often.
+#[derive(Default)]
+struct LookedAt<'p> {
+    files: BTreeSet<&'p str>,
+    splits: BTreeSet<String>,
+    rows: u64,
+}
+
+impl<'p> LookedAt<'p> {
+    fn add(&mut self, (split, keys): (&'p Split, &'p SplitKeys)) {
+        self.files.insert(&split.name);
+        if self.splits.insert(split.label()) {
+            self.rows += keys.rows;
+        }
     }
 }

@@ -192,6 +192,7 @@ impl<'s> MarkedPeriod<'s> {
     }
 }
 
+/// What is stored of marked billing periods, one accumulation after the other.
 fn divided<'s>(marks: &Marks, stored: &'s Stored, reference: &Reference) -> impl Iterator<Item = MarkedPeriod<'s>> {
     let mut windows = stored.windows.chunk_by(|a, b| a.row.key.period == b.row.key.period).peekable();
     let mut rows = stored.periods.iter().peekable();
