@@ -143,12 +143,21 @@ impl RunRecord {
 }
 
 /// The ledger digest after a run: SHA-256 over the digest before it, the run's own row
-/// and every correction, so that no row can change or vanish unseen.
-pub struct LedgerChain(Sha256);
+/// and every correction, so that no row can change or vanish unseen. Corrections go in as the
+/// digests of blocks of them, so that several threads can make these.
+pub struct LedgerChain {
+    chain: Sha256,
+    block: Sha256,
+    /// Corrections in the block.
+    filled: usize,
+}
+
+/// Corrections that have a digest together.
+const BLOCK: usize = 4096;
 
 impl LedgerChain {
     pub fn new(previous: &str, run: &RunRecord) -> Self {
-        let mut chain = LedgerChain(Sha256::new());
+        let mut chain = LedgerChain { chain: Sha256::new(), block: Sha256::new(), filled: 0 };
         let instant = |t: Option<Timestamp>| t.map_or_else(|| "-".to_owned(), |t| t.to_string());
         chain.texts(&[
             previous,
@@ -170,22 +179,35 @@ impl LedgerChain {
         chain
     }
 
-    /// Adds the texts of one row, each with its length.
+    /// Adds the texts of one row, each with its length. Corrections come before it.
     pub fn texts(&mut self, texts: &[&str]) {
+        self.end_block();
         let mut line = String::from("\n");
         for text in texts {
             let _ = write!(line, "{}:{text}|", text.len());
         }
-        self.0.update(line.as_bytes());
+        self.chain.update(line.as_bytes());
     }
 
     /// Adds a correction, in the order of its sequence.
     pub fn add(&mut self, correction: &LedgerText) {
-        self.0.update(correction.line.as_bytes());
+        self.block.update(correction.line.as_bytes());
+        self.filled += 1;
+        if self.filled == BLOCK {
+            self.end_block();
+        }
     }
 
-    pub fn finish(self) -> String {
-        self.0.finalize().iter().fold(String::new(), |mut hex, byte| {
+    fn end_block(&mut self) {
+        if self.filled > 0 {
+            self.filled = 0;
+            self.chain.update(self.block.finalize_reset());
+        }
+    }
+
+    pub fn finish(mut self) -> String {
+        self.end_block();
+        self.chain.finalize().iter().fold(String::new(), |mut hex, byte| {
             let _ = write!(hex, "{byte:02x}");
             hex
         })
@@ -347,16 +369,40 @@ impl LedgerDigests {
     /// After `run`, with its corrections in their order.
     pub fn of(previous: &str, run: &RunRecord, corrections: &[Correction], periods: &[PeriodCorrection]) -> Self {
         let mut chain = LedgerChain::new(previous, run);
-        let mut lines = LedgerLines::default();
-        let mut digests = Vec::with_capacity(corrections.len());
-        for correction in corrections {
-            let line = lines.of(correction);
-            chain.add(line);
-            digests.push(line.row_digest());
-        }
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let blocks = corrections.len().div_ceil(BLOCK).div_ceil(threads).max(1);
+        let mut parts = corrections.chunks(blocks * BLOCK);
+        let ours = parts.next().unwrap_or_default();
+        let rows = std::thread::scope(|scope| {
+            let threads: Vec<_> = parts.map(|theirs| (theirs, scope.spawn(|| block_digests(theirs)))).collect();
+            let (mut blocks, mut rows) = block_digests(ours);
+            for (theirs, thread) in threads {
+                let (more_blocks, more_rows) = thread.join().unwrap_or_else(|_| block_digests(theirs));
+                blocks.extend(more_blocks);
+                rows.extend(more_rows);
+            }
+            blocks.iter().for_each(|block| chain.chain.update(block));
+            rows
+        });
         for correction in periods {
             chain.texts(&[&period_json(correction.before.as_ref()), &period_json(correction.after.as_ref())]);
         }
-        LedgerDigests { chain: chain.finish(), rows: digests }
+        LedgerDigests { chain: chain.finish(), rows }
     }
+}
+
+/// The digests of blocks of corrections, and of their rows.
+fn block_digests(corrections: &[Correction]) -> (Vec<sha2::digest::Output<Sha256>>, Vec<i64>) {
+    let mut lines = LedgerLines::default();
+    let mut rows = Vec::with_capacity(corrections.len());
+    let block = |corrections: &[Correction]| {
+        let mut block = Sha256::new();
+        for correction in corrections {
+            let line = lines.of(correction);
+            block.update(line.line.as_bytes());
+            rows.push(line.row_digest());
+        }
+        block.finalize()
+    };
+    (corrections.chunks(BLOCK).map(block).collect(), rows)
 }

@@ -45,6 +45,12 @@ impl Timestamp {
         self.0
     }
 
+    /// Whether it sorts among others by its text as it does by time: fractions of a second come
+    /// before `Z`.
+    pub const fn sorts_as_text(self) -> bool {
+        self.0 % SECOND == 0
+    }
+
     /// Wall time in UTC.
     pub fn utc(self) -> NaiveDateTime {
         DateTime::from_timestamp_nanos(self.0).naive_utc()

@@ -2,9 +2,12 @@
 
 mod bind;
 mod digests;
+mod fill;
 mod migrate;
+mod pages;
 mod parallel;
 mod read;
+mod record;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -30,6 +33,7 @@ const READ_ONLY: OpenFlags = OpenFlags::SQLITE_OPEN_READ_ONLY.union(OpenFlags::S
 #[derive(Debug)]
 pub struct SqliteStore {
     connection: Connection,
+    path: PathBuf,
 }
 
 impl SqliteStore {
@@ -51,7 +55,7 @@ impl SqliteStore {
         connection.pragma_update(None, "cache_size", -CACHE_KIBIBYTES)?;
         connection.pragma_update(None, "synchronous", "FULL")?;
         migrate::migrate(&mut connection, path).with_context(unwritable)?;
-        let mut store = SqliteStore { connection };
+        let mut store = SqliteStore { connection, path: path.to_owned() };
         if store.has_runs().with_context(unwritable)? {
             store.use_write_ahead_log().with_context(unwritable)?;
         }
@@ -69,7 +73,7 @@ impl SqliteStore {
         let connection = connect_read_only(path)?;
         match migrate::check_version(&connection, path)? {
             0 => Ok(None),
-            _ => Ok(Some(SqliteStore { connection })),
+            _ => Ok(Some(SqliteStore { connection, path: path.to_owned() })),
         }
     }
 
@@ -199,7 +203,12 @@ impl AggregateStore for SqliteStore {
     }
 
     fn publish(&mut self, publication: &Publication) -> Result<RunRecord> {
-        let run = write::publish(&mut self.connection, publication).context("publishing; the store is as it was before")?;
+        let (run, is_filled) =
+            write::publish(&mut self.connection, publication).context("publishing; the store is as it was before")?;
+        if is_filled {
+            *self = SqliteStore::open(&self.path)?;
+            return Ok(run);
+        }
         // It is published: that somebody reads just now, so that the log cannot begin, is no failure.
         if let Err(error) = self.use_write_ahead_log() {
             tracing::debug!(%error, "the write-ahead log begins with the next run");

@@ -5,30 +5,68 @@ use std::sync::Arc;
 use anyhow::{Result, anyhow, bail};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
 
-use super::bind::{Rows, insert};
+use super::bind::{NewRows, Rows, insert};
 use super::digests::Numbers;
+use super::fill::fill;
+use super::pages::PageWriter;
 use crate::model::aggregate::{Correction, PeriodCorrection, PeriodKey, PeriodRow, WindowKey, WindowRow};
 use crate::model::run::{RunRecord, period_json, replaced_json, row_digest, write_causes};
 use crate::store::{Publication, letters};
 
-/// Returns the run as it was recorded.
-pub(super) fn publish(connection: &mut Connection, publication: &Publication) -> Result<RunRecord> {
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+const INSERT: &str = "INSERT INTO";
+const REPLACE: &str = "INSERT OR REPLACE INTO";
+
+/// Returns the run as it was recorded, and whether tables were filled page by page: the connection
+/// does not know of those pages.
+pub(super) fn publish(connection: &mut Connection, publication: &Publication) -> Result<(RunRecord, bool)> {
+    let mut transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     check_previous(&transaction, publication)?;
+    let can_fill = can_fill(&transaction, publication)?;
+    let last = "SELECT coalesce(max(sequence), 0) FROM corrections";
+    let first: i64 = transaction.query_row(last, [], |row| row.get::<_, i64>(0))? + 1;
+    let numbers = Numbers::load(&transaction)?.of_all(publication.upserts.iter().map(|row| &row.basis))?;
     let ledger = std::thread::scope(|scope| {
         let ledger = scope.spawn(|| publication.ledger());
-        write_windows(&transaction, publication)?;
+        delete_windows(&transaction, publication)?;
         write_periods(&transaction, publication)?;
+        write_period_corrections(&transaction, publication)?;
+        write_ranges(&transaction, publication, first)?;
+        write_dead_letters(&transaction, publication)?;
+        write_states(&transaction, publication)?;
+        if !can_fill {
+            insert(&transaction, REPLACE, windows(publication, &numbers))?;
+        }
         ledger.join().map_err(|_| anyhow!("a thread that makes digests panicked: this is a bug in trueup"))
     })?;
-    let corrections = write_corrections(&transaction, publication, &ledger.rows)?;
-    write_period_corrections(&transaction, publication)?;
-    write_dead_letters(&transaction, publication)?;
-    write_states(&transaction, publication)?;
     let run = publication.run.in_ledger(ledger.chain);
-    write_run(&transaction, &run, corrections)?;
+    let last = first - 1 + i64::try_from(publication.corrections.len())?;
+    write_run(&transaction, &run, (first, last))?;
+    let corrections = corrections(publication, (first, &ledger.rows));
+    if can_fill {
+        fill(&mut transaction, [windows(publication, &numbers), corrections])?;
+    } else {
+        insert(&transaction, INSERT, corrections)?;
+    }
     transaction.commit()?;
-    Ok(run)
+    Ok((run, can_fill))
+}
+
+/// Whether both large tables are empty, and the rows for them sorted as SQLite sorts them: as text.
+fn can_fill(transaction: &Transaction<'_>, publication: &Publication) -> Result<bool> {
+    if !PageWriter::is_possible(transaction)? {
+        return Ok(false);
+    }
+    let empty = "SELECT NOT EXISTS (SELECT 1 FROM usage_windows) AND NOT EXISTS (SELECT 1 FROM corrections)";
+    let is_empty: bool = transaction.query_row(empty, [], |row| row.get(0))?;
+    let rows = &publication.upserts;
+    let in_order = |a: &WindowKey, b: &WindowKey| match Arc::ptr_eq(&a.period, &b.period) {
+        true => a.window_start < b.window_start,
+        false => a < b,
+    };
+    let is_text = |key: &WindowKey| key.window_start.sorts_as_text() && key.period.period_start.sorts_as_text();
+    Ok(is_empty
+        && rows.iter().all(|row| is_text(&row.key))
+        && rows.iter().zip(rows.iter().skip(1)).all(|(a, b)| in_order(&a.key, &b.key)))
 }
 
 /// What was planned against an older state must not be written.
@@ -41,7 +79,7 @@ fn check_previous(transaction: &Transaction<'_>, publication: &Publication) -> R
     Ok(())
 }
 
-fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
+fn delete_windows(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
     let run = &publication.run;
     let mut delete = transaction.prepare(
         "DELETE FROM usage_windows WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 AND meter_id = ?4 \
@@ -60,7 +98,13 @@ fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Re
             window_start.to_string()
         ])?;
     }
-    let columns = [
+    Ok(())
+}
+
+/// `numbers` are those of the digests of their definitions, and how many rows in a row have them.
+fn windows<'p>(publication: &'p Publication, numbers: &'p [([i64; 4], usize)]) -> NewRows<'p> {
+    let run = &publication.run;
+    let columns = &[
         "job",
         "tenant_id",
         "subscription_id",
@@ -85,10 +129,8 @@ fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Re
         "run_id",
         "updated_at",
     ];
-    let mut numbers = Numbers::load(transaction)?;
-    let numbers = numbers.of_all(publication.upserts.iter().map(|row| &row.basis))?;
     let mut numbers = numbers.iter().flat_map(|(numbers, rows)| std::iter::repeat_n(*numbers, *rows));
-    let give = |rows: &mut Rows, row: &WindowRow| {
+    let mut give = move |rows: &mut Rows<'_>, row: &WindowRow| {
         rows.text(&run.job)?;
         rows.period_key(&row.key.period)?;
         rows.instant(row.key.window_start)?;
@@ -108,10 +150,8 @@ fn write_windows(transaction: &Transaction<'_>, publication: &Publication) -> Re
         rows.instant(run.finished_at)?;
         rows.write()
     };
-    let mut give = give;
-    insert(transaction, "INSERT OR REPLACE INTO usage_windows", &columns, |rows| {
-        publication.upserts.iter().try_for_each(|row| give(rows, row))
-    })
+    let give = move |rows: &mut Rows<'_>| publication.upserts.iter().try_for_each(|row| give(rows, row));
+    NewRows { table: "usage_windows", columns, give: Box::new(give) }
 }
 
 fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
@@ -123,7 +163,7 @@ fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Re
     for PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } in &publication.period_deletions {
         delete.execute(params![run.job, tenant_id, subscription_id, meter_id, price_id, dimensions, period_start.to_string()])?;
     }
-    let columns = [
+    let columns = &[
         "job",
         "tenant_id",
         "subscription_id",
@@ -144,7 +184,7 @@ fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Re
         "run_id",
         "updated_at",
     ];
-    let give = |rows: &mut Rows, row: &PeriodRow| {
+    let give = |rows: &mut Rows<'_>, row: &PeriodRow| {
         rows.text(&run.job)?;
         rows.period_key(&row.key)?;
         rows.text(&row.customer_id)?;
@@ -159,17 +199,14 @@ fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Re
         rows.instant(run.finished_at)?;
         rows.write()
     };
-    insert(transaction, "INSERT OR REPLACE INTO usage_periods", &columns, |rows| {
-        publication.period_upserts.iter().try_for_each(|row| give(rows, row))
-    })
+    let give = move |rows: &mut Rows<'_>| publication.period_upserts.iter().try_for_each(|row| give(rows, row));
+    insert(transaction, REPLACE, NewRows { table: "usage_periods", columns, give: Box::new(give) })
 }
 
-/// Returns the sequence of the first and of the last correction.
-fn write_corrections(transaction: &Transaction<'_>, publication: &Publication, digests: &[i64]) -> Result<(i64, i64)> {
-    let last = "SELECT coalesce(max(sequence), 0) FROM corrections";
-    let before: i64 = transaction.query_row(last, [], |row| row.get(0))?;
+/// `first` is the sequence of the first one.
+fn corrections<'p>(publication: &'p Publication, (first, digests): (i64, &'p [i64])) -> NewRows<'p> {
     let run = &publication.run;
-    let columns = [
+    let columns = &[
         "sequence",
         "number",
         "run_id",
@@ -196,10 +233,10 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication, d
         "recorded_at",
     ];
     let mut causes_json = String::new();
-    let mut give = |rows: &mut Rows, number: i64, correction: &Correction, digest: i64| {
+    let mut give = move |rows: &mut Rows<'_>, number: i64, correction: &Correction, digest: i64| {
         let Correction { key, customer_id, currency, kind, causes, .. } = correction;
         let (old, new) = (correction.values_before(), correction.values_after());
-        rows.integer(before + number)?;
+        rows.integer(first - 1 + number)?;
         rows.integer(number)?;
         rows.text(&run.run_id)?;
         rows.text(&run.job)?;
@@ -225,22 +262,21 @@ fn write_corrections(transaction: &Transaction<'_>, publication: &Publication, d
         rows.instant(run.finished_at)?;
         rows.write()
     };
-    insert(transaction, "INSERT INTO corrections", &columns, |rows| {
+    let give = move |rows: &mut Rows<'_>| {
         let mut corrections = (1..).zip(publication.corrections.iter().zip(digests));
         corrections.try_for_each(|(number, (correction, digest))| give(rows, number, correction, *digest))
-    })?;
-    write_ranges(transaction, publication, before + 1)?;
-    Ok((before + 1, before + i64::try_from(publication.corrections.len())?))
+    };
+    NewRows { table: "corrections", columns, give: Box::new(give) }
 }
 
 /// Where the corrections of each meter of a subscription lie.
 fn write_ranges(transaction: &Transaction<'_>, publication: &Publication, mut first: i64) -> Result<()> {
-    let columns = ["job", "tenant_id", "subscription_id", "meter_id", "first_sequence", "last_sequence"];
+    let columns = &["job", "tenant_id", "subscription_id", "meter_id", "first_sequence", "last_sequence"];
     let of = |correction: &Correction| {
         let PeriodKey { tenant_id, subscription_id, meter_id, .. } = &*correction.key.period;
         [tenant_id.clone(), subscription_id.clone(), meter_id.clone()]
     };
-    insert(transaction, "INSERT INTO correction_ranges", &columns, |rows| {
+    let give = move |rows: &mut Rows<'_>| {
         for range in publication.corrections.chunk_by(|a, b| Arc::ptr_eq(&a.key.period, &b.key.period) || of(a) == of(b)) {
             let next = first + i64::try_from(range.len())?;
             rows.text(&publication.run.job)?;
@@ -253,12 +289,13 @@ fn write_ranges(transaction: &Transaction<'_>, publication: &Publication, mut fi
             first = next;
         }
         Ok(())
-    })
+    };
+    insert(transaction, INSERT, NewRows { table: "correction_ranges", columns, give: Box::new(give) })
 }
 
 fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
     let run = &publication.run;
-    let columns = [
+    let columns = &[
         "correction_id",
         "run_id",
         "job",
@@ -273,7 +310,7 @@ fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publica
         "row_digest",
         "recorded_at",
     ];
-    let give = |rows: &mut Rows, sequence: u64, correction: &PeriodCorrection| {
+    let give = |rows: &mut Rows<'_>, sequence: u64, correction: &PeriodCorrection| {
         rows.text(&format!("{}-{sequence:09}", run.run_id))?;
         rows.text(&run.run_id)?;
         rows.text(&run.job)?;
@@ -285,9 +322,10 @@ fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publica
         rows.instant(run.finished_at)?;
         rows.write()
     };
-    insert(transaction, "INSERT INTO period_corrections", &columns, |rows| {
+    let give = move |rows: &mut Rows<'_>| {
         (1..).zip(&publication.period_corrections).try_for_each(|(sequence, correction)| give(rows, sequence, correction))
-    })
+    };
+    insert(transaction, INSERT, NewRows { table: "period_corrections", columns, give: Box::new(give) })
 }
 
 fn write_dead_letters(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
