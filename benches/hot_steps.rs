@@ -21,7 +21,7 @@ use trueup::model::timestamp::Timestamp;
 use trueup::model::window::{BillingCycle, PeriodLength, Span, WindowKind, WindowSize};
 use trueup::pipeline::causes::{CurrentDigests, Evidence};
 use trueup::pipeline::closed::ClosedPeriods;
-use trueup::pipeline::deduplicate::{key_hash, write_key};
+use trueup::pipeline::deduplicate::key_hash;
 use trueup::pipeline::draft::Draft;
 use trueup::pipeline::keys::KeyHashes;
 use trueup::pipeline::price::PricedWindow;
@@ -78,10 +78,9 @@ fn deduplication(bencher: Bencher<'_, '_>) {
     let ids: Vec<String> = (0..EVENTS).map(|n| format!("event-{:09}", if n % 50 == 0 { n / 2 } else { n })).collect();
     let rules = Deduplicate { key: vec![Field::TenantId, Field::Id], keep: Keep::Latest };
     bencher.counter(ItemsCount::new(EVENTS)).bench_local(|| {
-        let mut key = Vec::new();
         let hash = |id: &String| {
             let event = EventRef { tenant_id: Some("tenant"), id: Some(id), ..EventRef::EMPTY };
-            write_key(&rules.key, &event, &mut key).then(|| key_hash(&key)).unwrap()
+            key_hash(&rules.key, &event).unwrap()
         };
         let hashes = KeyHashes::of(ids.iter().map(hash).collect());
         KeyHashes::repeated(std::iter::once(&hashes))

@@ -192,6 +192,7 @@ pub enum Measured<'a> {
 }
 
 impl<'a> Measured<'a> {
+    #[inline]
     pub fn of(value: &'a Value<'_>, aggregation: Aggregation) -> Self {
         match value {
             Value::Event => Measured::Event,

@@ -41,6 +41,7 @@ pub struct AllMatches<'c, 'r> {
 const NO_MOMENT: Moment<'static> = Moment { timestamp: Timestamp::MIN, ingested_at: Timestamp::MIN, id: "", remaining: 0 };
 
 impl Shard {
+    #[inline]
     fn place(&self, of: &Match<'_>, marks: Option<&Marks>) -> Result<Place> {
         let period = self.matches.spans.span(of.period).with_context(|| damaged(of))?;
         let dimensions = self.dimensions.get(of.dimensions as usize).copied().with_context(|| damaged(of))?;
@@ -143,6 +144,7 @@ impl<'c, 'r> AllMatches<'c, 'r> {
         Ok(windows)
     }
 
+    #[inline]
     fn count(
         &self,
         of: &Match<'_>,

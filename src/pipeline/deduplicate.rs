@@ -7,7 +7,7 @@
 use std::cmp::Ordering;
 
 use rustc_hash::FxHashSet;
-use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
+use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128};
 
 use crate::config::Keep;
 use crate::model::digest::frame;
@@ -37,9 +37,30 @@ pub fn write_key(fields: &[Field], event: &EventRef<'_>, key: &mut Vec<u8>) -> b
     true
 }
 
-/// The hash of a key, cut to the 42 bits that the first scan keeps.
-pub fn key_hash(key: &[u8]) -> u64 {
-    xxh3_64(key) >> (64 - HASH_BITS)
+/// The hash of an event's key, cut to the 42 bits that the first scan keeps; `None` where it has
+/// no key.
+pub fn key_hash(fields: &[Field], event: &EventRef<'_>) -> Option<u64> {
+    if event.tenant_id.is_none_or(str::is_empty) || event.id.is_none_or(str::is_empty) {
+        return None;
+    }
+    let add = |hash: u64, field: &Field| {
+        let text = match field {
+            Field::TenantId => event.tenant_id,
+            Field::Id => event.id,
+            Field::EventName => event.event_name,
+            Field::ExternalCustomerId => event.external_customer_id,
+            Field::Timestamp => {
+                let nanos = event.timestamp.map_or(hash, |t| hash ^ t.nanos().cast_unsigned());
+                return xxh3_64_with_seed(&[u8::from(event.timestamp.is_some())], nanos);
+            }
+            Field::IngestedAt | Field::Properties | Field::Deleted => return hash,
+        };
+        match text {
+            Some(text) => xxh3_64_with_seed(text.as_bytes(), hash),
+            None => !hash,
+        }
+    };
+    Some(fields.iter().fold(0, add) >> (64 - HASH_BITS))
 }
 
 pub const HASH_BITS: u32 = 42;
@@ -67,8 +88,14 @@ impl RepeatedKeys {
     }
 
     pub fn contains(&self, hash: u64) -> bool {
+        self.may_contain(hash) && self.hashes.contains(&hash)
+    }
+
+    /// False for nearly all hashes that are not contained.
+    #[inline]
+    pub fn may_contain(&self, hash: u64) -> bool {
         let (at, bit) = Self::place(hash, self.filter.len());
-        self.filter.get(at).is_some_and(|word| word & bit != 0) && self.hashes.contains(&hash)
+        self.filter.get(at).is_some_and(|word| word & bit != 0)
     }
 
     /// Those that are among `hashes` too.

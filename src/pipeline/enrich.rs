@@ -48,6 +48,8 @@ pub struct Enricher<'r> {
     price_lists: Vec<usize>,
     /// By plan and currency, then meter.
     prices: Vec<Vec<Prices>>,
+    /// By price: whether it must know events one by one.
+    by_transaction: Vec<bool>,
     scope: Scope,
     has_levels: bool,
 }
@@ -178,7 +180,8 @@ impl<'r> Enricher<'r> {
         };
         let price_lists = reference.subscriptions.iter().map(price_list).collect();
         let has_levels = reference.has_levels(scope.meter.as_deref());
-        Enricher { reference, events, price_lists, prices, scope, has_levels }
+        let by_transaction = reference.prices.iter().map(|price| price.transactions().is_some()).collect();
+        Enricher { reference, events, price_lists, prices, by_transaction, scope, has_levels }
     }
 
     /// Whether a meter of the scope keeps a level, to which all earlier events belong.
@@ -243,6 +246,7 @@ impl<'r> Enricher<'r> {
     ///
     /// # Errors
     /// The reason for a dead letter where it cannot count, or its fee overflows.
+    #[inline]
     pub fn charge<'s>(
         &self,
         subscription: usize,
@@ -261,17 +265,18 @@ impl<'r> Enricher<'r> {
 
     /// Whether a price must know events one by one.
     pub fn needs_transactions(&self, price: usize) -> bool {
-        self.transactions(price).is_some()
+        self.by_transaction.get(price).is_some_and(|by_transaction| *by_transaction)
     }
 
     fn transactions(&self, price: usize) -> Option<&'r Percentage> {
-        self.reference.prices.get(price).and_then(Price::transactions)
+        self.reference.prices.get(price).filter(|_| self.needs_transactions(price)).and_then(Price::transactions)
     }
 
     /// The price of a match; `None` where its meter may go without.
     ///
     /// # Errors
     /// The reason for a dead letter where there is not exactly one.
+    #[inline]
     pub fn price(
         &self,
         subscription: usize,
@@ -279,7 +284,6 @@ impl<'r> Enricher<'r> {
         t: Timestamp,
         slots: &[Property<'_>],
     ) -> Result<Option<usize>, Rejection> {
-        let Some(of) = self.reference.subscriptions.get(subscription) else { return Ok(None) };
         let list = self.price_lists.get(subscription).and_then(|list| self.prices.get(*list));
         let Some(Prices { indexes: candidates, by_dimension, only }) = list.and_then(|meters| meters.get(plan.index)) else {
             return Ok(None);
@@ -287,6 +291,7 @@ impl<'r> Enricher<'r> {
         if let Some((price, _)) = only.filter(|(_, valid)| valid.contains(t)) {
             return Ok(Some(price));
         }
+        let Some(of) = self.reference.subscriptions.get(subscription) else { return Ok(None) };
         let dimensions = if *by_dimension { plan.dimension_values(slots) } else { Vec::new() };
         match self.reference.price(candidates, &of.currency, t, &dimensions) {
             Ok(price) => Ok(Some(price)),
@@ -363,6 +368,7 @@ impl<'r> MeterPlan<'r> {
     ///
     /// # Errors
     /// The reason for a dead letter where the property is no number.
+    #[inline]
     pub fn value<'s>(&self, slots: &'s [Property<'_>]) -> Result<Option<Value<'s>>, Rejection> {
         let mut inputs = self.inputs.iter().filter_map(|slot| slots.get(*slot));
         if !inputs.clone().all(Property::is_present) {

@@ -1,38 +1,34 @@
 //! An event in other forms: as bytes for digests, as JSON for people.
 
-use xxhash_rust::xxh3::xxh3_128;
+use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128, xxh3_128_with_seed};
 
 use super::accumulator::Measured;
-use crate::model::digest::frame;
 use crate::model::property::write_json_text;
 use crate::model::timestamp::Timestamp;
 use crate::source::EventRef;
 
 /// Which event, and when: a hash.
-pub fn identity(event: &EventRef<'_>, t: Timestamp, scratch: &mut Vec<u8>) -> u128 {
-    scratch.clear();
-    frame(scratch, event.tenant_id.map(str::as_bytes));
-    frame(scratch, event.id.map(str::as_bytes));
-    scratch.extend_from_slice(&t.nanos().to_le_bytes());
-    xxh3_128(scratch)
+pub fn identity(event: &EventRef<'_>, t: Timestamp) -> u128 {
+    let tenant = xxh3_64_with_seed(event.tenant_id.unwrap_or_default().as_bytes(), t.nanos().cast_unsigned());
+    xxh3_128_with_seed(event.id.unwrap_or_default().as_bytes(), tenant)
 }
 
 /// What an event contributes to a window, for the window's digest: which event, when, and
 /// the value. A re-sent copy that changes none of them changes nothing.
 pub fn contribution(identity: u128, value: &Measured<'_>) -> u128 {
-    let with = |value: [u8; 16], kind: u8| {
-        let mut bytes = [kind; 33];
+    let with = |value: [u8; 16], kind: u64| {
+        let mut bytes = [0; 32];
         let (of_identity, of_value) = bytes.split_at_mut(16);
         of_identity.copy_from_slice(&identity.to_le_bytes());
-        of_value.iter_mut().zip(value).for_each(|(to, byte)| *to = byte);
-        xxh3_128(&bytes)
+        of_value.copy_from_slice(&value);
+        xxh3_128_with_seed(&bytes, kind)
     };
     match *value {
         Measured::Event => identity,
         Measured::Number(number) => with(number.to_le_bytes(), 0),
         Measured::Distinct(value) => with(value.to_le_bytes(), 0),
         Measured::Text(text) => with(xxh3_128(text.as_bytes()).to_le_bytes(), 0),
-        Measured::Operation { value, is_add } => with(value.to_le_bytes(), 1 + u8::from(is_add)),
+        Measured::Operation { value, is_add } => with(value.to_le_bytes(), 1 + u64::from(is_add)),
     }
 }
 

@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 use rustc_hash::FxHashSet;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::deduplicate::{HASH_BITS, key_hash, write_key};
+use super::deduplicate::{HASH_BITS, key_hash};
 use crate::model::timestamp::Timestamp;
 use crate::source::{EventBatch, Field};
 
@@ -132,7 +132,6 @@ pub struct KeyReader {
     extent: Option<(Timestamp, Timestamp)>,
     hashes: Vec<u64>,
     done: Vec<(usize, SplitKeys)>,
-    key: Vec<u8>,
 }
 
 impl KeyReader {
@@ -143,14 +142,14 @@ impl KeyReader {
             self.split = Some(split);
         }
         self.rows += batch.len() as u64;
-        for event in batch.rows() {
+        let has_others = fields.iter().any(|field| !matches!(field, Field::TenantId | Field::Id | Field::Timestamp));
+        for row in 0..batch.len() {
+            let event = if has_others { batch.row(row) } else { batch.key(row) };
             if let Some(t) = event.timestamp.filter(|t| Timestamp::in_range(t.nanos()).is_some()) {
                 let (first, last) = self.extent.unwrap_or((t, t));
                 self.extent = Some((first.min(t), last.max(t)));
             }
-            if write_key(fields, &event, &mut self.key) {
-                self.hashes.push(key_hash(&self.key));
-            }
+            self.hashes.extend(key_hash(fields, &event));
         }
     }
 
@@ -178,7 +177,7 @@ impl KeyReader {
 
 // --- as bytes --------------------------------------------------------------------------------
 
-const MAGIC: &[u8; 8] = b"TRUEUPK1";
+const MAGIC: &[u8; 8] = b"TRUEUPK2";
 const CHECKSUM: usize = 8;
 
 impl SplitKeys {

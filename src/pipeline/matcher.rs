@@ -9,7 +9,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::accumulator::{Measured, Moment};
 use super::aggregate::{AllMatches, Shard};
 use super::context::Context;
-use super::deduplicate::{Copies, key_hash, write_key};
+use super::deduplicate::{Copies, key_hash};
 use super::enrich::{Memo, MeterPlan, Rejection};
 use super::event_forms::{event_json, identity};
 use super::held::{self, Held};
@@ -53,6 +53,13 @@ enum Purpose {
     Withdraw(Loss),
 }
 
+/// What became of a match: small, for it is handed over by the million.
+enum Taken {
+    Counted,
+    Skipped,
+    Rejected(Box<Rejection>),
+}
+
 /// Why an event counts no more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Loss {
@@ -82,18 +89,12 @@ pub struct Matcher<'c, 'r> {
     pub copies: FxHashMap<u64, u64>,
     /// The identities of chosen events, where an earlier run has kept matches of them.
     pub read_again: FxHashSet<u128>,
-    key: Vec<u8>,
     /// The windows that the event at hand is withdrawn from.
     replaced: Vec<StateKey>,
     places: Places<'r>,
-    scratch: Scratch,
-    memo: Memo<'c, 'r>,
-}
-
-#[derive(Default)]
-struct Scratch {
+    /// For the dimensions of the event at hand.
     text: String,
-    bytes: Vec<u8>,
+    memo: Memo<'c, 'r>,
 }
 
 /// An event, its subscription, and its place in time.
@@ -122,11 +123,10 @@ impl<'c, 'r> Matcher<'c, 'r> {
             visited: VisitedLetters::default(),
             copies: FxHashMap::default(),
             read_again: FxHashSet::default(),
-            key: Vec::new(),
             replaced: Vec::new(),
             memo: Memo::default(),
             places: Places::new(context.enricher.reference, context.timezone),
-            scratch: Scratch::default(),
+            text: String::new(),
         }
     }
 
@@ -138,7 +138,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
     pub fn visit(&mut self, batch: &EventBatch, is_known: impl Fn(Option<Timestamp>, Timestamp) -> bool) -> Result<()> {
         self.memo.begin_batch();
         let mut slots = Vec::new();
-        batch.rows().try_for_each(|event| self.visit_event(&event, &is_known, &mut slots))
+        self.visit_all(batch.rows(), &is_known, &mut slots)
     }
 
     /// As [`Matcher::visit`], for the rows that `choice` wants: the others are not read.
@@ -153,18 +153,51 @@ impl<'c, 'r> Matcher<'c, 'r> {
     ) -> Result<()> {
         self.memo.begin_batch();
         let mut slots = Vec::new();
-        let mut chosen = batch.rows().filter(|event| choice.wants(event));
-        chosen.try_for_each(|event| {
-            if let Some(t) = event.timestamp.filter(|_| self.context.has_kept) {
-                self.read_again.insert(identity(&event, t, &mut self.scratch.bytes));
+        let (context, mut read_again) = (self.context, std::mem::take(&mut self.read_again));
+        let chosen = batch.rows().filter(|event| choice.wants(event)).inspect(|event| {
+            if let Some(t) = event.timestamp.filter(|_| context.has_kept) {
+                read_again.insert(identity(event, t));
             }
-            self.visit_event(&event, &is_known, &mut slots)
-        })
+        });
+        let visited = self.visit_all(chosen, &is_known, &mut slots);
+        self.read_again = read_again;
+        visited
     }
 
+    /// Events a few at a time: the hashes of their keys are looked up together, for the processor
+    /// waits for memory only once then.
+    fn visit_all<'e>(
+        &mut self,
+        mut events: impl Iterator<Item = EventRef<'e>>,
+        is_known: &impl Fn(Option<Timestamp>, Timestamp) -> bool,
+        slots: &mut Vec<Property<'e>>,
+    ) -> Result<()> {
+        const TOGETHER: usize = 32;
+        let (mut together, mut repeated) = (Vec::with_capacity(TOGETHER), Vec::with_capacity(TOGETHER));
+        loop {
+            together.clear();
+            together.extend(events.by_ref().take(TOGETHER));
+            if together.is_empty() {
+                return Ok(());
+            }
+            let context = self.context;
+            repeated.clear();
+            repeated.extend(together.iter().map(|event| key_hash(&context.rules.key, event)));
+            let mut may_repeat = 0_u32;
+            for (at, hash) in repeated.iter().enumerate() {
+                may_repeat |= u32::from(hash.is_some_and(|hash| context.repeated.may_contain(hash))) << at;
+            }
+            for ((at, event), hash) in together.iter().enumerate().zip(&repeated) {
+                self.visit_event(event, hash.filter(|_| may_repeat >> at & 1 == 1), is_known, slots)?;
+            }
+        }
+    }
+
+    /// `hash` is that of its key, where that may repeat.
     fn visit_event<'e>(
         &mut self,
         event: &EventRef<'e>,
+        hash: Option<u64>,
         is_known: &impl Fn(Option<Timestamp>, Timestamp) -> bool,
         slots: &mut Vec<Property<'e>>,
     ) -> Result<()> {
@@ -177,14 +210,11 @@ impl<'c, 'r> Matcher<'c, 'r> {
             self.events.out_of_range += 1;
             return Ok(());
         }
-        if write_key(&self.context.rules.key, event, &mut self.key) {
-            let hash = key_hash(&self.key);
-            if self.context.repeated.contains(hash) {
-                if self.context.marks.is_some() {
-                    *self.copies.entry(hash).or_default() += 1;
-                }
-                return self.held.hold(hash, event, known);
+        if let Some(hash) = hash.filter(|hash| self.context.repeated.contains(*hash)) {
+            if self.context.marks.is_some() {
+                *self.copies.entry(hash).or_default() += 1;
             }
+            return self.held.hold(hash, event, known);
         }
         let arrival = if known { Arrival::Known } else { Arrival::Late };
         self.take(event, Purpose::Count(arrival), slots)
@@ -372,7 +402,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
         };
         let was_open = |meter: Option<usize>| counting && context.open_dead_letters.holds(event, meter);
         let event_was_open = was_open(None);
-        let identity = identity(event, t, &mut self.scratch.bytes);
+        let identity = identity(event, t);
         let (mut usable, mut rejected) = (false, false);
         for meter in plan.meters.iter().filter(|meter| meter.accepts(slots)) {
             if only_levels && meter.meter.aggregation != Aggregation::WeightedSum {
@@ -393,9 +423,9 @@ impl<'c, 'r> Matcher<'c, 'r> {
             }
             self.usage.matches += 1;
             match outcome {
-                Ok(true) => (self.usage.counted, usable) = (self.usage.counted + 1, true),
-                Ok(false) => (self.usage.skipped, usable) = (self.usage.skipped + 1, true),
-                Err(rejection) => {
+                Taken::Counted => (self.usage.counted, usable) = (self.usage.counted + 1, true),
+                Taken::Skipped => (self.usage.skipped, usable) = (self.usage.skipped + 1, true),
+                Taken::Rejected(rejection) => {
                     (self.usage.rejected, rejected) = (self.usage.rejected + 1, true);
                     self.dead_letter(event, Some(&meter.meter.id), &rejection);
                 }
@@ -420,7 +450,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
         }
     }
 
-    /// One match of an event with a meter. False where it is skipped.
+    /// One match of an event with a meter.
     fn take_match(
         &mut self,
         at: &At<'_>,
@@ -428,18 +458,18 @@ impl<'c, 'r> Matcher<'c, 'r> {
         slots: &[Property<'_>],
         purpose: Purpose,
         resolved: bool,
-    ) -> Result<Result<bool, Rejection>> {
+    ) -> Result<Taken> {
         let (value, price) = match self.context.enricher.charge(at.subscription, plan, at.t, slots) {
             Ok(Some(charged)) => charged,
-            Ok(None) => return Ok(Ok(false)),
-            Err(rejection) => return Ok(Err(rejection)),
+            Ok(None) => return Ok(Taken::Skipped),
+            Err(rejection) => return Ok(Taken::Rejected(Box::new(rejection))),
         };
         let is_level = plan.meter.aggregation == Aggregation::WeightedSum;
         let (window, period) = (at.window.span, at.period.span);
         let reaches_range = is_level && period.start < self.context.range.end;
         if !period.overlaps(self.context.range) && !reaches_range {
             // Another subscription's longer period made this event be read.
-            return Ok(Ok(true));
+            return Ok(Taken::Counted);
         }
         let is_session = matches!(plan.meter.window, WindowKind::Session { .. });
         let key = StateKey {
@@ -460,7 +490,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
                     Loss::Duplicate => &mut news.duplicates,
                 } += 1;
                 self.replaced.push(key);
-                return Ok(Ok(true));
+                return Ok(Taken::Counted);
             }
         };
         let arrived = Arrived {
@@ -489,7 +519,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
             arrived,
         };
         self.matches.write(self.context.parts.part(key.subscription), &found)?;
-        Ok(Ok(true))
+        Ok(Taken::Counted)
     }
 
     /// The number of an event's dimensions.
@@ -497,9 +527,9 @@ impl<'c, 'r> Matcher<'c, 'r> {
         if plan.meter.dimensions.is_empty() {
             return NO_DIMENSIONS;
         }
-        self.scratch.text.clear();
-        plan.write_dimensions(slots, &mut self.scratch.text);
-        self.dimensions.intern(&self.scratch.text)
+        self.text.clear();
+        plan.write_dimensions(slots, &mut self.text);
+        self.dimensions.intern(&self.text)
     }
 
     /// Nanoseconds for which a level lasts that begins at `t`.

@@ -145,6 +145,7 @@ impl Matches {
     ///
     /// # Errors
     /// Where the temporary file cannot be written.
+    #[inline]
     pub fn write(&mut self, part: usize, of: &Match<'_>) -> Result<()> {
         let event = Some((of.identity, of.subscription));
         let Some(last) = self.last.get_mut(part) else { return Ok(()) };
@@ -202,6 +203,7 @@ const KIND: u32 = 5;
 const AMENDED: u8 = 1;
 const RESOLVED: u8 = 2;
 
+#[inline]
 fn encode(of: &Match<'_>, is_same: bool, out: &mut Vec<u8>) {
     let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
     let kind: u8 = match of.value {

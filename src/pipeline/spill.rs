@@ -113,6 +113,7 @@ impl Partitions {
     ///
     /// # Errors
     /// Where the file cannot be written.
+    #[inline]
     pub fn append(&mut self, at: usize, write: impl FnOnce(&mut Vec<u8>)) -> Result<()> {
         let Some(part) = self.parts.get_mut(at) else { return Ok(()) };
         let before = part.len();

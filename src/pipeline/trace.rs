@@ -13,7 +13,7 @@ use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::context::Context;
-use super::deduplicate::{Copies, Copy, RepeatedKeys, key_hash, write_key};
+use super::deduplicate::{Copies, Copy, RepeatedKeys, key_hash};
 use super::enrich::{Enricher, Scope};
 use super::held::{self, Held};
 use super::keys::KeyHashes;
@@ -238,14 +238,13 @@ pub fn trace(inputs: &Inputs<'_>, question: Question) -> Result<Option<Trace>> {
 #[derive(Default)]
 struct Candidates {
     hashes: FxHashSet<u64>,
-    key: Vec<u8>,
 }
 
 impl Candidates {
     fn visit(&mut self, search: &Search<'_>, batch: &EventBatch) {
         for event in batch.rows() {
-            if search.is_candidate(&event) && write_key(&search.rules.key, &event, &mut self.key) {
-                self.hashes.insert(key_hash(&self.key));
+            if search.is_candidate(&event) {
+                self.hashes.extend(key_hash(&search.rules.key, &event));
             }
         }
     }
@@ -278,9 +277,8 @@ impl<'c, 'r> Tracer<'c, 'r> {
     }
 
     fn visit(&mut self, batch: &EventBatch) -> Result<()> {
-        let mut key = Vec::new();
         for event in batch.rows() {
-            let hash = write_key(&self.context.rules.key, &event, &mut key).then(|| key_hash(&key));
+            let hash = key_hash(&self.context.rules.key, &event);
             if let Some(hash) = hash.filter(|hash| self.context.repeated.contains(*hash)) {
                 self.held.hold(hash, &event, true)?;
             } else if self.search.is_candidate(&event) {

@@ -55,6 +55,7 @@ impl Texts {
         self.len() == 0
     }
 
+    #[inline]
     pub fn get(&self, row: usize) -> Option<&str> {
         match self {
             Texts::Plain(texts) => (!texts.is_null(row)).then(|| texts.value(row)),
@@ -136,7 +137,19 @@ impl EventBatch {
         (0..self.len()).map(move |row| EventRef { problem: problems.next_if(|problem| problem.row == row), ..self.row(row) })
     }
 
+    /// Of one row, what the usual key is made of, and its time.
+    #[inline]
+    pub fn key(&self, row: usize) -> EventRef<'_> {
+        EventRef {
+            tenant_id: self.tenant_id.get(row),
+            id: self.id.get(row),
+            timestamp: instant(&self.timestamp, row),
+            ..EventRef::EMPTY
+        }
+    }
+
     /// One row, without its problem.
+    #[inline]
     pub fn row(&self, row: usize) -> EventRef<'_> {
         EventRef {
             tenant_id: self.tenant_id.get(row),

@@ -7,7 +7,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use super::spans::Spans;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
-use crate::pipeline::deduplicate::{key_hash, write_key};
+use crate::pipeline::deduplicate::key_hash;
 use crate::pipeline::keys::SplitKeys;
 use crate::pipeline::state::index;
 use crate::pipeline::text_memo::TextMemo;
@@ -213,9 +213,7 @@ impl RowChoice for KeyChoice<'_> {
     }
 
     fn wants(&self, event: &EventRef<'_>) -> bool {
-        let mut key = Vec::with_capacity(64);
-        write_key(self.key, event, &mut key)
-            && self.hashes.contains(&key_hash(&key))
+        key_hash(self.key, event).is_some_and(|hash| self.hashes.contains(&hash))
             && self.wants_name(event)
             && !self.except.is_some_and(|except| except.wants(event))
     }

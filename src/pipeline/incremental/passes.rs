@@ -13,7 +13,7 @@ use super::snapshot::{Differences, Snapshot};
 use super::{Baseline, Marks, Skipping};
 use crate::model::window::Span;
 use crate::pipeline::context::Context;
-use crate::pipeline::deduplicate::{key_hash, write_key};
+use crate::pipeline::deduplicate::key_hash;
 use crate::pipeline::enrich::{Enricher, Scope};
 use crate::pipeline::keys::{KeyHashes, SplitKeys};
 use crate::pipeline::matcher::Matcher;
@@ -59,22 +59,20 @@ impl Again {
 struct NameScan<'c> {
     key: &'c [Field],
     hashes: &'c FxHashSet<u64>,
-    bytes: Vec<u8>,
     names: BTreeSet<(u64, String, String)>,
 }
 
 impl<'c> NameScan<'c> {
     fn new(key: &'c [Field], hashes: &'c FxHashSet<u64>) -> Self {
-        NameScan { key, hashes, bytes: Vec::new(), names: BTreeSet::new() }
+        NameScan { key, hashes, names: BTreeSet::new() }
     }
 
     fn visit(&mut self, event: &EventRef<'_>) {
         // Copies of another key can be of another tenant.
-        if self.hashes.is_empty() || !self.key.contains(&Field::TenantId) || !write_key(self.key, event, &mut self.bytes) {
+        if self.hashes.is_empty() || !self.key.contains(&Field::TenantId) {
             return;
         }
-        let hash = key_hash(&self.bytes);
-        if let (Some(tenant), Some(id)) = (event.tenant_id, event.id)
+        if let (Some(hash), Some(tenant), Some(id)) = (key_hash(self.key, event), event.tenant_id, event.id)
             && self.hashes.contains(&hash)
         {
             self.names.insert((hash, tenant.to_owned(), id.to_owned()));

@@ -18,7 +18,7 @@ use crate::reference::Reference;
 
 /// Says which segments there are, and of which run.
 pub(super) const MANIFEST: &str = "matches.json";
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Manifest {
