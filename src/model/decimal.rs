@@ -176,6 +176,11 @@ impl Decimal {
         self.0.to_le_bytes()
     }
 
+    /// All bits, for digests.
+    pub fn to_bits(self) -> u128 {
+        self.0.cast_unsigned()
+    }
+
     /// A number from its little-endian bytes.
     pub fn from_le_bytes(bytes: [u8; 16]) -> Self {
         Decimal(i128::from_le_bytes(bytes))

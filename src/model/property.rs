@@ -23,6 +23,7 @@ pub enum Property<'a> {
 
 impl<'a> Property<'a> {
     /// A JSON value as written, known to be valid.
+    #[inline]
     pub(super) fn from_raw(raw: &'a str) -> Property<'a> {
         match raw.as_bytes().first() {
             Some(b'"') => Property::Text(unquote(raw)),
@@ -215,6 +216,7 @@ fn canonical_number(text: &str) -> Cow<'_, str> {
     }
 }
 
+#[inline]
 fn unquote(raw: &str) -> Cow<'_, str> {
     let inner = raw.get(1..raw.len().saturating_sub(1)).unwrap_or_default();
     if inner.contains('\\') {

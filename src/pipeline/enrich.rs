@@ -381,10 +381,13 @@ impl<'r> MeterPlan<'r> {
                 if !self.meter.aggregation.is_of_values() {
                     return number(name, property).map(|number| Some(Value::Number(number)));
                 }
-                Ok(Some(match self.operation {
-                    None => Value::Distinct(property.text()),
-                    Some(slot) => Value::Operation { text: property.text(), is_add: self.is_add(slots.get(slot))? },
-                }))
+                match self.operation {
+                    None => Ok(Some(Value::Distinct(property.text()))),
+                    Some(slot) => {
+                        let is_add = self.is_add(slots.get(slot))?;
+                        Ok(Some(Value::Operation { text: property.text(), is_add }))
+                    }
+                }
             }
             Input::Expression(expression) => {
                 let names = expression.properties().iter();

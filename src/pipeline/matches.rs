@@ -251,8 +251,16 @@ fn encode(of: &Match<'_>, is_same: bool, out: &mut Vec<u8>) {
     }
 }
 
-/// Seven bits a byte, the lowest first.
-fn number(mut value: u32, out: &mut Vec<u8>) {
+/// Seven bits a byte, the lowest first. Most are small.
+#[inline]
+fn number(value: u32, out: &mut Vec<u8>) {
+    match u8::try_from(value) {
+        Ok(byte) if byte <= 0x7f => out.push(byte),
+        _ => long_number(value, out),
+    }
+}
+
+fn long_number(mut value: u32, out: &mut Vec<u8>) {
     while value > 0x7f {
         out.push(value.to_le_bytes()[0] | 0x80);
         value >>= 7;
@@ -344,7 +352,18 @@ fn take_bytes<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
     Some(*bytes)
 }
 
+#[inline]
 fn take_number(rest: &mut &[u8]) -> Option<u32> {
+    match rest.split_first() {
+        Some((byte, after)) if *byte <= 0x7f => {
+            *rest = after;
+            Some(u32::from(*byte))
+        }
+        _ => take_long_number(rest),
+    }
+}
+
+fn take_long_number(rest: &mut &[u8]) -> Option<u32> {
     let mut value = 0;
     for shift in (0..u32::BITS).step_by(7) {
         let byte = take_byte(rest)?;

@@ -38,6 +38,7 @@ impl<'r> Places<'r> {
     }
 
     /// The window and the billing period of an instant.
+    #[inline]
     pub fn find(
         &mut self,
         t: Timestamp,

@@ -184,8 +184,12 @@ impl EventRef<'_> {
     };
 
     /// What is missing of the fields that every event needs; a void needs only its key.
+    #[inline]
     pub fn missing_field(&self) -> Option<&'static str> {
         let texts = [self.tenant_id, self.id, self.event_name, self.external_customer_id];
+        if self.timestamp.is_some() && texts.iter().all(|text| text.is_some_and(|text| !text.is_empty())) {
+            return None;
+        }
         missing_field(texts, self.timestamp.is_some(), self.deleted)
     }
 }
