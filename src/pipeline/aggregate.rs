@@ -154,8 +154,10 @@ impl<'c, 'r> AllMatches<'c, 'r> {
     ) -> Result<()> {
         let reference = self.context.enricher.reference;
         let meter = reference.meters.get(of.meter as usize).with_context(|| damaged(of))?;
-        let price = reference.prices.get(of.price as usize);
-        let percentage = price.and_then(Price::transactions);
+        // Rows of prices are large: only those that are needed are looked at.
+        let price = || reference.prices.get(of.price as usize);
+        let by_event = self.context.enricher.needs_transactions(of.price as usize);
+        let percentage = if by_event { price().and_then(Price::transactions) } else { None };
         let contribution = || contribution(of.identity, &of.value);
         let moment = of.moment.unwrap_or(NO_MOMENT);
         let mut key = StateKey {
@@ -170,7 +172,7 @@ impl<'c, 'r> AllMatches<'c, 'r> {
         if let WindowKind::Session { gap_nanos } = meter.window {
             let t = moment.timestamp;
             let window = Span { start: t, end: t };
-            let mut state = WindowState::new(meter, price, window, period);
+            let mut state = WindowState::new(meter, price(), window, period);
             state.count(&of.value, moment, percentage, contribution(), of.arrived.news())?;
             sessions.entry(key).or_default().add(t, t, state, gap_nanos, percentage);
         } else {
@@ -182,7 +184,7 @@ impl<'c, 'r> AllMatches<'c, 'r> {
             key.window_start = window.start;
             // No row says which events these are.
             let contribution = if is_carried { 0 } else { contribution() };
-            let new = || WindowState { is_carried, ..WindowState::new(meter, price, window, period) };
+            let new = || WindowState { is_carried, ..WindowState::new(meter, price(), window, period) };
             windows.change(key, new, |state| state.count(&of.value, moment, percentage, contribution, of.arrived.news()))?;
         }
         Ok(())

@@ -311,6 +311,7 @@ impl Reader {
 
 /// Decodes in place of the match before: it may be of the same event, and is too large to be
 /// handed around by the million.
+#[inline]
 fn decode<'b>(rest: &mut &'b [u8], of: &mut Match<'b>) -> Option<()> {
     let flags = take_byte(rest)?;
     if flags & SAME_EVENT == 0 {

@@ -248,6 +248,7 @@ type MarkedSubscription<'m> = (u32, Vec<Option<&'m PairMarks>>);
 
 /// What is marked of the subscription of a match; `last` is that of the match before, by its
 /// number in the segment.
+#[inline]
 fn marked_of<'m>(
     of: &Match<'_>,
     segment: &Segment,
@@ -334,6 +335,7 @@ impl KeptMatches<'_> {
     }
 
     /// A match in the numbers of now, if it counts.
+    #[inline]
     fn find<'m>(
         &self,
         of: &Match<'m>,

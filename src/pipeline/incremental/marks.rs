@@ -79,6 +79,7 @@ impl Marks {
     }
 
     /// As [`Marks::hold_event`], where it is known what is marked of subscription and meter.
+    #[inline]
     pub(super) fn hold_of(&self, marked: Option<&PairMarks>, period: Span, t: Timestamp) -> bool {
         self.is_fresh(period) || marked.is_some_and(|marked| marked.events.contains(t))
     }
@@ -89,6 +90,7 @@ impl Marks {
     }
 
     /// As [`Marks::changes_from`], where it is known what is marked of subscription and meter.
+    #[inline]
     pub(super) fn changes_from_of(&self, marked: Option<&PairMarks>, period: Span) -> Timestamp {
         let first = marked.and_then(|marked| marked.windows.first_in(period));
         first.filter(|_| !self.is_fresh(period)).unwrap_or(period.start)

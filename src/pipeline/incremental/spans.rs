@@ -39,6 +39,7 @@ impl Spans {
         self.0.iter().copied()
     }
 
+    #[inline]
     pub fn contains(&self, t: Timestamp) -> bool {
         let at = self.0.partition_point(|span| span.start <= t);
         at.checked_sub(1).and_then(|at| self.0.get(at)).is_some_and(|span| span.contains(t))
@@ -51,6 +52,7 @@ impl Spans {
     }
 
     /// The first instant of `span` that is here.
+    #[inline]
     pub fn first_in(&self, span: Span) -> Option<Timestamp> {
         let at = self.0.partition_point(|known| known.end <= span.start);
         let first = self.0.get(at).filter(|known| known.start < span.end)?;
