@@ -1,6 +1,8 @@
 //! Corrections that can be trusted: saved plans, closed periods, taking back,
 //! resuming, and ends that nobody planned.
 
+use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -450,4 +452,34 @@ fn a_source_that_shrank_is_refused_by_the_guard() {
     workspace.edit("job.yaml", "max_vanished_rows: \"30%\"", "max_changed_rows: \"100%\"");
     workspace.write("events/voids.ndjson", "{\"tenant_id\":\"t\",\"id\":\"b\",\"deleted\":true}\n");
     assert_eq!(workspace.run(&[])["rows"]["retracted"], 1);
+}
+
+/// The first job of a store fills its tables page by page, the second one inserts its rows beside
+/// those that are there: both have the same.
+#[test]
+fn two_jobs_share_a_store() {
+    let workspace = Workspace::of("llm_usage");
+    let shipped = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("jobs/llm_usage.yaml")).unwrap();
+    let shipped = shipped.replace("../fixtures/llm_usage/", "").replace("../data/", "");
+    for job in ["first", "second"] {
+        workspace.write(&format!("{job}.yaml"), shipped.replace("job: llm_usage", &format!("job: {job}")));
+        workspace.trueup(&["run", &format!("{job}.yaml"), "--output", "json"]).json();
+        assert!(workspace.dump().is_some());
+    }
+    for job in ["first", "second"] {
+        let outcome = workspace.trueup(&["verify", &format!("{job}.yaml")]);
+        assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""), "{}", outcome.stdout);
+    }
+    // What tells runs apart.
+    let except = ["job", "run_id", "version", "updated_at", "recorded_at", "sequence", "correction_id"];
+    let rows = |table: &str, job: &str| {
+        let mut rows = workspace.query(&format!("SELECT * FROM {table} WHERE job = '{job}'"));
+        rows.iter_mut().for_each(|row| row.retain(|column, _| !except.contains(&column.as_str())));
+        rows
+    };
+    for (table, count) in [("usage_windows", 5979), ("corrections", 5979)] {
+        let first = rows(table, "first");
+        assert_eq!(first.len(), count);
+        assert!(first == rows(table, "second"), "{table} differs");
+    }
 }

@@ -122,8 +122,13 @@ impl Workspace {
         self.trueup(&all).json()
     }
 
-    /// Every table of the contract and every row in it; `None` where there is no store.
+    /// Every table of the contract and every row in it; `None` where there is no store. SQLite must
+    /// find nothing wrong with the file.
+    #[track_caller]
     pub fn dump(&self) -> Option<Vec<Vec<Row>>> {
+        if self.path("trueup.db").exists() {
+            assert_eq!(self.query("PRAGMA integrity_check"), [Row::from([("integrity_check".to_owned(), "ok".to_owned())])]);
+        }
         let tables = ["usage_windows", "usage_periods", "corrections", "dead_letters", "runs"];
         self.path("trueup.db").exists().then(|| tables.map(|table| self.query(&format!("SELECT * FROM {table}"))).to_vec())
     }

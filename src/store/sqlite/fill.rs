@@ -104,22 +104,33 @@ mod tests {
 
     type Row = (i64, String, Option<i64>);
 
-    /// A table by key and one by number, each filled with these rows. Part of the rows belong to
-    /// another table, which has pages already.
-    fn filled(page_size: u32, rows: &[Row]) -> (TempDir, Connection) {
+    /// Two empty tables, one by key and one by number, beside another table that has pages already.
+    fn empty(page_size: u32, journal: &str) -> (TempDir, Connection) {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("filled.db");
-        let mut connection = Connection::open(&path).unwrap();
+        let connection = Connection::open(folder.path().join("filled.db")).unwrap();
         connection.pragma_update(None, "page_size", page_size).unwrap();
+        connection.pragma_update(None, "journal_mode", journal).unwrap();
         let tables = "CREATE TABLE other (text TEXT);
              CREATE TABLE by_key (number INTEGER, text TEXT, doubled GENERATED ALWAYS AS (2 * number) VIRTUAL,
                  key TEXT, PRIMARY KEY (key, number)) WITHOUT ROWID;
              CREATE TABLE by_number (text TEXT, id INTEGER PRIMARY KEY, number INTEGER);
              CREATE INDEX of_other ON other (text);";
         connection.execute_batch(tables).unwrap();
+        (folder, connection)
+    }
+
+    /// Fills both with the same rows, and opens the database anew.
+    fn filled((folder, mut connection): (TempDir, Connection), rows: &[Row]) -> (TempDir, Connection) {
         let mut transaction = connection.transaction().unwrap();
         transaction.execute("INSERT INTO other VALUES (?1)", ["x".repeat(5000)]).unwrap();
-        assert!(PageWriter::is_possible(&transaction).unwrap(), "SQLite was built without it");
+        fill(&mut transaction, tables(rows)).unwrap();
+        transaction.commit().unwrap();
+        drop(connection);
+        let connection = Connection::open(folder.path().join("filled.db")).unwrap();
+        (folder, connection)
+    }
+
+    fn tables(rows: &[Row]) -> [NewRows<'_>; 2] {
         let by_key = |out: &mut Rows<'_>| {
             rows.iter().try_for_each(|(id, text, number)| {
                 out.text(&format!("{id:09}"))?;
@@ -136,15 +147,10 @@ mod tests {
                 out.write()
             })
         };
-        let tables = [
+        [
             NewRows { table: "by_key", columns: &["key", "number", "text"], give: Box::new(by_key) },
             NewRows { table: "by_number", columns: &["id", "number", "text"], give: Box::new(by_number) },
-        ];
-        fill(&mut transaction, tables).unwrap();
-        transaction.commit().unwrap();
-        drop(connection);
-        let connection = Connection::open(&path).unwrap();
-        (folder, connection)
+        ]
     }
 
     fn is_sound(connection: &Connection) {
@@ -195,9 +201,31 @@ mod tests {
     fn tables_of_any_size_are_sound() {
         for count in 0..250 {
             let rows: Vec<Row> = (1..=count).map(|id| (id, "x".repeat(if id % 7 == 0 { 100 } else { 40 }), Some(id))).collect();
-            let (_folder, connection) = filled(512, &rows);
+            let (_folder, connection) = filled(empty(512, "delete"), &rows);
             assert_holds(&connection, &rows);
         }
+    }
+
+    /// A full disk, or rows that cannot be made: no thread waits for another one, nothing is left.
+    #[test]
+    fn what_fails_leaves_the_tables_empty() {
+        let rows: Vec<Row> = (1..=20_000).map(|id| (id, "x".repeat(100), Some(id))).collect();
+        let (folder, mut connection) = empty(1024, "delete");
+        connection.pragma_update(None, "max_page_count", 1000).unwrap();
+        let mut transaction = connection.transaction().unwrap();
+        let error = fill(&mut transaction, tables(&rows)).unwrap_err();
+        assert!(error.to_string().contains("full"), "{error}");
+        drop(transaction);
+        connection.pragma_update(None, "max_page_count", 1_000_000).unwrap();
+        let mut transaction = connection.transaction().unwrap();
+        let [by_key, by_number] = tables(&rows);
+        let breaks_off = |out: &mut Rows<'_>| (by_number.give)(out).and_then(|()| bail!("no more rows"));
+        let error = fill(&mut transaction, [by_key, NewRows { give: Box::new(breaks_off), ..by_number }]).unwrap_err();
+        assert_eq!(error.to_string(), "no more rows");
+        drop(transaction);
+        drop(connection);
+        let connection = Connection::open(folder.path().join("filled.db")).unwrap();
+        assert_holds(&connection, &[]);
     }
 
     proptest! {
@@ -206,6 +234,7 @@ mod tests {
         #[test]
         fn filled_tables_are_what_inserted_ones_are(
             page_size in prop::sample::select(vec![512_u32, 1024, 8192, 65_536]),
+            journal in prop::sample::select(vec!["delete", "wal"]),
             rows in prop::collection::vec(
                 (1_i64..1000, prop_oneof![9 => 0_usize..300, 1 => 0_usize..40_000], prop::option::of(prop_oneof![-2_i64..300, any::<i64>().prop_map(|n| n / 4)])),
                 0..700,
@@ -216,7 +245,7 @@ mod tests {
                 id += step;
                 (id, "é".repeat(length / 2), number)
             }).filter(|(id, ..)| *id > 0).collect();
-            let (_folder, connection) = filled(page_size, &rows);
+            let (_folder, connection) = filled(empty(page_size, journal), &rows);
             assert_holds(&connection, &rows);
             assert_goes_on(&connection, &rows);
         }

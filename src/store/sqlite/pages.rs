@@ -126,8 +126,8 @@ impl<'t, 'c> PageWriter<'t, 'c> {
             let threads: Vec<_> = makers.into_iter().map(start).collect();
             drop(sender);
             // Where one cannot be written, the other threads find the channel closed.
-            let mut written = made.into_iter().map(|(page, content)| Ok(statement.execute(params![page, content])?));
-            let written = written.try_for_each(|written: Result<usize>| written.map(drop));
+            let write = |(page, content): (u32, Vec<u8>)| Ok(statement.execute(params![page, content]).map(drop)?);
+            let written: Result<()> = made.into_iter().try_for_each(write);
             let panicked = |_| anyhow!("a thread that makes pages panicked: this is a bug in trueup");
             let made: Vec<Result<()>> = threads.into_iter().map(|thread| thread.join().map_err(panicked)?).collect();
             made.into_iter().fold(written, Result::and)
