@@ -149,6 +149,11 @@ impl<'t> Rows<'t> {
         self.target.write()
     }
 
+    /// The next columns are as in the row before.
+    pub fn keep(&mut self, columns: usize) {
+        self.place += columns;
+    }
+
     pub fn period_key(&mut self, key: &PeriodKey) -> Result<()> {
         for text in [&key.tenant_id, &key.subscription_id, &key.meter_id, &key.price_id, &key.dimensions] {
             self.text(text)?;

@@ -101,6 +101,9 @@ fn delete_windows(transaction: &Transaction<'_>, publication: &Publication) -> R
     Ok(())
 }
 
+/// Columns of the key of a billing period.
+const PERIOD_KEY: usize = 6;
+
 /// `numbers` are those of the digests of their definitions, and how many rows in a row have them.
 fn windows<'p>(publication: &'p Publication, numbers: &'p [([i64; 4], usize)]) -> NewRows<'p> {
     let run = &publication.run;
@@ -130,9 +133,16 @@ fn windows<'p>(publication: &'p Publication, numbers: &'p [([i64; 4], usize)]) -
         "updated_at",
     ];
     let mut numbers = numbers.iter().flat_map(|(numbers, rows)| std::iter::repeat_n(*numbers, *rows));
-    let mut give = move |rows: &mut Rows<'_>, row: &WindowRow| {
-        rows.text(&run.job)?;
-        rows.period_key(&row.key.period)?;
+    let mut last: Option<&Arc<PeriodKey>> = None;
+    let mut give = move |rows: &mut Rows<'_>, row: &'p WindowRow| {
+        let is_first = last.is_none();
+        if last.is_some_and(|last| Arc::ptr_eq(last, &row.key.period)) {
+            rows.keep(1 + PERIOD_KEY);
+        } else {
+            rows.text(&run.job)?;
+            rows.period_key(&row.key.period)?;
+            last = Some(&row.key.period);
+        }
         rows.instant(row.key.window_start)?;
         rows.text(&row.customer_id)?;
         rows.instant(row.window_end)?;
@@ -145,9 +155,11 @@ fn windows<'p>(publication: &'p Publication, numbers: &'p [([i64; 4], usize)]) -
         for number in numbers.next().unwrap_or_default() {
             rows.integer(number)?;
         }
-        rows.integer(run.version)?;
-        rows.text(&run.run_id)?;
-        rows.instant(run.finished_at)?;
+        if is_first {
+            rows.integer(run.version)?;
+            rows.text(&run.run_id)?;
+            rows.instant(run.finished_at)?;
+        }
         rows.write()
     };
     let give = move |rows: &mut Rows<'_>| publication.upserts.iter().try_for_each(|row| give(rows, row));
@@ -233,21 +245,31 @@ fn corrections<'p>(publication: &'p Publication, (first, digests): (i64, &'p [i6
         "recorded_at",
     ];
     let mut causes_json = String::new();
-    let mut give = move |rows: &mut Rows<'_>, number: i64, correction: &Correction, digest: i64| {
+    let mut last: Option<&Correction> = None;
+    let mut give = move |rows: &mut Rows<'_>, number: i64, correction: &'p Correction, digest: i64| {
         let Correction { key, customer_id, currency, kind, causes, .. } = correction;
         let (old, new) = (correction.values_before(), correction.values_after());
         rows.integer(first - 1 + number)?;
         rows.integer(number)?;
-        rows.text(&run.run_id)?;
-        rows.text(&run.job)?;
-        rows.period_key(&key.period)?;
+        let before = last.replace(correction);
+        if before.is_some_and(|before| Arc::ptr_eq(&before.key.period, &key.period)) {
+            rows.keep(2 + PERIOD_KEY);
+        } else {
+            rows.text(&run.run_id)?;
+            rows.text(&run.job)?;
+            rows.period_key(&key.period)?;
+        }
         rows.instant(key.window_start)?;
         rows.text(customer_id)?;
         rows.text(currency)?;
         rows.text(kind.name())?;
-        causes_json.clear();
-        write_causes(causes, &mut causes_json);
-        rows.text(&causes_json)?;
+        if before.is_some_and(|before| before.causes == *causes) {
+            rows.keep(1);
+        } else {
+            causes_json.clear();
+            write_causes(causes, &mut causes_json);
+            rows.text(&causes_json)?;
+        }
         for values in [old, new] {
             rows.optional(values.map(|values| values.quantity), Rows::decimal)?;
         }
