@@ -463,7 +463,9 @@ fn two_jobs_share_a_store() {
     let shipped = shipped.replace("../fixtures/llm_usage/", "").replace("../data/", "");
     for job in ["first", "second"] {
         workspace.write(&format!("{job}.yaml"), shipped.replace("job: llm_usage", &format!("job: {job}")));
-        workspace.trueup(&["run", &format!("{job}.yaml"), "--output", "json"]).json();
+        let outcome = workspace.trueup(&["run", &format!("{job}.yaml"), "-v"]);
+        assert_eq!(outcome.code, 0, "{outcome:?}");
+        assert_eq!(outcome.stderr.contains("filled page by page"), job == "first", "{}", outcome.stderr);
         assert!(workspace.dump().is_some());
     }
     for job in ["first", "second"] {

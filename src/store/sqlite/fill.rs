@@ -8,7 +8,21 @@ use super::bind::{NewRows, Rows, Target, Value};
 use super::pages::{Layout, PageWriter, Pages, Tree};
 use super::record::Record;
 
-/// Fills tables that are empty. The transaction can write nothing more then.
+/// Whether a table can be filled: it is empty, nobody has given it an index, a trigger or columns of
+/// their own, and SQLite lets it be.
+///
+/// # Errors
+/// Where the database cannot be read.
+pub(super) fn can_fill(transaction: &Transaction<'_>, NewRows { table, columns, .. }: &NewRows<'_>) -> Result<bool> {
+    let others = "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE type <> 'table' AND tbl_name = ?1)";
+    let has_others: bool = transaction.query_row(others, [table], |row| row.get(0))?;
+    let first = format!("SELECT EXISTS (SELECT 1 FROM {table})");
+    let has_rows: bool = transaction.query_row(&first, [], |row| row.get(0))?;
+    Ok(!has_others && !has_rows && PageWriter::is_possible(transaction)? && Shape::of(transaction, table, columns)?.is_some())
+}
+
+/// Fills tables that [`can_fill`] has found good. The transaction can write nothing more then, and
+/// its connection is to forget the pages that it knows (`PRAGMA shrink_memory`) once it ended.
 ///
 /// # Errors
 /// Where a row cannot be made, or the database cannot be written.
@@ -16,6 +30,7 @@ pub(super) fn fill(transaction: &mut Transaction<'_>, tables: [NewRows<'_>; 2]) 
     let writer = PageWriter::new(transaction)?;
     let make = |NewRows { table, columns, give }| {
         let shape = Shape::of(writer.transaction(), table, columns)?;
+        let shape = shape.with_context(|| format!("{table} cannot be filled: this is a bug in trueup"))?;
         Ok(move |pages: &Pages<'_>| {
             let mut filled = Filled::new(&shape, pages);
             give(&mut Rows::new(columns.len(), &mut filled))?;
@@ -36,7 +51,8 @@ struct Shape {
 }
 
 impl Shape {
-    fn of(transaction: &Transaction<'_>, table: &str, given: &[&str]) -> Result<Shape> {
+    /// `None` where a table has other columns than those given.
+    fn of(transaction: &Transaction<'_>, table: &str, given: &[&str]) -> Result<Option<Shape>> {
         let root = "SELECT rootpage FROM sqlite_schema WHERE type = 'table' AND name = ?1";
         let root = transaction.query_row(root, [table], |row| row.get(0))?;
         let kind = "SELECT wr FROM pragma_table_list WHERE schema = 'main' AND name = ?1";
@@ -46,21 +62,15 @@ impl Shape {
         let mut statement = transaction.prepare(stored)?;
         let stored = statement.query_map((table, has_key), |row| Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)?)))?;
         let stored = stored.collect::<rusqlite::Result<Vec<_>>>()?;
-        if stored.len() != given.len() {
-            bail!("{table} has {} columns, {} are given: this is a bug in trueup", stored.len(), given.len());
-        }
         let place = |column: &&str| {
-            let at = stored.iter().position(|(name, _)| name == column);
-            let at = at.with_context(|| format!("{table} has no column {column}: this is a bug in trueup"))?;
+            let (at, (_, key)) = stored.iter().enumerate().find(|(_, (name, _))| name == column)?;
             // A number that is the key is stored as the number of its row.
-            Ok(Some(at).filter(|at| has_key || stored.get(*at).is_some_and(|(_, key)| *key == 0)))
+            Some(Some(at).filter(|_| has_key || *key == 0))
         };
-        Ok(Shape {
-            root,
-            layout: if has_key { Layout::Key } else { Layout::Rowid },
-            columns: given.iter().map(place).collect::<Result<_>>()?,
-            stored: stored.len(),
-        })
+        let columns: Option<Vec<_>> = given.iter().map(place).collect();
+        let layout = if has_key { Layout::Key } else { Layout::Rowid };
+        let shape = |columns| Shape { root, layout, columns, stored: stored.len() };
+        Ok(columns.filter(|columns| columns.len() == stored.len()).map(shape))
     }
 }
 
@@ -203,6 +213,60 @@ mod tests {
             let rows: Vec<Row> = (1..=count).map(|id| (id, "x".repeat(if id % 7 == 0 { 100 } else { 40 }), Some(id))).collect();
             let (_folder, connection) = filled(empty(512, "delete"), &rows);
             assert_holds(&connection, &rows);
+        }
+    }
+
+    /// Whatever part of a row is in its page; in databases that have free pages.
+    #[test]
+    fn rows_of_any_length_are_sound() {
+        for (page_size, lengths) in [(512, 0..1200), (1024, 0..2200), (65_536, 16_300..16_420), (65_536, 65_400..65_500)] {
+            let (folder, connection) = empty(page_size, "delete");
+            connection
+                .execute_batch("CREATE TABLE gone (a); INSERT INTO gone VALUES (zeroblob(90000)); DROP TABLE gone")
+                .unwrap();
+            let rows: Vec<Row> = (1..).zip(lengths).map(|(id, length)| (id, "\0".repeat(length), Some(id % 2))).collect();
+            let (_folder, connection) = filled((folder, connection), &rows);
+            assert_holds(&connection, &rows);
+        }
+        let (_folder, connection) = filled(empty(65_536, "delete"), &[]);
+        assert_holds(&connection, &[]);
+    }
+
+    #[test]
+    fn the_same_connection_goes_on() {
+        let rows: Vec<Row> = (1..=500).map(|id| (id, "x".repeat(100), Some(id))).collect();
+        let (_folder, mut connection) = empty(1024, "delete");
+        let mut transaction = connection.transaction().unwrap();
+        fill(&mut transaction, tables(&rows)).unwrap();
+        transaction.commit().unwrap();
+        connection.execute_batch("PRAGMA shrink_memory").unwrap();
+        assert_holds(&connection, &rows);
+        assert_goes_on(&connection, &rows);
+    }
+
+    #[test]
+    fn what_somebody_changed_is_not_filled() {
+        let can_fill_after = |sql: &str| {
+            let connection = Connection::open_in_memory().unwrap();
+            connection.execute_batch(sql).unwrap();
+            let transaction = connection.unchecked_transaction().unwrap();
+            let tables = tables(&[]);
+            tables.iter().all(|table| can_fill(&transaction, table).unwrap())
+        };
+        let tables = "CREATE TABLE by_key (key TEXT, number INTEGER, text TEXT, PRIMARY KEY (key, number)) WITHOUT ROWID;
+             CREATE TABLE by_number (text TEXT, id INTEGER PRIMARY KEY, number INTEGER);";
+        assert!(can_fill_after(tables));
+        for changed in [
+            "CREATE INDEX mine ON by_number (text)",
+            "CREATE TRIGGER mine AFTER INSERT ON by_key BEGIN DELETE FROM by_number; END",
+            "ALTER TABLE by_key ADD COLUMN note TEXT",
+            "ALTER TABLE by_number RENAME COLUMN text TO note",
+            "INSERT INTO by_number VALUES ('', 1, 1)",
+        ] {
+            assert!(!can_fill_after(&format!("{tables}{changed}")), "{changed}");
+        }
+        for pragma in ["encoding = 'UTF-16'", "auto_vacuum = FULL"] {
+            assert!(!can_fill_after(&format!("PRAGMA {pragma};{tables}")), "{pragma}");
         }
     }
 

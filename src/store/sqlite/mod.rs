@@ -33,7 +33,6 @@ const READ_ONLY: OpenFlags = OpenFlags::SQLITE_OPEN_READ_ONLY.union(OpenFlags::S
 #[derive(Debug)]
 pub struct SqliteStore {
     connection: Connection,
-    path: PathBuf,
 }
 
 impl SqliteStore {
@@ -55,7 +54,7 @@ impl SqliteStore {
         connection.pragma_update(None, "cache_size", -CACHE_KIBIBYTES)?;
         connection.pragma_update(None, "synchronous", "FULL")?;
         migrate::migrate(&mut connection, path).with_context(unwritable)?;
-        let mut store = SqliteStore { connection, path: path.to_owned() };
+        let mut store = SqliteStore { connection };
         if store.has_runs().with_context(unwritable)? {
             store.use_write_ahead_log().with_context(unwritable)?;
         }
@@ -73,7 +72,7 @@ impl SqliteStore {
         let connection = connect_read_only(path)?;
         match migrate::check_version(&connection, path)? {
             0 => Ok(None),
-            _ => Ok(Some(SqliteStore { connection, path: path.to_owned() })),
+            _ => Ok(Some(SqliteStore { connection })),
         }
     }
 
@@ -203,12 +202,7 @@ impl AggregateStore for SqliteStore {
     }
 
     fn publish(&mut self, publication: &Publication) -> Result<RunRecord> {
-        let (run, is_filled) =
-            write::publish(&mut self.connection, publication).context("publishing; the store is as it was before")?;
-        if is_filled {
-            *self = SqliteStore::open(&self.path)?;
-            return Ok(run);
-        }
+        let run = write::publish(&mut self.connection, publication).context("publishing; the store is as it was before")?;
         // It is published: that somebody reads just now, so that the log cannot begin, is no failure.
         if let Err(error) = self.use_write_ahead_log() {
             tracing::debug!(%error, "the write-ahead log begins with the next run");

@@ -81,7 +81,8 @@ pub(super) struct PageWriter<'t, 'c> {
 }
 
 impl<'t, 'c> PageWriter<'t, 'c> {
-    /// Whether this SQLite can write pages, and need not know what is in each of them.
+    /// Whether this SQLite can write pages, need not know what is in each of them, and has texts as
+    /// they are here.
     ///
     /// # Errors
     /// Where the database cannot be read.
@@ -89,7 +90,8 @@ impl<'t, 'c> PageWriter<'t, 'c> {
         let able = "SELECT EXISTS (SELECT 1 FROM pragma_compile_options WHERE compile_options = 'ENABLE_DBPAGE_VTAB')";
         let is_able: bool = transaction.query_row(able, [], |row| row.get(0))?;
         let auto_vacuum: i64 = transaction.pragma_query_value(None, "auto_vacuum", |row| row.get(0))?;
-        Ok(is_able && auto_vacuum == 0)
+        let encoding: String = transaction.pragma_query_value(None, "encoding", |row| row.get(0))?;
+        Ok(is_able && auto_vacuum == 0 && encoding == "UTF-8")
     }
 
     /// # Errors
@@ -272,7 +274,8 @@ impl Tree {
         let mut page = Vec::with_capacity(pages.format.size);
         page.extend([kind, 0, 0]);
         page.extend(u16::try_from(level.ends.len())?.to_be_bytes());
-        page.extend(u16::try_from(begin)?.to_be_bytes());
+        // The largest pages of all, where they are empty: it is written as zero.
+        page.extend(u16::try_from(begin).unwrap_or(0).to_be_bytes());
         page.push(0);
         page.extend(right.iter().flat_map(|right| right.to_be_bytes()));
         for start in std::iter::once(0).chain(level.ends.iter().copied()).take(level.ends.len()) {

@@ -7,8 +7,7 @@ use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehav
 
 use super::bind::{NewRows, Rows, insert};
 use super::digests::Numbers;
-use super::fill::fill;
-use super::pages::PageWriter;
+use super::fill;
 use crate::model::aggregate::{Correction, PeriodCorrection, PeriodKey, PeriodRow, WindowKey, WindowRow};
 use crate::model::run::{RunRecord, period_json, replaced_json, row_digest, write_causes};
 use crate::store::{Publication, letters};
@@ -16,12 +15,13 @@ use crate::store::{Publication, letters};
 const INSERT: &str = "INSERT INTO";
 const REPLACE: &str = "INSERT OR REPLACE INTO";
 
-/// Returns the run as it was recorded, and whether tables were filled page by page: the connection
-/// does not know of those pages.
-pub(super) fn publish(connection: &mut Connection, publication: &Publication) -> Result<(RunRecord, bool)> {
+/// Returns the run as it was recorded.
+pub(super) fn publish(connection: &mut Connection, publication: &Publication) -> Result<RunRecord> {
     let mut transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     check_previous(&transaction, publication)?;
-    let can_fill = can_fill(&transaction, publication)?;
+    let can_fill = is_in_order(&publication.upserts)
+        && fill::can_fill(&transaction, &windows(publication, &[]))?
+        && fill::can_fill(&transaction, &corrections(publication, (1, &[])))?;
     let last = "SELECT coalesce(max(sequence), 0) FROM corrections";
     let first: i64 = transaction.query_row(last, [], |row| row.get::<_, i64>(0))? + 1;
     let numbers = Numbers::load(&transaction)?.of_all(publication.upserts.iter().map(|row| &row.basis))?;
@@ -43,30 +43,28 @@ pub(super) fn publish(connection: &mut Connection, publication: &Publication) ->
     write_run(&transaction, &run, (first, last))?;
     let corrections = corrections(publication, (first, &ledger.rows));
     if can_fill {
-        fill(&mut transaction, [windows(publication, &numbers), corrections])?;
+        tracing::info!("the store is empty: its tables are filled page by page");
+        fill::fill(&mut transaction, [windows(publication, &numbers), corrections])?;
     } else {
         insert(&transaction, INSERT, corrections)?;
     }
     transaction.commit()?;
-    Ok((run, can_fill))
+    if can_fill {
+        // That it knows the pages as they were is no failure of what is published.
+        let forgotten = connection.execute_batch("PRAGMA shrink_memory");
+        forgotten.unwrap_or_else(|error| tracing::debug!(%error, "the cache of the store keeps old pages"));
+    }
+    Ok(run)
 }
 
-/// Whether both large tables are empty, and the rows for them sorted as SQLite sorts them: as text.
-fn can_fill(transaction: &Transaction<'_>, publication: &Publication) -> Result<bool> {
-    if !PageWriter::is_possible(transaction)? {
-        return Ok(false);
-    }
-    let empty = "SELECT NOT EXISTS (SELECT 1 FROM usage_windows) AND NOT EXISTS (SELECT 1 FROM corrections)";
-    let is_empty: bool = transaction.query_row(empty, [], |row| row.get(0))?;
-    let rows = &publication.upserts;
+/// Whether rows are sorted as SQLite sorts them: as text.
+fn is_in_order(rows: &[Arc<WindowRow>]) -> bool {
     let in_order = |a: &WindowKey, b: &WindowKey| match Arc::ptr_eq(&a.period, &b.period) {
         true => a.window_start < b.window_start,
         false => a < b,
     };
     let is_text = |key: &WindowKey| key.window_start.sorts_as_text() && key.period.period_start.sorts_as_text();
-    Ok(is_empty
-        && rows.iter().all(|row| is_text(&row.key))
-        && rows.iter().zip(rows.iter().skip(1)).all(|(a, b)| in_order(&a.key, &b.key)))
+    rows.iter().all(|row| is_text(&row.key)) && rows.iter().zip(rows.iter().skip(1)).all(|(a, b)| in_order(&a.key, &b.key))
 }
 
 /// What was planned against an older state must not be written.
