@@ -17,12 +17,15 @@ const BATCH: usize = 64 << 10;
 /// Batches that wait for the statement.
 const WAITING: usize = 8;
 
+/// Makes all rows of a table.
+type Give<'r> = dyn FnOnce(&mut Rows<'_>) -> Result<()> + Send + 'r;
+
 /// Rows for a table, in the order of its key.
 pub(super) struct NewRows<'r> {
     pub table: &'static str,
     /// What each row gives.
     pub columns: &'static [&'static str],
-    pub give: Box<dyn FnOnce(&mut Rows<'_>) -> Result<()> + Send + 'r>,
+    pub give: Box<Give<'r>>,
 }
 
 /// Inserts rows, on two threads: one makes the values, the other one has the statement.
