@@ -14,25 +14,41 @@ use crate::model::digest::frame;
 use crate::model::timestamp::Timestamp;
 use crate::source::{EventRef, Field};
 
+/// What a field of a key says of an event.
+enum Part<'e> {
+    Text(Option<&'e str>),
+    Time(Option<Timestamp>),
+}
+
+/// `None` for fields that no key has.
+fn part<'e>(field: &Field, event: &EventRef<'e>) -> Option<Part<'e>> {
+    Some(match field {
+        Field::TenantId => Part::Text(event.tenant_id),
+        Field::Id => Part::Text(event.id),
+        Field::EventName => Part::Text(event.event_name),
+        Field::ExternalCustomerId => Part::Text(event.external_customer_id),
+        Field::Timestamp => Part::Time(event.timestamp),
+        Field::IngestedAt | Field::Properties | Field::Deleted => return None,
+    })
+}
+
+/// Whether an event has what every key needs.
+fn has_key(event: &EventRef<'_>) -> bool {
+    let is_there = |text: Option<&str>| text.is_some_and(|text| !text.is_empty());
+    is_there(event.tenant_id) && is_there(event.id)
+}
+
 /// Appends the key of an event; false where it has none.
 pub fn write_key(fields: &[Field], event: &EventRef<'_>, key: &mut Vec<u8>) -> bool {
     key.clear();
-    if event.tenant_id.is_none_or(str::is_empty) || event.id.is_none_or(str::is_empty) {
+    if !has_key(event) {
         return false;
     }
-    for field in fields {
-        let text = match field {
-            Field::TenantId => event.tenant_id,
-            Field::Id => event.id,
-            Field::EventName => event.event_name,
-            Field::ExternalCustomerId => event.external_customer_id,
-            Field::Timestamp => {
-                frame(key, event.timestamp.map(|t| t.nanos().to_le_bytes()).as_ref().map(<[u8; 8]>::as_slice));
-                continue;
-            }
-            Field::IngestedAt | Field::Properties | Field::Deleted => continue,
-        };
-        frame(key, text.map(str::as_bytes));
+    for part in fields.iter().filter_map(|field| part(field, event)) {
+        match part {
+            Part::Text(text) => frame(key, text.map(str::as_bytes)),
+            Part::Time(t) => frame(key, t.map(|t| t.nanos().to_le_bytes()).as_ref().map(<[u8; 8]>::as_slice)),
+        }
     }
     true
 }
@@ -40,27 +56,15 @@ pub fn write_key(fields: &[Field], event: &EventRef<'_>, key: &mut Vec<u8>) -> b
 /// The hash of an event's key, cut to the 42 bits that the first scan keeps; `None` where it has
 /// no key.
 pub fn key_hash(fields: &[Field], event: &EventRef<'_>) -> Option<u64> {
-    if event.tenant_id.is_none_or(str::is_empty) || event.id.is_none_or(str::is_empty) {
+    if !has_key(event) {
         return None;
     }
-    let add = |hash: u64, field: &Field| {
-        let text = match field {
-            Field::TenantId => event.tenant_id,
-            Field::Id => event.id,
-            Field::EventName => event.event_name,
-            Field::ExternalCustomerId => event.external_customer_id,
-            Field::Timestamp => {
-                let nanos = event.timestamp.map_or(hash, |t| hash ^ t.nanos().cast_unsigned());
-                return xxh3_64_with_seed(&[u8::from(event.timestamp.is_some())], nanos);
-            }
-            Field::IngestedAt | Field::Properties | Field::Deleted => return hash,
-        };
-        match text {
-            Some(text) => xxh3_64_with_seed(text.as_bytes(), hash),
-            None => !hash,
-        }
+    let add = |hash: u64, part: Part<'_>| match part {
+        Part::Text(Some(text)) => xxh3_64_with_seed(text.as_bytes(), hash),
+        Part::Time(Some(t)) => xxh3_64_with_seed(&t.nanos().to_le_bytes(), hash),
+        Part::Text(None) | Part::Time(None) => !hash,
     };
-    Some(fields.iter().fold(0, add) >> (64 - HASH_BITS))
+    Some(fields.iter().filter_map(|field| part(field, event)).fold(0, add) >> (64 - HASH_BITS))
 }
 
 pub const HASH_BITS: u32 = 42;
