@@ -173,7 +173,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
         slots: &mut Vec<Property<'e>>,
     ) -> Result<()> {
         const TOGETHER: usize = 32;
-        let (mut together, mut repeated) = (Vec::with_capacity(TOGETHER), Vec::with_capacity(TOGETHER));
+        let (mut together, mut hashes) = (Vec::with_capacity(TOGETHER), Vec::with_capacity(TOGETHER));
         loop {
             together.clear();
             together.extend(events.by_ref().take(TOGETHER));
@@ -181,13 +181,13 @@ impl<'c, 'r> Matcher<'c, 'r> {
                 return Ok(());
             }
             let context = self.context;
-            repeated.clear();
-            repeated.extend(together.iter().map(|event| key_hash(&context.rules.key, event)));
+            hashes.clear();
+            hashes.extend(together.iter().map(|event| key_hash(&context.rules.key, event)));
             let mut may_repeat = 0_u32;
-            for (at, hash) in repeated.iter().enumerate() {
+            for (at, hash) in hashes.iter().enumerate() {
                 may_repeat |= u32::from(hash.is_some_and(|hash| context.repeated.may_contain(hash))) << at;
             }
-            for ((at, event), hash) in together.iter().enumerate().zip(&repeated) {
+            for ((at, event), hash) in together.iter().enumerate().zip(&hashes) {
                 self.visit_event(event, hash.filter(|_| may_repeat >> at & 1 == 1), is_known, slots)?;
             }
         }

@@ -375,6 +375,44 @@ fn killed_at_any_moment_the_next_run_makes_it_right() {
     assert!(unchanged > 5 && published > 5, "{unchanged} before and {published} after the commit");
 }
 
+/// The first publication of a store, which fills its tables page by page, is killed too.
+#[test]
+fn killed_while_a_store_is_new_the_next_run_makes_it_right() {
+    let workspace = Workspace::of("llm_usage");
+    let shipped = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("jobs/llm_usage.yaml")).unwrap();
+    workspace.write("job.yaml", shipped.replace("../fixtures/llm_usage/", "").replace("../data/", ""));
+    let forget = || {
+        for file in ["trueup.db", "trueup.db-journal", "trueup.db-wal", "trueup.db-shm"] {
+            let _ = fs::remove_file(workspace.path(file));
+        }
+    };
+    let count = || {
+        assert!(workspace.dump().is_some());
+        ["runs", "usage_windows", "corrections"].map(|table| workspace.query(&format!("SELECT 1 FROM {table}")).len())
+    };
+    let clock = std::time::Instant::now();
+    workspace.run(&[]);
+    let length = u64::try_from(clock.elapsed().as_micros()).unwrap();
+    assert_eq!(count(), [1, 5979, 5979]);
+    for attempt in 0..30u64 {
+        forget();
+        let mut child = workspace.start(&["run", "job.yaml"]);
+        std::thread::sleep(Duration::from_micros(length * (500 + attempt * 13 % 600) / 1000));
+        let _ = child.kill();
+        child.wait().unwrap();
+        let read = workspace.trueup(&["runs", "job.yaml"]);
+        assert_eq!(read.code, 0, "attempt {attempt}: {read:?}");
+        if workspace.path("trueup.db").exists() && !workspace.query("SELECT 1 FROM sqlite_schema").is_empty() {
+            let now = count();
+            assert!(now == [0, 0, 0] || now == [1, 5979, 5979], "attempt {attempt}: a store between two runs: {now:?}");
+        }
+        workspace.run(&[]);
+        assert_eq!(count()[1..], [5979, 5979], "attempt {attempt}");
+        let verified = workspace.trueup(&["verify", "job.yaml"]);
+        assert_eq!(verified.code, 0, "attempt {attempt}: {}", verified.stdout);
+    }
+}
+
 // --- the whole store, row by row -------------------------------------------------------------
 
 /// One altered row in any table is found and named.

@@ -1,4 +1,4 @@
-//! NewRows tables that are empty with rows that are sorted, page by page and at the same time:
+//! Filling tables that are empty with rows that are sorted, page by page and at the same time:
 //! several times faster than inserting them.
 
 use anyhow::{Context as _, Result, bail};

@@ -324,7 +324,7 @@ impl Cell {
 
 impl Level {
     fn has_room(&self, usable: usize, cell: usize) -> bool {
-        // Leaves have a shorter header: that is forgone by none but them, and by four bytes.
+        // As pages above leaves have it; the header of leaves is four bytes shorter.
         12 + 2 * (self.ends.len() + 1) + self.cells.len() + cell <= usable
     }
 
