@@ -440,8 +440,7 @@ impl Report<'_> {
         let customers = counted(skipping.marked_customers, "customer");
         let mut marked = format!("{customers}, {}", counted(skipping.marked_periods, "billing period"));
         let stored = (skipping.stored_windows > 0).then(|| format!("{} of them", counted(skipping.stored_windows, "window")));
-        let carried =
-            (skipping.carried_periods > 0).then(|| format!("{} of earlier ones", counted(skipping.carried_periods, "sum")));
+        let carried = (skipping.carried_periods > 0).then(|| format!("{} of others", counted(skipping.carried_periods, "sum")));
         let as_stored: Vec<_> = stored.into_iter().chain(carried).collect();
         if !as_stored.is_empty() {
             marked = format!("{marked}; {} as stored", as_stored.join(" and "));

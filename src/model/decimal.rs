@@ -97,6 +97,17 @@ impl Decimal {
         self.mul_div(other, Decimal::ONE)
     }
 
+    /// Whether the product needs no rounding at 18 places.
+    pub fn multiplies_exactly(self, other: Self) -> bool {
+        match self.0.checked_mul(other.0) {
+            Some(product) => product % ONE == 0,
+            None => {
+                let product = i256::from_i128(self.0).wrapping_mul(i256::from_i128(other.0));
+                product.wrapping_rem(i256::from_i128(ONE)) == i256::ZERO
+            }
+        }
+    }
+
     /// The quotient, rounded half away from zero at 18 places.
     ///
     /// # Errors

@@ -215,6 +215,18 @@ impl Price {
         }
     }
 
+    /// What a unit costs, where each costs the same however many there are: what usage adds to a
+    /// billing period does not depend on the rest of it then.
+    pub fn constant_amount(&self) -> Option<Decimal> {
+        let amount = match self.model {
+            PriceModel::PerUnit { unit_amount } => unit_amount,
+            PriceModel::Dynamic { multiplier } => multiplier,
+            _ => return None,
+        };
+        let PriceOptions { free_units, transform, maximum_amount, .. } = &self.options;
+        (free_units.is_zero() && transform.is_none() && maximum_amount.is_none()).then_some(amount)
+    }
+
     /// The part of a billing period that amounts of this price are due for; `active` is
     /// the time of the subscription.
     pub fn share(&self, period: Span, active: Span) -> Share {

@@ -367,6 +367,12 @@ impl BillingCycle {
         }
     }
 
+    /// The billing periods that a span of time touches, the first one first.
+    pub fn periods(&self, span: Span) -> impl Iterator<Item = Span> + '_ {
+        let first = (span.start < span.end).then(|| self.period(span.start));
+        std::iter::successors(first, |period| Some(self.period(period.end))).take_while(move |period| period.start < span.end)
+    }
+
     /// Boundaries are counted from the anchor itself, so that a month end that was
     /// clamped (31 Jan, 28 Feb) does not stick (31 Mar).
     fn anchored_period(&self, t: Timestamp, anchor: NaiveDate) -> Span {

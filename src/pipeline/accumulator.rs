@@ -26,6 +26,8 @@ pub enum Accumulator {
     WeightedSum(Box<Level>),
     /// Of a window whose events are not at hand, and that is charged by its quantity alone.
     Known(Decimal),
+    /// Distinct values of windows of which nothing else is at hand.
+    Listed(Distinct),
 }
 
 /// A level over time.
@@ -55,6 +57,11 @@ pub struct Distinct {
 }
 
 impl Distinct {
+    /// Sorted values, each there once.
+    fn of_sorted(values: Vec<u128>) -> Self {
+        Distinct { settled: values.len(), values }
+    }
+
     fn add(&mut self, value: u128) {
         if self.values.len() == self.values.capacity() {
             self.settle();
@@ -273,6 +280,32 @@ impl Accumulator {
         }
     }
 
+    /// The state of windows that are known by their distinct values.
+    pub fn of_values(mut values: Vec<u128>) -> Self {
+        values.sort();
+        values.dedup();
+        Accumulator::Listed(Distinct::of_sorted(values))
+    }
+
+    /// The distinct values of a unique count, sorted; `None` for all other aggregations.
+    pub fn settled_values(&mut self) -> Option<&[u128]> {
+        match self {
+            Accumulator::CountUnique(distinct) => {
+                distinct.settle();
+                Some(&distinct.values)
+            }
+            _ => None,
+        }
+    }
+
+    /// The values that were listed.
+    pub fn listed_values(&self) -> Option<&[u128]> {
+        match self {
+            Accumulator::Listed(distinct) => Some(&distinct.values),
+            _ => None,
+        }
+    }
+
     /// Adds the value of one event.
     pub fn add(&mut self, value: &Measured<'_>, moment: Moment<'_>) {
         match (self, value) {
@@ -328,7 +361,7 @@ impl Accumulator {
             (Accumulator::Min(a), Accumulator::Min(b)) => *a = [*a, *b].into_iter().flatten().min(),
             (Accumulator::Max(a), Accumulator::Max(b)) => *a = (*a).max(*b),
             (Accumulator::Latest(a), Accumulator::Latest(b)) if *a < *b => a.clone_from(b),
-            (Accumulator::CountUnique(a), Accumulator::CountUnique(b)) => a.merge(b),
+            (Accumulator::CountUnique(a), Accumulator::CountUnique(b) | Accumulator::Listed(b)) => a.merge(b),
             (Accumulator::AddedUnique(a), Accumulator::AddedUnique(b)) => {
                 b.last.iter().for_each(|(value, operation)| a.note(*value, operation.clone()));
             }
@@ -353,7 +386,7 @@ impl Accumulator {
             Accumulator::Avg(sum, count) => sum.mean(*count),
             Accumulator::Min(value) | Accumulator::Max(value) => Ok(value.unwrap_or_default()),
             Accumulator::Latest(latest) => Ok(latest.as_ref().map_or(Decimal::ZERO, |latest| latest.value)),
-            Accumulator::CountUnique(values) => Ok(Decimal::from_u64(values.count() as u64)),
+            Accumulator::CountUnique(values) | Accumulator::Listed(values) => Ok(Decimal::from_u64(values.count() as u64)),
             Accumulator::AddedUnique(values) => Ok(Decimal::from_u64(values.count)),
             Accumulator::CountUniqueApprox(sketch) => Ok(Decimal::from_u64(sketch.estimate())),
             Accumulator::Known(quantity) => Ok(*quantity),

@@ -11,6 +11,7 @@ use super::context::Context;
 use super::event_forms::contribution;
 use super::incremental::Marks;
 use super::incremental::kept::KeptMatches;
+use super::incremental::stored_windows::Known;
 use super::matches::{Match, Matches, Place, Reader};
 use super::state::{Sessions, StateKey, WindowState};
 use super::windows::Windows;
@@ -45,9 +46,10 @@ impl Shard {
     fn place(&self, of: &Match<'_>, marks: Option<&Marks>) -> Result<Place> {
         let period = self.matches.spans.span(of.period).with_context(|| damaged(of))?;
         let dimensions = self.dimensions.get(of.dimensions as usize).copied().with_context(|| damaged(of))?;
-        let pair = (of.subscription as usize, of.meter as usize);
-        let changes_from = marks.map_or(period.start, |marks| marks.changes_from(pair, period));
-        Ok(Place { window: self.matches.spans.span(of.window), period, changes_from, dimensions })
+        let (pair, window) = ((of.subscription as usize, of.meter as usize), self.matches.spans.span(of.window));
+        let start = window.map_or(period.start, |window| window.start.max(period.start));
+        let is_carried = marks.is_some_and(|marks| marks.leave(pair, period, start));
+        Ok(Place { window, period, is_carried, dimensions })
     }
 }
 
@@ -61,10 +63,18 @@ impl<'c, 'r> AllMatches<'c, 'r> {
         AllMatches { context, shards, kept: None, states, expected: AtomicUsize::new(0) }
     }
 
-    /// Adds a window as it is known without its events.
-    pub fn add(&mut self, key: StateKey, state: WindowState) {
-        if let Some(states) = self.states.get_mut(self.context.parts.part(key.subscription)) {
-            states.get_mut().unwrap_or_else(PoisonError::into_inner).push((key, state));
+    /// Adds what is known without events.
+    pub fn add(&mut self, key: StateKey, known: Known<'c>) {
+        let part = self.context.parts.part(key.subscription);
+        match known {
+            Known::Window(state) => {
+                if let Some(states) = self.states.get_mut(part) {
+                    states.get_mut().unwrap_or_else(PoisonError::into_inner).push((key, state));
+                }
+            }
+            Known::Values(period, list) => {
+                self.kept.iter_mut().for_each(|kept| kept.add_list(part, (key, period), list));
+            }
         }
     }
 
@@ -131,6 +141,11 @@ impl<'c, 'r> AllMatches<'c, 'r> {
         }
         if let Some(kept) = &self.kept {
             kept.read(at, |of, place| self.count(of, place, &mut windows, &mut sessions))?;
+            kept.read_lists(at, |key, period, values| {
+                if let Some(meter) = reference.meters.get(key.meter as usize) {
+                    windows.add(key, WindowState::of_values(meter, values, period), None);
+                }
+            })?;
         }
         for (key, of) in sessions {
             let closed = of.into_windows(self.session_gap(key.meter).unwrap_or_default());
@@ -148,7 +163,7 @@ impl<'c, 'r> AllMatches<'c, 'r> {
     fn count(
         &self,
         of: &Match<'_>,
-        &Place { window, period, changes_from, dimensions }: &Place,
+        &Place { window, period, is_carried, dimensions }: &Place,
         windows: &mut Windows,
         sessions: &mut FxHashMap<StateKey, Sessions>,
     ) -> Result<()> {
@@ -177,11 +192,10 @@ impl<'c, 'r> AllMatches<'c, 'r> {
             sessions.entry(key).or_default().add(t, t, state, gap_nanos, percentage);
         } else {
             let mut window = window.with_context(|| damaged(of))?;
-            let is_carried = window.start < changes_from && period.start < changes_from;
-            if is_carried {
-                window = Span { start: period.start, end: changes_from };
-            }
             key.window_start = window.start;
+            if is_carried {
+                (key, window) = (key.carried(), period);
+            }
             // No row says which events these are.
             let contribution = if is_carried { 0 } else { contribution() };
             let new = || WindowState { is_carried, ..WindowState::new(meter, price(), window, period) };

@@ -204,15 +204,20 @@ impl Judge<'_> {
         let was = &before.row.basis;
         let current = &self.evidence.current;
         let subscription = current.subscriptions.get(&(key.period.tenant_id.clone(), key.period.subscription_id.clone()));
-        if let Some(basis) = self.basis_of(&before.run_id) {
-            causes.extend(self.changed_definitions(
-                basis,
+        let since = |then: &RunBasis| {
+            self.changed_definitions(
+                then,
                 Some(current.meters.get(&key.period.meter_id) != Some(&was.meter)),
                 Some(subscription.is_none_or(|(digest, _)| *digest != was.subscription)),
                 Some(subscription.is_none_or(|(_, digest)| *digest != was.customer)),
                 Some(current.prices.get(&key.period.price_id) != Some(&was.price) || self.replaced.contains(&Slot::of(key))),
-            ));
-        }
+            )
+        };
+        // A digest on the row can be old news: the last run that computed it tells. What was
+        // found then and left as it was, in a closed period, is told by the run that wrote the row.
+        let computed = self.covering_run(&before.row).map(|run| &run.basis);
+        let bases = [computed, self.basis_of(&before.run_id)].into_iter().flatten();
+        causes.extend(bases.map(since).find(|causes| !causes.is_empty()).unwrap_or_default());
         let proved = !causes.is_empty();
         (causes, proved)
     }

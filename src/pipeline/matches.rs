@@ -59,8 +59,8 @@ pub struct Place {
     /// `None` for a session, which has no window yet.
     pub window: Option<Span>,
     pub period: Span,
-    /// Windows that begin earlier stay as they are, and are taken together.
-    pub changes_from: Timestamp,
+    /// Whether the window stays as it is: all of these are taken together.
+    pub is_carried: bool,
     /// Among those of all threads.
     pub dimensions: u32,
 }

@@ -69,6 +69,7 @@ use draft::Draft;
 use enrich::{Enricher, Scope};
 use incremental::keep::{self, Keep, Prepared};
 use incremental::snapshot::{STATE, Snapshot};
+use incremental::values::ListKeeper;
 use incremental::{Again, Coverage, Marked, Mode, Passes, Retreat, stored_windows};
 pub use key_cache::KeyCache;
 pub use lateness::Lateness;
@@ -249,7 +250,8 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     // What changed since the run before, if the rest can be skipped.
     let snapshot = Snapshot::of(reference, range.end);
     let passes = baseline.as_ref().ok().map(|baseline| Passes { inputs, baseline, splits: &splits, keys: &keys.splits });
-    let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), &mut timeline)).transpose();
+    let kept = baseline.as_ref().ok().and_then(|baseline| baseline.kept(inputs));
+    let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), kept.as_ref(), &mut timeline)).transpose();
     let marked = marked.map_err(Retreat::of)?;
     let (mut marks, changed, mut skipping, differences, again) = match marked {
         Some(Marked { marks, changed, skipping, differences, again }) => {
@@ -257,7 +259,6 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         }
         None => (None, None, None, None, Again::default()),
     };
-    let kept = baseline.as_ref().ok().and_then(|baseline| baseline.kept(inputs));
     if let (Some(passes), Some(marks)) = (&passes, &marks)
         && passes.are_in_vain(request, marks, kept.as_ref())
     {
@@ -269,7 +270,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     }
     let known = marks.as_mut().map(|marks| {
         timeline.step("read stored", None, || {
-            let stored = stored_windows::read(inputs, &past, (request, &lateness), (range, reach), marks)?;
+            let stored = stored_windows::read(inputs, &past, (request, &lateness), (range, reach), marks, kept.as_ref())?;
             let rows = stored.windows.len() as u64;
             Ok((stored, rows))
         })
@@ -316,14 +317,16 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         matches.kept = Some(kept.matches(&context, marks, &replaced, &mut seen.dimensions));
     }
     if let (Some(marks), Some(stored), Some(skipping)) = (&context.marks, &known, &mut skipping) {
-        let add = |key, state| matches.add(key, state);
-        let stood_in = stored_windows::stand_in(marks, stored, reference, &mut seen.dimensions, add);
+        let add = |key, known| matches.add(key, known);
+        let stood_in = stored_windows::stand_in(marks, stored, (inputs, kept.as_ref()), &mut seen.dimensions, add);
         (skipping.stored_windows, skipping.carried_periods) = (stood_in.windows, stood_in.carried);
     }
+    let keeper = context.keep_in.as_deref().map(ListKeeper::new);
     let mut priced = timeline.step("aggregate and price", None, || {
         let dimensions = &seen.dimensions;
         let ranks = Ranks::new(reference, dimensions);
-        let price = |windows, range| price::price(windows, (dimensions, &ranks), reference, &names, range, job.timezone);
+        let (places, keeper) = ((dimensions, &ranks), keeper.as_ref());
+        let price = |windows, range| price::price(windows, places, reference, &names, range, job.timezone, keeper);
         let mut priced = if levels {
             let mut windows = matches.all()?;
             // Where nobody asked for an end, what a level costs later in its period belongs to the range.
@@ -347,8 +350,20 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     }
     let shards = std::mem::take(&mut matches.shards);
     drop(matches);
-    let keep = match &context.keep_in {
-        Some(folder) => Keep::of(folder, &context, (shards, &seen.dimensions), kept.as_ref(), &replaced),
+    if let Some(marks) = &context.marks
+        && priced.rounded.iter().any(|meter| marks.stand_alone(*meter as usize))
+    {
+        return Err(Retreat {
+            why: "what windows cost that were not read depends on a rounded cost".to_owned(),
+            is_choice: true,
+        }
+        .into());
+    }
+    let rounded = std::mem::take(&mut priced.rounded);
+    let keep = match context.keep_in.as_ref().zip(keeper) {
+        Some((folder, lists)) => {
+            Keep::of(folder, &context, (shards, &seen.dimensions), kept.as_ref(), &replaced, (lists, rounded))
+        }
         None => Keep::nothing(inputs, request),
     };
 

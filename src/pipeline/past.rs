@@ -251,13 +251,12 @@ impl Past {
         let choices = marks.rows_to_read(reference, of);
         let mut windows = store.windows_of(&job.name, marks.span(reference, spans), choices.as_deref())?;
         // Windows of a period follow each other.
-        let mut last: Option<(Arc<PeriodKey>, Option<Timestamp>)> = None;
+        let (mut last, mut of): (Option<Arc<PeriodKey>>, Option<(Pair, Span)>) = (None, None);
         windows.retain(|StoredWindow { row, .. }| {
-            let from = match &last {
-                Some((period, from)) if Arc::ptr_eq(period, &row.key.period) => *from,
-                _ => last.insert((Arc::clone(&row.key.period), marks.row_changes_from(&row.key.period, reference))).1,
-            };
-            from.is_none_or(|from| row.counts_from() >= from)
+            if last.as_ref().is_none_or(|last| !Arc::ptr_eq(last, &row.key.period)) {
+                (last, of) = (Some(Arc::clone(&row.key.period)), marks.period_of(&row.key.period, reference));
+            }
+            of.is_none_or(|(pair, period)| !marks.leave(pair, period, row.counts_from()))
         });
         Ok(windows)
     }

@@ -2,12 +2,14 @@
 //! its billing period to date, so that the windows of a period always sum to the
 //! price of the period's quantity.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 
 use super::accumulator::{Accumulator, Measure};
 use super::hopping;
+use super::incremental::values::{self, ListKeeper, NewLists};
 use super::names::Names;
 use super::state::{Interner, KeptNews, StateKey, WindowState};
 use super::windows::Windows;
@@ -26,6 +28,9 @@ pub struct Priced {
     pub windows: Vec<PricedWindow>,
     pub periods: Vec<PeriodRow>,
     pub carried: Vec<Carried>,
+    /// Meters of which a window costs an amount with more than 18 places: what later windows
+    /// cost depends on how it was rounded.
+    pub rounded: BTreeSet<u32>,
 }
 
 /// What the windows of a billing period cost that stay as they are, and are not among those
@@ -54,13 +59,15 @@ impl Priced {
             all.windows.extend(part.windows);
             all.periods.extend(part.periods);
             all.carried.extend(part.carried);
+            all.rounded.extend(part.rounded);
         }
         debug_assert!(all.windows.is_sorted_by(|a, b| a.row.key < b.row.key));
         all
     }
 }
 
-/// Prices all windows of the billing periods that `range` touches.
+/// Prices all windows of the billing periods that `range` touches; lists of their distinct values
+/// go to `keeper`.
 ///
 /// # Errors
 /// Where a quantity or a cost overflows; names the window.
@@ -71,12 +78,14 @@ pub fn price(
     names: &Names,
     range: Span,
     timezone: chrono_tz::Tz,
+    keeper: Option<&ListKeeper>,
 ) -> Result<Priced> {
     // Levels were read from earlier periods too.
     let touches =
         |(key, state): &(StateKey, WindowState)| Span { start: key.period_start, end: state.period_end }.overlaps(range);
     let mut states = windows.into_sorted(|key| ranks.of(key)).filter(touches).peekable();
     let mut priced = Priced::default();
+    let mut lists = keeper.map(|_| NewLists::default());
     let mut period = Vec::new();
     while let Some(first) = states.next() {
         period.clear();
@@ -86,8 +95,9 @@ pub fn price(
             period.push(next);
         }
         let Some(parts) = Parts::of(&first, reference) else { continue };
-        PeriodPricing { states: &period, parts, timezone }.price(names, dimensions, &mut priced)?;
+        PeriodPricing { states: &period, parts, timezone }.price(names, dimensions, &mut priced, lists.as_mut())?;
     }
+    keeper.zip(lists).into_iter().for_each(|(keeper, lists)| keeper.add(lists));
     debug_assert!(priced.windows.is_sorted_by(|a, b| a.row.key < b.row.key));
     Ok(priced)
 }
@@ -242,7 +252,7 @@ struct PeriodPricing<'p> {
 }
 
 impl PeriodPricing<'_> {
-    fn price(&self, names: &Names, dimensions: &Interner, priced: &mut Priced) -> Result<()> {
+    fn price(&self, names: &Names, dimensions: &Interner, priced: &mut Priced, lists: Option<&mut NewLists>) -> Result<()> {
         let Some((first, first_state)) = self.states.first() else { return Ok(()) };
         let period = Span { start: first.period_start, end: first_state.period_end };
         let key = Arc::new(names.period_key(first, dimensions));
@@ -266,6 +276,7 @@ impl PeriodPricing<'_> {
                     news: state.news.clone(),
                 });
             };
+        let unit_amount = self.parts.price.and_then(Price::constant_amount);
         for (state_key, state) in self.states {
             let (quantity, cost) = accumulation.add(state).with_context(|| {
                 format!(
@@ -273,6 +284,9 @@ impl PeriodPricing<'_> {
                     state_key.window_start, key.subscription_id, key.meter_id, key.price_id, key.dimensions
                 )
             })?;
+            if unit_amount.is_some_and(|amount| !quantity.multiplies_exactly(amount)) {
+                priced.rounded.insert(first.meter);
+            }
             if state.is_carried {
                 priced.carried.push(Carried { period: Arc::clone(&key), currency: names.currency.clone(), cost });
             } else if !matches!(self.parts.meter.window, WindowKind::Hopping(_)) {
@@ -287,6 +301,9 @@ impl PeriodPricing<'_> {
                 let quantity = state.accumulator.quantity(accumulation.measure).with_context(describe)?;
                 emit(&mut priced.windows, window_start, &state, quantity, Decimal::ZERO);
             }
+        }
+        if let Some(lists) = lists.filter(|_| values::is_listed(self.parts.meter)) {
+            self.list(accumulation.to_date.settled_values().unwrap_or_default(), lists);
         }
         let adjustments = accumulation.adjustments().with_context(describe)?;
         let minor_digits = self.parts.price.map_or(0, |price| price.currency.minor_digits);
@@ -304,5 +321,24 @@ impl PeriodPricing<'_> {
             key: PeriodKey::clone(&key),
         });
         Ok(())
+    }
+
+    /// Keeps the values of the period, or those that are new to it.
+    fn list(&self, values: &[u128], lists: &mut NewLists) {
+        let Some((key, state)) = self.states.first() else { return };
+        // Windows that are carried come before the others, or have no price, and the end is of no use.
+        let until = self.states.iter().filter(|(_, state)| !state.is_carried).map(|(_, state)| state.window_end);
+        let until = until.max().unwrap_or(state.period_end);
+        match self.states.iter().find_map(|(_, state)| state.accumulator.listed_values()) {
+            None => lists.add(*key, until, true, values.iter().copied()),
+            Some(known) => {
+                let mut known = known.iter().copied().peekable();
+                let is_new = |value: &u128| {
+                    while known.next_if(|known| known < value).is_some() {}
+                    known.peek() != Some(value)
+                };
+                lists.add(*key, until, false, values.iter().copied().filter(is_new));
+            }
+        }
     }
 }

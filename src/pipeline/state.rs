@@ -27,6 +27,14 @@ pub struct StateKey {
     pub window_start: Timestamp,
 }
 
+impl StateKey {
+    /// The key of all windows together that stay as they are, before those that may change.
+    #[must_use]
+    pub fn carried(self) -> StateKey {
+        StateKey { window_start: Timestamp::from_nanos(self.period_start.nanos().saturating_sub(1)), ..self }
+    }
+}
+
 /// The price index of usage without a price.
 pub const NO_PRICE: u32 = u32::MAX;
 
@@ -83,9 +91,15 @@ impl WindowState {
 
     /// Windows that stay as they are, by the sum of their quantities; `None` where it does not
     /// tell what they add to their billing period.
-    pub fn carried(meter: &Meter, quantity: Decimal, windows: Span, period: Span) -> Option<Self> {
+    pub fn carried(meter: &Meter, quantity: Decimal, period: Span) -> Option<Self> {
         let accumulator = Accumulator::of_sum(meter, quantity)?;
-        Some(WindowState { accumulator, is_carried: true, ..WindowState::new(meter, None, windows, period) })
+        Some(WindowState { accumulator, is_carried: true, ..WindowState::new(meter, None, period, period) })
+    }
+
+    /// Windows that stay as they are, by their distinct values.
+    pub fn of_values(meter: &Meter, values: Vec<u128>, period: Span) -> Self {
+        let accumulator = Accumulator::of_values(values);
+        WindowState { accumulator, is_carried: true, ..WindowState::new(meter, None, period, period) }
     }
 
     /// Counts one event; `contribution` is what it adds to the digest.

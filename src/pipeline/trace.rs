@@ -420,6 +420,7 @@ impl<'c, 'r> Tracer<'c, 'r> {
             &names,
             range,
             timezone,
+            None,
         )?;
         let is_ours = |(_, subscription): (usize, &Subscription), (_, price): (usize, &Price), _: Span| {
             std::ptr::eq(subscription, self.search.subscription) && price.meter_id == self.search.meter.id

@@ -3,6 +3,7 @@
 pub mod clickhouse;
 mod letters;
 pub mod lock;
+mod reader;
 pub mod rows;
 pub mod sqlite;
 
@@ -159,28 +160,40 @@ impl Table {
 /// Tenant and subscription.
 pub type SubscriptionKey = (String, String);
 
-/// Rows of `usage_windows` that somebody wants: those of a subscription whose windows end after
-/// an instant.
+/// Rows of `usage_windows` that somebody wants: those of a subscription whose windows touch one
+/// of some spans.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct WindowChoice {
     pub subscription: SubscriptionKey,
     /// `None` for all meters.
     pub meter_id: Option<String>,
-    pub from: Timestamp,
+    /// Sorted, apart from each other; at least one.
+    pub spans: Vec<Span>,
 }
 
 impl WindowChoice {
+    /// From the start of the first to the end of the last window that may be wanted.
+    pub fn whole(&self) -> Option<Span> {
+        Some(self.spans.first()?.union(*self.spans.last()?))
+    }
+
+    /// Whether a window of the subscription is wanted.
+    pub fn wants(&self, window: Span) -> bool {
+        let at = self.spans.partition_point(|span| span.end <= window.start);
+        self.spans.get(at).is_some_and(|span| span.overlaps(window))
+    }
+
     /// Whether a row is one of those that are wanted.
     fn hold_in<'c>(choices: &'c [WindowChoice]) -> impl Fn(&WindowRow) -> bool + 'c {
         let key = |choice: &'c WindowChoice| {
             let (tenant, subscription) = &choice.subscription;
-            ((tenant.as_str(), subscription.as_str(), choice.meter_id.as_deref()), choice.from)
+            ((tenant.as_str(), subscription.as_str(), choice.meter_id.as_deref()), choice)
         };
         let wanted: FxHashMap<_, _> = choices.iter().map(key).collect();
         move |row| {
             let PeriodKey { tenant_id, subscription_id, meter_id, .. } = &*row.key.period;
-            let of = |meter| wanted.get(&(&**tenant_id, &**subscription_id, meter)).is_some_and(|from| row.window_end > *from);
-            of(Some(&**meter_id)) || of(None)
+            let of = |meter| wanted.get(&(&**tenant_id, &**subscription_id, meter));
+            [of(Some(&**meter_id)), of(None)].into_iter().flatten().any(|choice| choice.wants(row.window()))
         }
     }
 }
@@ -224,9 +237,9 @@ pub trait AggregateStore {
     /// As [`AggregateStore::windows`], of these choices or all.
     fn windows_of(&self, job: &str, span: Span, choices: Option<&[WindowChoice]>) -> Result<Vec<StoredWindow>> {
         let Some(choices) = choices else { return self.windows(job, span) };
-        let Some(from) = choices.iter().map(|choice| choice.from).min() else { return Ok(Vec::new()) };
+        let Some(whole) = choices.iter().filter_map(WindowChoice::whole).reduce(Span::union) else { return Ok(Vec::new()) };
         let is_wanted = WindowChoice::hold_in(choices);
-        let mut windows = self.windows(job, Span { start: span.start.max(from), ..span })?;
+        let mut windows = self.windows(job, Span { start: span.start.max(whole.start), end: span.end.min(whole.end) })?;
         windows.retain(|stored| is_wanted(&stored.row));
         Ok(windows)
     }

@@ -333,6 +333,21 @@ fn a_changed_price_is_the_only_cause_where_it_alone_changed() {
 }
 
 #[test]
+fn a_price_that_changed_before_is_no_cause_again() {
+    let workspace = graduated();
+    // The price of what is beyond the first tier: the windows before it stay as they are.
+    workspace.edit("prices.yaml", "up_to: null, unit_amount: \"0.5\"", "up_to: null, unit_amount: \"0.25\"");
+    corrects(
+        &workspace,
+        &[r#"s_ca tokens 12:00 update {"price_changed":1} 3->2.5"#, r#"s_ca tokens 13:00 update {"price_changed":1} 2->1"#],
+    );
+    workspace.edit("subscriptions.csv", "t1,s_ca,ca,pro,EUR,month,2025-01-01\n", "");
+    let run = workspace.run(&[]);
+    assert_eq!((&run["rows"]["retracted"], &run["causes"]), (&json!(8), &json!({"subscription_changed": 8})));
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+}
+
+#[test]
 fn a_new_price_id_moves_its_windows() {
     let workspace = graduated();
     workspace.edit("prices.yaml", "price_id: p_tokens", "price_id: p_tokens_2");

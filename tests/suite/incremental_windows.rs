@@ -97,7 +97,7 @@ pub fn check_against_a_fresh_store(workspace: &Workspace) {
     assert_eq!(state(workspace, "job"), state(workspace, "fresh"));
 }
 
-/// Windows that a run took from the store one by one, and sums of earlier ones.
+/// Windows that a run took from the store one by one, and sums of others.
 fn stood_in(run: &Value) -> (u64, u64) {
     let skipping = &run["coverage"]["skipping"];
     (skipping["stored_windows"].as_u64().unwrap(), skipping["carried_periods"].as_u64().unwrap())
@@ -350,7 +350,7 @@ fn a_plan_says_what_comes_from_the_store() {
     let plan = workspace.trueup(&["plan", "job.yaml", "--incremental"]).stdout;
     for line in [
         "marked       3 customers, 3 billing periods; ",
-        "; 30 windows of them and 12 sums of earlier ones as stored",
+        "; 30 windows of them and 12 sums of others as stored",
         "looked at    6 of 36 events, 1 of 6 files",
     ] {
         assert!(plan.contains(line), "`{line}` is missing in:\n{plan}");

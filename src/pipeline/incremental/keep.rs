@@ -1,5 +1,6 @@
 //! Keeping matches of events with meters for later runs, see [`kept`](super::kept).
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -11,7 +12,10 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::LARGE_ROWS;
 use super::kept::Kept;
-use super::segment::{Index, Listed, MANIFEST, Manifest, Replaced, ShardIndex, Tables, VERSION, index_path, matches_path, nanos};
+use super::segment::{
+    Index, Listed, MANIFEST, Manifest, Replaced, ShardIndex, Tables, VERSION, index_path, matches_path, nanos, values_path,
+};
+use super::values::{KeptLists, ListKeeper};
 use crate::config;
 use crate::model::timestamp::Timestamp;
 use crate::pipeline::aggregate::Shard;
@@ -64,7 +68,7 @@ pub enum Keep {
     AsTheyAre,
     /// They are of no use any more.
     Nothing(PathBuf),
-    Segment(Draft),
+    Segment(Box<Draft>),
 }
 
 impl Keep {
@@ -81,6 +85,7 @@ impl Keep {
         (shards, dimensions): (Vec<Shard>, &Interner),
         before: Option<&Kept>,
         replaced: &FxHashSet<u128>,
+        (lists, rounded): (ListKeeper, BTreeSet<u32>),
     ) -> Keep {
         let nothing = || Keep::Nothing(folder.to_owned());
         if replaced.len() > MOST_REPLACED {
@@ -89,7 +94,16 @@ impl Keep {
         let tables = Tables::of(context.enricher.reference, &context.parts);
         let is_known = before.and_then(Kept::tables) == Some(&tables);
         let replaced = Replaced::of(replaced, context.marks.as_ref());
-        let mut index = Index { tables: (!is_known).then_some(tables), shards: Vec::new(), replaced };
+        let KeptLists { file: values, listings: lists, length: lists_length } = match lists.finish(dimensions) {
+            Ok(lists) => lists,
+            Err(error) => {
+                tracing::warn!("{}: no matches are kept: {error}", folder.display());
+                return nothing();
+            }
+        };
+        let rounded = rounded.into_iter().map(|meter| meter as usize).collect();
+        let tables = (!is_known).then_some(tables);
+        let mut index = Index { tables, shards: Vec::new(), replaced, lists, lists_length, rounded };
         let mut files = Vec::new();
         for shard in shards {
             match shard.matches.into_kept() {
@@ -106,7 +120,7 @@ impl Keep {
             }
         }
         let before = before.map(Kept::listed);
-        Keep::Segment(Draft { folder: folder.to_owned(), files, index, before: before.unwrap_or_default() })
+        Keep::Segment(Box::new(Draft { folder: folder.to_owned(), files, values, index, before: before.unwrap_or_default() }))
     }
 
     /// Writes what is to be kept to files whose names begin with `name`. What cannot be written
@@ -131,7 +145,8 @@ impl Keep {
     /// As [`Keep::prepare`], for a plan that may be published later. Files of earlier plans
     /// that were not are removed.
     pub fn prepare_plan(self, planned_at: Timestamp) -> Prepared {
-        if let Keep::Segment(Draft { folder, .. }) = &self {
+        if let Keep::Segment(draft) = &self {
+            let folder = &draft.folder;
             let manifest = Manifest::read(folder);
             let in_use: Vec<_> = manifest.into_iter().flat_map(|manifest| manifest.segments).collect();
             remove_segments(folder, |name| name.starts_with(OF_PLAN) && !in_use.iter().any(|listed| listed.name == name));
@@ -185,6 +200,7 @@ pub struct Draft {
     folder: PathBuf,
     /// By shard.
     files: Vec<NamedTempFile>,
+    values: Option<NamedTempFile>,
     index: Index,
     before: Vec<Listed>,
 }
@@ -194,9 +210,14 @@ impl Draft {
     fn write(self, name: &str) -> Result<Vec<Listed>> {
         let mut segments = self.before;
         // Tables that are not what they were tell which rows there were no more for a while.
-        if !self.files.is_empty() || !self.index.replaced.events.is_empty() || self.index.tables.is_some() {
+        let Index { tables, replaced, lists, rounded, .. } = &self.index;
+        let is_empty = replaced.events.is_empty() && lists.is_empty() && rounded.is_empty();
+        if !self.files.is_empty() || tables.is_some() || !is_empty {
             for (shard, file) in self.files.into_iter().enumerate() {
                 file.persist(matches_path(&self.folder, name, shard))?;
+            }
+            if let Some(file) = self.values {
+                file.persist(values_path(&self.folder, name))?;
             }
             let bytes = zstd::encode_all(serde_json::to_vec(&self.index)?.as_slice(), 1)?;
             fs::write(index_path(&self.folder, name), &bytes)?;
@@ -210,7 +231,8 @@ impl Draft {
 fn remove_segments(folder: &Path, is_gone: impl Fn(&str) -> bool) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
-        let is_ours = path.extension().is_some_and(|extension| extension == "matches" || extension == "index");
+        let is_ours =
+            path.extension().is_some_and(|extension| ["matches", "values", "index"].iter().any(|ours| extension == *ours));
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if is_ours && name.split('.').next().is_some_and(&is_gone) {
             let _ = fs::remove_file(&path);

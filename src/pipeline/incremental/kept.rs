@@ -8,6 +8,7 @@
 //! files still. What is kept belongs to one run, and is of use as long as that is the last
 //! one of the whole job. Without it, events are read again.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, File};
@@ -21,15 +22,18 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::marks::{Pair, PairMarks};
-use super::segment::{Index, Listed, MANIFEST, Manifest, Replaced, ShardIndex, Tables, VERSION, index_path, matches_path, span};
+use super::segment::{
+    Index, Listed, MANIFEST, Manifest, ShardIndex, Tables, VERSION, index_path, matches_path, span, values_path,
+};
 use super::spans::Spans;
+use super::values::{self, ListKey, Listing, ValueList};
 use super::{Marks, Retreat};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::pipeline::context::Context;
 use crate::pipeline::matches::{Arrived, Match, NO_WINDOW, Place, Reader};
 use crate::pipeline::spill::Piece;
-use crate::pipeline::state::{Interner, NO_PRICE, index};
+use crate::pipeline::state::{Interner, NO_PRICE, StateKey, index};
 use crate::reference::Reference;
 
 /// After so many segments, everything is computed again: each takes files and time to read,
@@ -41,6 +45,7 @@ const MOST_SEGMENTS: usize = 30;
 pub struct Kept {
     folder: PathBuf,
     segments: Vec<Segment>,
+    lists: FxHashMap<ListKey, ValueList>,
 }
 
 #[derive(Debug)]
@@ -54,6 +59,8 @@ struct Segment {
     meters: Vec<Option<usize>>,
     prices: Vec<Option<u32>>,
     replaced: FxHashSet<u128>,
+    /// Meters of now of which costs were rounded.
+    rounded: FxHashSet<usize>,
     /// Where they are replaced, by the numbers of now.
     spans: FxHashMap<Pair, Spans>,
 }
@@ -81,30 +88,70 @@ impl Kept {
             let path = index_path(folder, &listed.name);
             let bytes = fs::read(&path)?;
             ensure!(xxh3_64(&bytes) == listed.checksum, "{} is not what was written", path.display());
-            let index: Index = serde_json::from_slice(&zstd::decode_all(bytes.as_slice())?)?;
-            if let Some(now) = index.tables {
+            let mut index: Index = serde_json::from_slice(&zstd::decode_all(bytes.as_slice())?)?;
+            if let Some(now) = index.tables.take() {
                 tables = Arc::new(now);
             }
-            read.push((listed, index.shards, index.replaced, Arc::clone(&tables)));
+            read.push((listed, index, Arc::clone(&tables)));
         }
         // From the newest to the oldest: what a later one lacks was gone.
         let mut numbers = Numbers::of(reference);
-        let mut segments = Vec::new();
+        let (mut segments, mut listings) = (Vec::new(), Vec::new());
         let mut last: Option<Arc<Tables>> = None;
-        for (listed, shards, replaced, tables) in read.into_iter().rev() {
+        for (listed, mut index, tables) in read.into_iter().rev() {
             if last.as_ref().is_none_or(|last| !Arc::ptr_eq(last, &tables)) {
                 numbers.retain(&tables);
                 last = Some(Arc::clone(&tables));
             }
-            segments.push(Segment::open(folder, listed, (shards, &replaced), tables, &numbers)?);
+            listings.push(std::mem::take(&mut index.lists));
+            segments.push(Segment::open(folder, listed, index, tables, &numbers)?);
         }
         segments.reverse();
-        Ok(Kept { folder: folder.to_owned(), segments })
+        let mut lists = FxHashMap::default();
+        for (number, (segment, listings)) in segments.iter().zip(listings.into_iter().rev()).enumerate() {
+            for listing in listings {
+                let Some(key) = segment.list_key(&listing) else { continue };
+                let known = lists.remove(&key);
+                if let Some(list) = ValueList::add(known, number, &listing) {
+                    lists.insert(key, list);
+                }
+            }
+        }
+        Ok(Kept { folder: folder.to_owned(), segments, lists })
+    }
+
+    /// The distinct values of a unique count in a billing period, if they are known.
+    pub(super) fn list(&self, key: &ListKey) -> Option<&ValueList> {
+        self.lists.get(key)
+    }
+
+    /// The values of a list. Files of segments are opened once.
+    ///
+    /// # Errors
+    /// [`Retreat`] where they cannot be read, or are not what was written.
+    fn values(&self, list: &ValueList, files: &mut FxHashMap<usize, File>) -> Result<Vec<u128>> {
+        let mut values = Vec::new();
+        for (number, piece) in &list.pieces {
+            let Some(segment) = self.segments.get(*number) else { continue };
+            let path = values_path(&self.folder, &segment.listed.name);
+            let useless = |error: &dyn fmt::Display| self.useless(segment, &path, error);
+            let file = match files.entry(*number) {
+                Entry::Occupied(file) => file.into_mut(),
+                Entry::Vacant(entry) => entry.insert(File::open(&path).map_err(|error| useless(&error))?),
+            };
+            values::read(file, piece, &mut values).map_err(|error| useless(&error))?;
+        }
+        Ok(values)
     }
 
     /// The segments, as the manifest has them.
     pub(super) fn listed(&self) -> Vec<Listed> {
         self.segments.iter().map(|segment| segment.listed.clone()).collect()
+    }
+
+    /// Whether no cost of a meter was rounded.
+    pub fn is_exact(&self, meter: usize) -> bool {
+        self.segments.iter().all(|segment| !segment.rounded.contains(&meter))
     }
 
     /// The tables of the newest segment.
@@ -144,7 +191,8 @@ impl Kept {
             dimensions: shard.dimensions.iter().map(|text| dimensions.intern(text)).collect(),
         };
         let renamed = self.segments.iter().map(|segment| segment.shards.iter().map(&mut renamed).collect()).collect();
-        KeptMatches { kept: self, marks, replaced, wanted, pieces, renamed, count: AtomicU64::new(0) }
+        let lists = (0..context.parts.count()).map(|_| Vec::new()).collect();
+        KeptMatches { kept: self, marks, replaced, wanted, pieces, lists, renamed, count: AtomicU64::new(0) }
     }
 
     /// Why a run does without what is kept. Nobody else should try, unless another run has
@@ -189,14 +237,15 @@ impl Segment {
     fn open(
         folder: &Path,
         listed: Listed,
-        (shards, replaced): (Vec<ShardIndex>, &Replaced),
+        Index { shards, replaced, lists_length, rounded, .. }: Index,
         tables: Arc<Tables>,
         numbers: &Numbers<'_>,
     ) -> Result<Segment> {
-        for (number, shard) in shards.iter().enumerate() {
-            let path = matches_path(folder, &listed.name, number);
+        let matches = shards.iter().enumerate().map(|(number, shard)| (matches_path(folder, &listed.name, number), shard.length));
+        let values = (lists_length > 0).then(|| (values_path(folder, &listed.name), lists_length));
+        for (path, length) in matches.chain(values) {
             let metadata = fs::metadata(&path).with_context(|| path.display().to_string())?;
-            ensure!(metadata.len() == shard.length, "{} is not as long as it was", path.display());
+            ensure!(metadata.len() == length, "{} is not as long as it was", path.display());
         }
         let of_row =
             |(tenant, id, _): &(String, String, u32)| numbers.subscriptions.get(&(tenant.as_str(), id.as_str())).copied();
@@ -212,7 +261,20 @@ impl Segment {
             }
         }
         let replaced = replaced.events.iter().map(|(high, low)| u128::from(*high) << 64 | u128::from(*low)).collect();
-        Ok(Segment { listed, shards, tables, subscriptions, meters, prices, replaced, spans })
+        let rounded = rounded.iter().filter_map(|meter| meters.get(*meter).copied().flatten()).collect();
+        Ok(Segment { listed, shards, tables, subscriptions, meters, prices, replaced, rounded, spans })
+    }
+
+    /// What a list is of, by the numbers of now; `None` where there is no such thing any more.
+    fn list_key(&self, listing: &Listing) -> Option<ListKey> {
+        let subscription = self.subscriptions.get(listing.subscription).copied().flatten()?;
+        let meter = self.meters.get(listing.meter).copied().flatten()?;
+        let price = match listing.price {
+            None => NO_PRICE,
+            Some(price) => self.prices.get(price).copied().flatten()?,
+        };
+        let period_start = Timestamp::from_nanos(listing.period_start);
+        Some(ListKey { pair: (subscription, meter), price, dimensions: listing.dimensions.clone(), period_start })
     }
 
     /// Whether this segment replaces a match of an older one.
@@ -238,6 +300,8 @@ pub struct KeptMatches<'k> {
     wanted: Vec<Vec<usize>>,
     /// By part and segment: the segment's parts that hold matches of it.
     pieces: BTreeMap<(usize, usize), BTreeSet<usize>>,
+    /// By part: billing periods of which the windows that are not marked are known by their values.
+    lists: Vec<Vec<(StateKey, Span, &'k ValueList)>>,
     /// By segment and shard.
     renamed: Vec<Vec<Renamed>>,
     count: AtomicU64,
@@ -274,7 +338,25 @@ struct Renamed {
     dimensions: Vec<u32>,
 }
 
-impl KeptMatches<'_> {
+impl<'k> KeptMatches<'k> {
+    /// Adds what is known of the windows of a billing period that are not marked.
+    pub fn add_list(&mut self, part: usize, (key, period): (StateKey, Span), list: &'k ValueList) {
+        self.lists.get_mut(part).into_iter().for_each(|of| of.push((key, period, list)));
+    }
+
+    /// Calls `each` with the values of all windows of a billing period that are not marked, for
+    /// those of a part.
+    ///
+    /// # Errors
+    /// As [`KeptMatches::read`].
+    pub fn read_lists(&self, part: usize, mut each: impl FnMut(StateKey, Span, Vec<u128>)) -> Result<()> {
+        let mut files = FxHashMap::default();
+        for (key, period, list) in self.lists.get(part).into_iter().flatten() {
+            each(*key, *period, self.kept.values(list, &mut files)?);
+        }
+        Ok(())
+    }
+
     /// How many there were.
     pub fn count(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
@@ -378,7 +460,7 @@ impl KeptMatches<'_> {
         let dimensions = *renamed.dimensions.get(of.dimensions as usize).with_context(unknown)?;
         // Whatever was news to the run that kept it is known now.
         let found = Match { subscription: *subscription, meter: index(meter), price, arrived: Arrived::default(), ..*of };
-        let changes_from = self.marks.changes_from_of(marked, period);
-        Ok(Some((found, Place { window, period, changes_from, dimensions })))
+        let is_carried = self.marks.leave_of(marked, period, start);
+        Ok(Some((found, Place { window, period, is_carried, dimensions })))
     }
 }

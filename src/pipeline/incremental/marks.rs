@@ -51,6 +51,19 @@ pub(super) struct PairMarks {
     /// Windows that may change themselves. Later ones of a billing period may cost something
     /// else; earlier ones stay as they are.
     windows: Spans,
+    /// Billing periods of which later windows stay as they are too.
+    alone: Spans,
+}
+
+impl PairMarks {
+    /// Whether a window stays as it is for sure that counts in a billing period from `start` on.
+    fn leave(&self, period: Span, start: Timestamp) -> bool {
+        if self.alone.contains(period.start) {
+            !self.windows.contains(start)
+        } else {
+            self.windows.first_in(period).is_some_and(|first| start < first)
+        }
+    }
 }
 
 impl Marks {
@@ -84,16 +97,27 @@ impl Marks {
         self.is_fresh(period) || marked.is_some_and(|marked| marked.events.contains(t))
     }
 
-    /// Where the windows of a marked billing period begin that may change.
-    pub fn changes_from(&self, pair: Pair, period: Span) -> Timestamp {
-        self.changes_from_of(self.of(pair), period)
+    /// Whether a window of a marked billing period stays as it is; `start` is where it begins to
+    /// count in that period.
+    pub fn leave(&self, pair: Pair, period: Span, start: Timestamp) -> bool {
+        self.leave_of(self.of(pair), period, start)
     }
 
-    /// As [`Marks::changes_from`], where it is known what is marked of subscription and meter.
+    /// As [`Marks::leave`], where it is known what is marked of subscription and meter.
     #[inline]
-    pub(super) fn changes_from_of(&self, marked: Option<&PairMarks>, period: Span) -> Timestamp {
-        let first = marked.and_then(|marked| marked.windows.first_in(period));
-        first.filter(|_| !self.is_fresh(period)).unwrap_or(period.start)
+    pub(super) fn leave_of(&self, marked: Option<&PairMarks>, period: Span, start: Timestamp) -> bool {
+        !self.is_fresh(period) && marked.is_some_and(|marked| marked.leave(period, start))
+    }
+
+    /// Whether there is room in a marked billing period for windows that stay as they are, and
+    /// whose events are not read.
+    pub(super) fn leave_some(&self, pair: Pair, period: Span) -> bool {
+        let Some(marked) = self.of(pair).filter(|_| !self.is_fresh(period)) else { return false };
+        if marked.alone.contains(period.start) {
+            !marked.windows.cover(period) && !marked.events.cover(period)
+        } else {
+            marked.leave(period, period.start) && !marked.events.contains(period.start)
+        }
     }
 
     /// As [`Marks::hold_event`], for the window of a stored row.
@@ -155,28 +179,34 @@ impl Marks {
         let pairs = self.pairs.iter().filter(|(pair, _)| of.is_none_or(|of| of.contains(pair)));
         let marked = pairs.filter_map(|((subscription, meter), marked)| {
             let (row, meter_row) = (reference.subscriptions.get(*subscription)?, reference.meters.get(*meter)?);
-            let first = marked.windows.whole()?.start;
-            let from = if first == Spans::ALWAYS.start {
-                first
-            } else {
-                self.changes_from((*subscription, *meter), row.cycle.period(first))
-            };
+            let mut spans = Spans::default();
+            for span in marked.windows.iter() {
+                spans.add(span);
+                if span != Spans::ALWAYS {
+                    // Windows that are not alone may change what later ones of their period cost.
+                    let periods = row.cycle.periods(span).filter(|period| !marked.alone.contains(period.start));
+                    periods.for_each(|period| spans.add(Span { start: period.start.max(span.start), end: period.end }));
+                }
+            }
             let subscription = (row.tenant_id.clone(), row.id.clone());
-            Some(WindowChoice { subscription, meter_id: Some(meter_row.id.clone()), from })
+            let spans: Vec<_> = spans.iter().collect();
+            (!spans.is_empty()).then(|| WindowChoice { subscription, meter_id: Some(meter_row.id.clone()), spans })
         });
         let of_all = |subscription: &SubscriptionKey| WindowChoice {
             subscription: subscription.clone(),
             meter_id: None,
-            from: Spans::ALWAYS.start,
+            spans: vec![Spans::ALWAYS],
         };
         Some(marked.chain(self.gone.iter().filter(|_| of.is_none()).map(of_all)).collect())
     }
 
-    /// As [`Marks::changes_from`], for stored rows; `None` where any may change.
-    pub fn row_changes_from(&self, key: &PeriodKey, reference: &Reference) -> Option<Timestamp> {
+    /// The subscription, the meter and the billing period of a row by the tables; `None` where
+    /// these have nothing like it.
+    pub fn period_of(&self, key: &PeriodKey, reference: &Reference) -> Option<(Pair, Span)> {
         let pair = self.pair(key)?;
         let period = reference.subscriptions.get(pair.0)?.cycle.period(key.period_start);
-        (period.start == key.period_start).then(|| self.changes_from(pair, period))
+        // A former billing cycle may have left closed rows.
+        (period.start == key.period_start).then_some((pair, period))
     }
 
     /// All billing periods that marked rows may be of lie in here.
@@ -203,6 +233,31 @@ impl Marks {
         let marked = self.pairs.entry(pair).or_default();
         marked.events.add(span);
         marked.windows.add(span);
+    }
+
+    /// Lets all events of a span count again, though not all of its windows change.
+    pub(super) fn need_events(&mut self, pair: Pair, span: Span) {
+        self.pairs.entry(pair).or_default().events.add(span);
+    }
+
+    /// Whether all events of a billing period count again.
+    pub(super) fn need_all_events(&self, pair: Pair, period: Span) -> bool {
+        self.is_fresh(period) || self.of(pair).is_some_and(|marked| marked.events.cover(period))
+    }
+
+    /// Whether the first of the windows that may change in a billing period begins at an instant or later.
+    pub(super) fn change_after(&self, pair: Pair, period: Span, t: Timestamp) -> bool {
+        self.of(pair).and_then(|marked| marked.windows.first_in(period)).is_some_and(|first| first >= t)
+    }
+
+    /// Lets the windows of a billing period stay as they are that are not marked themselves.
+    pub(super) fn let_stand_alone(&mut self, pair: Pair, period: Span) {
+        self.pairs.entry(pair).or_default().alone.add(period);
+    }
+
+    /// Whether windows of a meter stand alone in some billing period.
+    pub fn stand_alone(&self, meter: usize) -> bool {
+        self.pairs.iter().any(|((_, of), marked)| *of == meter && marked.alone.whole().is_some())
     }
 
     /// Lets all windows of a span change, though not all of their events are needed.
@@ -321,6 +376,8 @@ fn periods(cycle: &BillingCycle, span: Span, reach: Span) -> Option<Span> {
 pub struct MarkScan<'c, 'r> {
     enricher: &'c Enricher<'r>,
     separable: &'c Separable<'r>,
+    /// Whether what it visits may be taken away.
+    removes: bool,
     has_filters: bool,
     memo: Memo<'c, 'r>,
     pairs: FxHashMap<Pair, PairMarks>,
@@ -337,10 +394,12 @@ impl<'c, 'r> MarkScan<'c, 'r> {
         own.iter().chain(key).copied().chain(properties).collect()
     }
 
-    pub fn new(enricher: &'c Enricher<'r>, separable: &'c Separable<'r>) -> Self {
+    /// Of events that are new; `removes` where they are copies that may count no more.
+    pub fn new(enricher: &'c Enricher<'r>, separable: &'c Separable<'r>, removes: bool) -> Self {
         MarkScan {
             enricher,
             separable,
+            removes,
             has_filters: enricher.has_filters(),
             memo: Memo::default(),
             pairs: FxHashMap::default(),
@@ -387,7 +446,8 @@ impl<'c, 'r> MarkScan<'c, 'r> {
                 let window = Span { start: window.start.max(period.start), end: window.end.min(period.end) };
                 match self.separable.depend(row, meter.index) {
                     Dependence::None => (window, window),
-                    Dependence::OnEvents => (period, window),
+                    Dependence::OnValues if !self.removes => (window, window),
+                    Dependence::OnValues | Dependence::OnEvents => (period, window),
                     Dependence::OnOrder => (period, period),
                 }
             } else {

@@ -26,6 +26,7 @@ mod separable;
 pub mod snapshot;
 mod spans;
 pub mod stored_windows;
+pub mod values;
 
 use std::sync::Arc;
 

@@ -107,6 +107,7 @@ impl<'p> Passes<'p> {
         &self,
         now: &Snapshot,
         (range, reach): (Span, Span),
+        kept: Option<&Kept>,
         timeline: &mut Timeline<'_>,
     ) -> Result<Marked> {
         let Inputs { job, reference, source, threads, progress, .. } = *self.inputs;
@@ -118,15 +119,14 @@ impl<'p> Passes<'p> {
         marks.add_levels(reference, levels_until, range.end);
 
         let enricher = Enricher::new(reference, Scope::default());
-        let separable = Separable::new(reference, job.timezone);
+        let separable = Separable::new(reference, job.timezone, kept.is_some());
         let (new, new_rows) = self.new_splits();
         let skipping = self.skipping(&differences);
         let changed = marks.choice(reference);
         let again = timeline.step("mark", Some(skipping.new_events), || {
             let key = &job.deduplicate.key;
             let (hashes, holders) = self.sent_again();
-            let new_scan = || MarkScan::new(&enricher, &separable);
-            let new_scans = || (new_scan(), NameScan::new(key, &hashes));
+            let new_scans = || (MarkScan::new(&enricher, &separable, false), NameScan::new(key, &hashes));
             let visit = |(scan, names): &mut (MarkScan<'_, '_>, NameScan<'_>), _: usize, batch: &EventBatch| {
                 let mut slots = Vec::new();
                 scan.begin_batch();
@@ -159,6 +159,7 @@ impl<'p> Passes<'p> {
                 batch.rows().filter(|event| choice.wants(event)).for_each(|event| scan.visit(&event, &mut slots));
                 Ok(())
             };
+            let new_scan = || MarkScan::new(&enricher, &separable, true);
             let (scans, _) = scan::scan(&chosen, &splits, Wanted::Whole, threads, &|_| {}, new_scan, visit)?;
             scans.into_iter().for_each(|scan| marks.add_events(scan));
             Ok((again, rows.iter().sum()))

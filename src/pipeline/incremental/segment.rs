@@ -1,5 +1,5 @@
-//! The form of kept matches: a manifest, and for each segment an index and a file of matches a
-//! thread.
+//! The form of kept matches: a manifest, and for each segment an index, a file of matches a
+//! thread, and a file of distinct values.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,6 +9,7 @@ use rustc_hash::FxHashSet;
 use serde::{Deserialize, Serialize};
 
 use super::Marks;
+use super::values::Listing;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::pipeline::matches::Partitioning;
@@ -18,7 +19,7 @@ use crate::reference::Reference;
 
 /// Says which segments there are, and of which run.
 pub(super) const MANIFEST: &str = "matches.json";
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Manifest {
@@ -58,6 +59,11 @@ pub(super) struct Index {
     pub tables: Option<Tables>,
     pub shards: Vec<ShardIndex>,
     pub replaced: Replaced,
+    pub lists: Vec<Listing>,
+    /// Bytes of the file of the values in these lists.
+    pub lists_length: u64,
+    /// Meters with usage that costs an amount with more than 18 places, which is rounded.
+    pub rounded: Vec<usize>,
 }
 
 /// The rows of the reference tables, as far as matches name them by number.
@@ -130,6 +136,10 @@ pub(super) fn span((start, end): Nanos) -> Span {
 
 pub(super) fn matches_path(folder: &Path, segment: &str, shard: usize) -> PathBuf {
     folder.join(format!("{segment}.{shard}.matches"))
+}
+
+pub(super) fn values_path(folder: &Path, segment: &str) -> PathBuf {
+    folder.join(format!("{segment}.values"))
 }
 
 pub(super) fn index_path(folder: &Path, segment: &str) -> PathBuf {

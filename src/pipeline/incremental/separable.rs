@@ -2,6 +2,7 @@
 
 use rustc_hash::FxHashSet;
 
+use super::values;
 use crate::model::decimal::Decimal;
 use crate::model::meter::{Aggregation, Meter};
 use crate::model::price::Price;
@@ -10,11 +11,11 @@ use crate::model::window::WindowKind;
 use crate::pipeline::accumulator::Accumulator;
 use crate::reference::{Reference, Subscription};
 
-/// Meters of which a row of one window tells what it adds to its billing period, whatever
-/// the price: their windows are marked one by one.
+/// Meters of which a row of one window, or a list of values, tells what it adds to its billing
+/// period, whatever the price: their windows are marked one by one.
 pub struct Separable<'r> {
-    /// By the index of the meter.
-    meters: Vec<bool>,
+    /// By the index of the meter, where the price is no matter.
+    meters: Vec<Dependence>,
     /// Plans and meters with prices that must know events one by one.
     by_event: FxHashSet<(&'r str, usize)>,
     pub timezone: chrono_tz::Tz,
@@ -25,6 +26,8 @@ pub struct Separable<'r> {
 pub enum Dependence {
     /// What their rows tell.
     None,
+    /// All of their distinct values, whichever window each is in.
+    OnValues,
     /// All of their events, whichever window each is in.
     OnEvents,
     /// All of their events, window by window.
@@ -32,18 +35,25 @@ pub enum Dependence {
 }
 
 impl<'r> Separable<'r> {
-    pub fn new(reference: &'r Reference, timezone: chrono_tz::Tz) -> Self {
-        let is_separable = |meter: &Meter| {
-            matches!(meter.window, WindowKind::Tumbling(_))
-                && meter.aggregation != Aggregation::WeightedSum
-                && Accumulator::of_quantity(meter, Decimal::ZERO, 0, Timestamp::MIN).is_some()
+    /// `has_lists` where earlier runs kept distinct values.
+    pub fn new(reference: &'r Reference, timezone: chrono_tz::Tz, has_lists: bool) -> Self {
+        let dependence = |meter: &Meter| {
+            if !matches!(meter.window, WindowKind::Tumbling(_)) || meter.aggregation == Aggregation::WeightedSum {
+                Dependence::OnEvents
+            } else if Accumulator::of_quantity(meter, Decimal::ZERO, 0, Timestamp::MIN).is_some() {
+                Dependence::None
+            } else if has_lists && values::is_listed(meter) {
+                Dependence::OnValues
+            } else {
+                Dependence::OnEvents
+            }
         };
         let by_event = |price: &'r Price| {
             let meter = reference.meters.iter().position(|meter| meter.id == price.meter_id)?;
             price.transactions().map(|_| (price.plan_id.as_str(), meter))
         };
         Separable {
-            meters: reference.meters.iter().map(is_separable).collect(),
+            meters: reference.meters.iter().map(dependence).collect(),
             by_event: reference.prices.iter().filter_map(by_event).collect(),
             timezone,
         }
@@ -53,8 +63,8 @@ impl<'r> Separable<'r> {
     pub fn depend(&self, subscription: &Subscription, meter: usize) -> Dependence {
         match self.meters.get(meter) {
             _ if self.by_event.contains(&(subscription.plan_id.as_str(), meter)) => Dependence::OnOrder,
-            Some(true) => Dependence::None,
-            _ => Dependence::OnEvents,
+            Some(dependence) => *dependence,
+            None => Dependence::OnEvents,
         }
     }
 }

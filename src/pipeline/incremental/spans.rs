@@ -45,6 +45,12 @@ impl Spans {
         at.checked_sub(1).and_then(|at| self.0.get(at)).is_some_and(|span| span.contains(t))
     }
 
+    /// Whether all of `span` is here.
+    pub fn cover(&self, span: Span) -> bool {
+        let at = self.0.partition_point(|known| known.end <= span.start);
+        self.0.get(at).is_some_and(|known| known.covers(span))
+    }
+
     /// Whether some instant of `span` is here.
     pub fn overlap(&self, span: Span) -> bool {
         let at = self.0.partition_point(|known| known.end <= span.start);

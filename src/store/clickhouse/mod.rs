@@ -7,6 +7,7 @@ use std::borrow::Cow;
 
 use anyhow::{Context, Result, bail};
 
+use super::reader::{PeriodReader, WindowReader};
 use super::rows as read;
 use super::{AggregateStore, Cell, Corrections, LedgerEntry, PeriodEntry, Publication, RowSink, StoredDeadLetter, Table};
 use crate::clickhouse_client::{Database, literal};
@@ -155,12 +156,12 @@ impl AggregateStore for ClickHouseStore {
     fn windows(&self, job: &str, span: Span) -> Result<Vec<StoredWindow>> {
         let sql = format!(
             "SELECT {} FROM usage_windows FINAL WHERE job = {} AND window_start < {} AND window_end > {}",
-            read::WindowReader::COLUMNS.join(", "),
+            WindowReader::COLUMNS.join(", "),
             literal(job),
             instant(span.end),
             instant(span.start)
         );
-        let mut reader = read::WindowReader::default();
+        let mut reader = WindowReader::default();
         let mut windows = self.query(&sql, |row| reader.read(row)).context("reading usage_windows")?;
         windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
         Ok(windows)
@@ -168,12 +169,14 @@ impl AggregateStore for ClickHouseStore {
 
     fn periods(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
         let sql = format!(
-            "SELECT * FROM usage_periods FINAL WHERE job = {} AND period_start < {} AND period_end > {}",
+            "SELECT {} FROM usage_periods FINAL WHERE job = {} AND period_start < {} AND period_end > {}",
+            PeriodReader::COLUMNS.join(", "),
             literal(job),
             instant(span.end),
             instant(span.start)
         );
-        let mut periods = self.query(&sql, read::period).context("reading usage_periods")?;
+        let mut reader = PeriodReader::default();
+        let mut periods = self.query(&sql, |row| reader.read(row)).context("reading usage_periods")?;
         periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
         Ok(periods)
     }

@@ -10,7 +10,8 @@ use rusqlite::{Connection, Row, Statement, Transaction};
 use rustc_hash::FxHashMap;
 
 use crate::model::aggregate::{Basis, Text};
-use crate::store::rows::{Cells, WindowReader};
+use crate::store::reader::WindowReader;
+use crate::store::rows::Cells;
 
 const ALL: &str = "SELECT id, digest FROM definition_digests";
 

@@ -11,7 +11,8 @@ use crate::model::aggregate::{PeriodRow, StoredWindow};
 use crate::model::run::RunRecord;
 use crate::model::timestamp::{SECOND, Timestamp};
 use crate::model::window::Span;
-use crate::store::rows::{self, Cells, WindowReader};
+use crate::store::reader::{PeriodReader, WindowReader};
+use crate::store::rows::{self, Cells};
 use crate::store::{
     Cell, Corrections, LedgerEntry, PeriodEntry, RowSink, StoredDeadLetter, SubscriptionKey, Table, WindowChoice,
 };
@@ -98,10 +99,20 @@ pub(super) fn windows(connection: &Connection, job: &str, span: Span) -> Result<
     Ok(windows)
 }
 
+/// Rows of `usage_periods` whose period touches a span.
+fn select_periods(condition: &str, (end, start): (&str, &str)) -> String {
+    let columns = PeriodReader::COLUMNS.join(", ");
+    format!(
+        "SELECT {columns} FROM usage_periods WHERE job = ?1 {condition} \
+         AND rtrim(period_start, 'Z') < rtrim({end}, 'Z') AND rtrim(period_end, 'Z') > rtrim({start}, 'Z')"
+    )
+}
+
 pub(super) fn periods(connection: &Connection, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
-    let sql = "SELECT * FROM usage_periods WHERE job = ?1 \
-               AND rtrim(period_start, 'Z') < rtrim(?2, 'Z') AND rtrim(period_end, 'Z') > rtrim(?3, 'Z')";
-    let mut periods = query(connection, sql, [job, &span.end.to_string(), &span.start.to_string()], |row| rows::period(row))?;
+    let sql = select_periods("", ("?2", "?3"));
+    let mut reader = PeriodReader::default();
+    let parameters = [job, &span.end.to_string(), &span.start.to_string()];
+    let mut periods = query(connection, &sql, parameters, |row| reader.read(row))?;
     periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
     Ok(periods)
 }
@@ -121,14 +132,19 @@ pub(super) fn windows_of(
     let (mut of_any, mut of_meter) = (connection.prepare(&of(""))?, connection.prepare(&of("AND meter_id = ?6"))?);
     let (mut reader, digests) = (WindowReader::default(), Digests::load(connection)?);
     let mut windows = Vec::new();
-    for WindowChoice { subscription: (tenant, subscription), meter_id, from } in choices {
-        let [end, start] = bounds(Span { start: span.start.max(*from), ..span });
-        let mut found = match meter_id {
+    for choice in choices {
+        let (Some(whole), (tenant, subscription)) = (choice.whole(), &choice.subscription) else { continue };
+        let [end, start] = bounds(Span { start: span.start.max(whole.start), end: span.end.min(whole.end) });
+        let mut found = match &choice.meter_id {
             None => of_any.query([job, tenant, subscription, &end, &start])?,
             Some(meter) => of_meter.query([job, tenant, subscription, &end, &start, meter])?,
         };
         while let Some(row) = found.next()? {
-            windows.push(reader.read(&WindowCells { row, digests: &digests })?);
+            let cells = WindowCells { row, digests: &digests };
+            // Few rows may be wanted of many: the others are not made values of.
+            if choice.spans.len() == 1 || choice.wants(WindowReader::window(&cells)?) {
+                windows.push(reader.read(&cells)?);
+            }
         }
     }
     windows.retain(|stored| stored.row.window().overlaps(span));
@@ -138,15 +154,14 @@ pub(super) fn windows_of(
 
 /// As [`periods`], of these subscriptions.
 pub(super) fn periods_of(connection: &Connection, job: &str, span: Span, keys: &[&SubscriptionKey]) -> Result<Vec<PeriodRow>> {
-    let sql = "SELECT * FROM usage_periods WHERE job = ?1 AND tenant_id = ?2 AND subscription_id = ?3 \
-               AND rtrim(period_start, 'Z') < rtrim(?4, 'Z') AND rtrim(period_end, 'Z') > rtrim(?5, 'Z')";
+    let sql = select_periods("AND tenant_id = ?2 AND subscription_id = ?3", ("?4", "?5"));
     let [end, start] = [span.end.to_string(), span.start.to_string()];
-    let mut statement = connection.prepare(sql)?;
+    let (mut reader, mut statement) = (PeriodReader::default(), connection.prepare(&sql)?);
     let mut periods = Vec::new();
     for (tenant, subscription) in keys {
         let mut found = statement.query([job, tenant, subscription, &end, &start])?;
         while let Some(row) = found.next()? {
-            periods.push(rows::period(row)?);
+            periods.push(reader.read(row)?);
         }
     }
     periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
