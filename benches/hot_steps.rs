@@ -83,7 +83,7 @@ fn deduplication(bencher: Bencher<'_, '_>) {
             key_hash(&rules.key, &event).unwrap()
         };
         let hashes = KeyHashes::of(ids.iter().map(hash).collect());
-        KeyHashes::repeated(std::iter::once(&hashes))
+        KeyHashes::repeated(std::iter::once(&hashes), 1)
     });
 }
 

@@ -75,7 +75,7 @@ pub trait EventWriter {
 
 const BATCH_ROWS: usize = 16_384;
 /// Readers take a row group at a time, and each on a thread of its own.
-const GROUP_ROWS: usize = 250_000;
+const GROUP_ROWS: usize = 122_880;
 
 struct ParquetFile {
     writer: ArrowWriter<File>,

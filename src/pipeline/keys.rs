@@ -1,5 +1,7 @@
 //! The hashes of all keys, split by split: what repeats, and where copies of a key lie.
 
+use std::ops::Range;
+
 use anyhow::{Result, bail};
 use rustc_hash::FxHashSet;
 use xxhash_rust::xxh3::xxh3_64;
@@ -23,6 +25,10 @@ pub struct KeyHashes {
 impl KeyHashes {
     pub fn of(mut hashes: Vec<u64>) -> Self {
         hashes.sort_unstable();
+        KeyHashes::of_sorted(&hashes)
+    }
+
+    fn of_sorted(hashes: &[u64]) -> Self {
         let lows = hashes.iter().map(|hash| low(*hash)).collect();
         let end = |partition: u64| hashes.partition_point(|hash| hash >> 32 <= partition);
         let ends = (0..PARTITIONS as u64).map(|partition| u32::try_from(end(partition)).unwrap_or(u32::MAX)).collect();
@@ -91,18 +97,66 @@ impl KeyHashes {
     }
 
     /// The hashes that are more than once in all of `lists` together.
-    pub fn repeated<'l>(lists: impl Iterator<Item = &'l KeyHashes>) -> FxHashSet<u64> {
+    pub fn repeated<'l>(lists: impl Iterator<Item = &'l KeyHashes>, threads: usize) -> FxHashSet<u64> {
         let lists: Vec<_> = lists.collect();
-        let mut repeated = FxHashSet::default();
-        let mut all = Vec::new();
-        for at in 0..PARTITIONS {
-            all.clear();
-            lists.iter().for_each(|list| all.extend_from_slice(list.partition(at)));
-            all.sort_unstable();
-            let pairs = all.iter().zip(all.iter().skip(1)).filter(|(a, b)| a == b);
-            repeated.extend(pairs.map(|(low, _)| whole(at, *low)));
-        }
-        repeated
+        let of = |partitions: Range<usize>| {
+            let (mut repeated, mut all) = (Vec::new(), Vec::new());
+            for at in partitions {
+                all.clear();
+                lists.iter().for_each(|list| all.extend_from_slice(list.partition(at)));
+                all.sort_unstable();
+                let pairs = all.iter().zip(all.iter().skip(1)).filter(|(a, b)| a == b);
+                repeated.extend(pairs.map(|(low, _)| whole(at, *low)));
+            }
+            repeated
+        };
+        divided(PARTITIONS, threads, of).into_iter().flatten().collect()
+    }
+}
+
+/// What `of` makes of the parts of a range from zero, one for each thread.
+pub(super) fn divided<T: Send>(length: usize, threads: usize, of: impl Fn(Range<usize>) -> T + Sync) -> Vec<T> {
+    let share = length.div_ceil(threads.max(1)).max(1);
+    let of = &of;
+    std::thread::scope(|scope| {
+        let starts = (0..length).step_by(share);
+        let threads: Vec<_> = starts.map(|start| scope.spawn(move || of(start..length.min(start + share)))).collect();
+        // Nothing in them fails; a panic goes on here.
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
+}
+
+/// Keys of new splits that known ones have too.
+#[derive(Debug, Default)]
+pub struct CameAgain {
+    pub hashes: FxHashSet<u64>,
+    /// By split, whether it is a known one that has one of them.
+    pub holders: Vec<bool>,
+}
+
+impl CameAgain {
+    /// Compares the keys of all splits with `new`, those of all new ones.
+    pub fn find(keys: &[SplitKeys], is_new: &[bool], new: &KeyHashes, threads: usize) -> CameAgain {
+        let of = |splits: Range<usize>| {
+            let mut again = CameAgain::default();
+            for (keys, is_new) in keys.iter().zip(is_new).skip(splits.start).take(splits.len()) {
+                let mut holds = false;
+                if !is_new {
+                    keys.hashes.shared(new, |hash| {
+                        again.hashes.insert(hash);
+                        holds = true;
+                    });
+                }
+                again.holders.push(holds);
+            }
+            again
+        };
+        let parts = divided(keys.len(), threads, of);
+        parts.into_iter().fold(CameAgain::default(), |mut all, part| {
+            all.hashes.extend(part.hashes);
+            all.holders.extend(part.holders);
+            all
+        })
     }
 }
 
@@ -134,8 +188,20 @@ pub struct KeyReader {
     done: Vec<(usize, SplitKeys)>,
 }
 
+impl SplitKeys {
+    /// The keys of two slices of a split.
+    fn and(&self, other: &SplitKeys) -> SplitKeys {
+        let extents = [self.extent, other.extent].into_iter().flatten();
+        let extent = extents.reduce(|(first, last), (from, to)| (first.min(from), last.max(to)));
+        let mut hashes: Vec<_> = self.hashes.iter().chain(other.hashes.iter()).collect();
+        // Two sorted parts are merged in linear time.
+        hashes.sort();
+        SplitKeys { rows: self.rows + other.rows, extent, hashes: KeyHashes::of_sorted(&hashes) }
+    }
+}
+
 impl KeyReader {
-    /// Takes a batch of a split; all batches of a split come in a row.
+    /// Takes a batch of a split; those of a slice come in a row.
     pub fn visit(&mut self, split: usize, fields: &[Field], batch: &EventBatch) {
         if self.split != Some(split) {
             self.close();
@@ -167,7 +233,7 @@ impl KeyReader {
             reader.close();
             for (split, found) in reader.done {
                 if let Some(keys) = keys.get_mut(split) {
-                    *keys = found;
+                    *keys = if keys.rows == 0 { found } else { keys.and(&found) };
                 }
             }
         }
@@ -243,7 +309,7 @@ mod tests {
         let mut back = Vec::new();
         right.common(&left, |hash| back.push(hash));
         assert_eq!(back, expected);
-        assert_eq!(KeyHashes::repeated([&left, &right].into_iter()), expected.iter().copied().collect());
+        assert_eq!(KeyHashes::repeated([&left, &right].into_iter(), 3), expected.iter().copied().collect());
         assert_eq!((left.count(expected[0]), left.count(b[90_000])), (1, 0));
         assert_eq!(KeyHashes::of([a.clone(), a].concat()).count(expected[0]), 2);
         assert!(left.iter().is_sorted() && left.iter().count() == 5000);

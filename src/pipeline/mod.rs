@@ -249,7 +249,8 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
 
     // What changed since the run before, if the rest can be skipped.
     let snapshot = Snapshot::of(reference, range.end);
-    let passes = baseline.as_ref().ok().map(|baseline| Passes { inputs, baseline, splits: &splits, keys: &keys.splits });
+    let (all_keys, came_again) = (&keys.splits, &keys.came_again);
+    let passes = baseline.as_ref().ok().map(|baseline| Passes { inputs, baseline, splits: &splits, keys: all_keys, came_again });
     let kept = baseline.as_ref().ok().and_then(|baseline| baseline.kept(inputs));
     let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), kept.as_ref(), &mut timeline)).transpose();
     let marked = marked.map_err(Retreat::of)?;

@@ -48,7 +48,7 @@ pub struct Coverage<'p> {
 impl Coverage<'_> {
     fn knowledge(&self, split: &Split) -> Known {
         let is_later = match split.part {
-            Part::Whole | Part::RowGroup(_) => !self.fingerprints.contains_key(split.label().as_str()),
+            Part::Whole | Part::RowGroup(_) | Part::Slice { .. } => !self.fingerprints.contains_key(split.label().as_str()),
             Part::Offsets { partition, start, .. } => {
                 kafka::read_until(self.files, &split.identity, partition).is_none_or(|end| end <= start)
             }
@@ -248,7 +248,9 @@ impl Past {
         of: Option<&FxHashSet<Pair>>,
     ) -> Result<Vec<StoredWindow>> {
         let Inputs { job, reference, store: Some(store), .. } = *inputs else { return Ok(Vec::new()) };
-        let choices = marks.rows_to_read(reference, of);
+        // A run that skips does not look for rows that nobody wrote.
+        let written_until = self.runs.iter().filter_map(|run| run.range).map(|range| range.end).max();
+        let choices = marks.rows_to_read(reference, of, written_until.unwrap_or(Timestamp::MIN));
         let mut windows = store.windows_of(&job.name, marks.span(reference, spans), choices.as_deref())?;
         // Windows of a period follow each other.
         let (mut last, mut of): (Option<Arc<PeriodKey>>, Option<(Pair, Span)>) = (None, None);

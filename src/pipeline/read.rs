@@ -8,10 +8,10 @@ use rustc_hash::FxHashSet;
 
 use super::context::Context;
 use super::deduplicate::RepeatedKeys;
-use super::keys::{KeyHashes, KeyReader, SplitKeys};
+use super::keys::{CameAgain, KeyHashes, KeyReader, SplitKeys};
 use super::matcher::Matcher;
 use super::past::{Coverage, Knowledge};
-use super::{Inputs, Timeline, held, incremental, scan};
+use super::{Inputs, Timeline, held, scan};
 use crate::model::timestamp::Timestamp;
 use crate::source::{EventBatch, Split, Wanted};
 
@@ -19,14 +19,16 @@ use crate::source::{EventBatch, Split, Wanted};
 pub(super) struct Keys {
     pub repeated: RepeatedKeys,
     pub extent: Option<(Timestamp, Timestamp)>,
+    /// Of an incremental run.
+    pub came_again: CameAgain,
     pub splits: Vec<SplitKeys>,
 }
 
 impl Keys {
-    fn new(repeated: FxHashSet<u64>, splits: Vec<SplitKeys>) -> Keys {
+    fn new(repeated: FxHashSet<u64>, came_again: CameAgain, splits: Vec<SplitKeys>) -> Keys {
         let extents = splits.iter().filter_map(|keys| keys.extent);
         let extent = extents.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1)));
-        Keys { repeated: RepeatedKeys::new(repeated), extent, splits }
+        Keys { repeated: RepeatedKeys::new(repeated), extent, came_again, splits }
     }
 }
 
@@ -36,8 +38,8 @@ pub(super) fn read_keys(inputs: &Inputs<'_>, splits: &[Split], timeline: &mut Ti
     timeline.step("read keys", announced, || {
         let keys = scan_keys(inputs, splits)?;
         let total = keys.iter().map(|keys| keys.rows).sum();
-        let repeated = KeyHashes::repeated(keys.iter().map(|keys| &keys.hashes));
-        Ok((Keys::new(repeated, keys), total))
+        let repeated = KeyHashes::repeated(keys.iter().map(|keys| &keys.hashes), inputs.threads);
+        Ok((Keys::new(repeated, CameAgain::default(), keys), total))
     })
 }
 
@@ -66,11 +68,17 @@ pub(super) fn known_keys(inputs: &Inputs<'_>, splits: &[Split], is_new: &[bool],
         known.iter_mut().filter(|keys| keys.is_none()).for_each(|keys| *keys = read.pop());
         let keys: Vec<SplitKeys> = known.into_iter().map(Option::unwrap_or_default).collect();
         let old: Vec<_> = splits.iter().zip(is_new).filter(|(_, is_new)| !**is_new).map(|(split, _)| split).collect();
+        let new = keys.iter().zip(is_new).filter(|(_, is_new)| **is_new).flat_map(|(keys, _)| keys.hashes.iter());
+        let new = KeyHashes::of(new.collect());
+        let came_again = CameAgain::find(&keys, is_new, &new, inputs.threads);
         let repeated = match inputs.keys.load_repeated(fields, &old) {
-            Some(repeated) => incremental::repeated(&repeated, &keys, is_new),
-            None => KeyHashes::repeated(keys.iter().map(|keys| &keys.hashes)),
+            Some(before) => {
+                let of_new = KeyHashes::repeated(std::iter::once(&new), inputs.threads);
+                before.iter().chain(of_new).chain(came_again.hashes.iter().copied()).collect()
+            }
+            None => KeyHashes::repeated(keys.iter().map(|keys| &keys.hashes), inputs.threads),
         };
-        Ok((Keys::new(repeated, keys), rows))
+        Ok((Keys::new(repeated, came_again, keys), rows))
     })
 }
 

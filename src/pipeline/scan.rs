@@ -15,8 +15,9 @@ struct Finished<W> {
     rows: Vec<(usize, u64)>,
 }
 
-/// Reads every split once. Each thread has a worker of its own; `visit` gets the
-/// index of the split with each batch. Returns the workers and the rows by split.
+/// Reads every split once; where there are few, several threads may read one. Each thread has a
+/// worker of its own; `visit` gets the index of the split with each batch. Returns the workers and
+/// the rows by split.
 ///
 /// # Errors
 /// The first error of any thread, or where a split did not deliver what it announced.
@@ -29,14 +30,19 @@ pub fn scan<W: Send>(
     new_worker: impl Fn() -> W + Sync,
     visit: impl Fn(&mut W, usize, &EventBatch) -> Result<()> + Sync,
 ) -> Result<(Vec<W>, Vec<u64>)> {
+    // Threads that are done early take what is left.
+    let most = if splits.len() < 2 * threads { (2 * threads).div_ceil(splits.len().max(1)) } else { 1 };
+    let slices = splits.iter().enumerate().flat_map(|(index, split)| {
+        let slices = if most > 1 { source.slices(split, most) } else { vec![split.clone()] };
+        slices.into_iter().map(move |slice| (index, slice))
+    });
+    let slices: Vec<_> = slices.collect();
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
     let work = || -> Result<Finished<W>> {
         let mut worker = new_worker();
         let mut rows = Vec::new();
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(split) = splits.get(index) else { break };
+        while let Some((index, split)) = slices.get(next.fetch_add(1, Ordering::Relaxed)) {
             let mut read = 0;
             let result = source.read(split, wanted, &mut |batch| {
                 crate::interrupt::check()?;
@@ -44,7 +50,7 @@ pub fn scan<W: Send>(
                     bail!("stopped, because another part could not be read");
                 }
                 read += batch.len() as u64;
-                visit(&mut worker, index, batch)?;
+                visit(&mut worker, *index, batch)?;
                 progress(batch.len() as u64);
                 Ok(())
             });
@@ -53,12 +59,12 @@ pub fn scan<W: Send>(
                 // The error that came first is the one to tell.
                 return if failed.swap(true, Ordering::Relaxed) { Ok(Finished { worker, rows }) } else { Err(error) };
             }
-            rows.push((index, read));
+            rows.push((*index, read));
         }
         Ok(Finished { worker, rows })
     };
     let results: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads.clamp(1, splits.len().max(1))).map(|_| scope.spawn(work)).collect();
+        let threads: Vec<_> = (0..threads.clamp(1, slices.len().max(1))).map(|_| scope.spawn(work)).collect();
         threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
     });
     let mut workers = Vec::new();
@@ -68,7 +74,7 @@ pub fn scan<W: Send>(
         workers.push(finished.worker);
         for (index, read) in finished.rows {
             if let Some(total) = rows.get_mut(index) {
-                *total = read;
+                *total += read;
             }
         }
     }

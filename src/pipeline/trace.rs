@@ -207,7 +207,7 @@ pub fn trace(inputs: &Inputs<'_>, question: Question) -> Result<Option<Trace>> {
     let (found, rows) = scan::scan(source, &splits, Wanted::Whole, threads, count, Candidates::default, visit)?;
     let wanted: FxHashSet<u64> = found.into_iter().flat_map(|one| one.hashes).collect();
     let keys = scan_keys(inputs, &splits)?;
-    let repeated = RepeatedKeys::new(KeyHashes::repeated(keys.iter().map(|keys| &keys.hashes))).among(&wanted);
+    let repeated = RepeatedKeys::new(KeyHashes::repeated(keys.iter().map(|keys| &keys.hashes), threads)).among(&wanted);
 
     progress.step("trace", Some(rows.iter().sum()));
     let context = Context {

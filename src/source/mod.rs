@@ -40,6 +40,12 @@ pub enum Part {
     Whole,
     /// Of a Parquet file.
     RowGroup(usize),
+    /// Some rows of a row group, from `start` on: what one of several threads reads of a split.
+    Slice {
+        group: usize,
+        start: u64,
+        rows: u64,
+    },
     /// Rows that a SQL condition selects; a weaker one lets the server skip others.
     Rows {
         condition: String,
@@ -74,7 +80,7 @@ impl Split {
     pub fn label(&self) -> String {
         match &self.part {
             Part::Whole => self.identity.clone(),
-            Part::RowGroup(group) => format!("{}#{group}", self.identity),
+            Part::RowGroup(group) | Part::Slice { group, .. } => format!("{}#{group}", self.identity),
             Part::Rows { condition, .. } => format!("{}?{condition}", self.identity),
             Part::Offsets { partition, continues: false, .. } => format!("{}/{partition}", self.identity),
             Part::Offsets { partition, start, .. } => format!("{}/{partition}@{start}", self.identity),
@@ -149,7 +155,13 @@ pub trait EventSource: Sync {
         self.splits(&Selection::default())
     }
 
-    /// Reads one split in batches, in its own order.
+    /// A split in at most so many slices that can be read each on its own; a single one where it
+    /// is small or cannot be divided.
+    fn slices(&self, split: &Split, _most: usize) -> Vec<Split> {
+        vec![split.clone()]
+    }
+
+    /// Reads one split, or a slice of one, in batches, in its own order.
     ///
     /// # Errors
     /// Where the split cannot be delivered as a whole. Rows that are no events

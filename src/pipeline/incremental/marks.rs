@@ -170,9 +170,14 @@ impl Marks {
         Some(indexes.iter().filter_map(name).chain(self.gone.iter().cloned()).collect())
     }
 
-    /// The stored rows that may change, and later ones: of these pairs, or of all; `None` where
-    /// any row may.
-    pub fn rows_to_read(&self, reference: &Reference, of: Option<&FxHashSet<Pair>>) -> Option<Vec<WindowChoice>> {
+    /// The stored rows that may change, or that cost something else then: of these pairs, or of
+    /// all; `None` where any row may. All windows that there are end at `until` or before.
+    pub fn rows_to_read(
+        &self,
+        reference: &Reference,
+        of: Option<&FxHashSet<Pair>>,
+        until: Timestamp,
+    ) -> Option<Vec<WindowChoice>> {
         if self.is_meter_gone {
             return None;
         }
@@ -189,7 +194,7 @@ impl Marks {
                 }
             }
             let subscription = (row.tenant_id.clone(), row.id.clone());
-            let spans: Vec<_> = spans.iter().collect();
+            let spans: Vec<_> = spans.iter().filter(|span| span.start < until).collect();
             (!spans.is_empty()).then(|| WindowChoice { subscription, meter_id: Some(meter_row.id.clone()), spans })
         });
         let of_all = |subscription: &SubscriptionKey| WindowChoice {

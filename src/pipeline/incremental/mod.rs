@@ -34,7 +34,7 @@ use anyhow::{Result, bail};
 use rustc_hash::{FxHashMap, FxHashSet};
 use serde::Serialize;
 
-use super::keys::{KeyHashes, SplitKeys};
+use super::keys::SplitKeys;
 use super::past::Past;
 use super::price::PricedWindow;
 use super::range::Completeness;
@@ -304,7 +304,7 @@ fn reads_as_far(run: &RunRecord, baseline: &RunRecord, splits: &[Split]) -> bool
             let until = |run: &RunRecord| kafka::read_until(&run.input.files, &split.identity, partition);
             until(run) >= until(baseline)
         }
-        Part::Whole | Part::RowGroup(_) | Part::Rows { .. } => false,
+        Part::Whole | Part::RowGroup(_) | Part::Slice { .. } | Part::Rows { .. } => false,
     })
 }
 
@@ -324,20 +324,6 @@ impl Baseline<'_> {
         let all = splits.iter().zip(keys).zip(&self.is_new);
         all.filter(move |(_, is_new)| **is_new == new).map(|(pair, _)| pair)
     }
-}
-
-/// The hashes that repeat, where those that did are known.
-pub fn repeated(before: &KeyHashes, keys: &[SplitKeys], is_new: &[bool]) -> FxHashSet<u64> {
-    let part = |new: bool| keys.iter().zip(is_new).filter(move |(_, is_new)| **is_new == new).map(|(keys, _)| &keys.hashes);
-    let new = KeyHashes::of(part(true).flat_map(KeyHashes::iter).collect());
-    let mut repeated: FxHashSet<u64> = before.iter().collect();
-    repeated.extend(KeyHashes::repeated(std::iter::once(&new)));
-    part(false).for_each(|old| {
-        old.shared(&new, |hash| {
-            repeated.insert(hash);
-        });
-    });
-    repeated
 }
 
 /// What the record and the report say.

@@ -15,7 +15,7 @@ use crate::model::window::Span;
 use crate::pipeline::context::Context;
 use crate::pipeline::deduplicate::key_hash;
 use crate::pipeline::enrich::{Enricher, Scope};
-use crate::pipeline::keys::{KeyHashes, SplitKeys};
+use crate::pipeline::keys::{CameAgain, KeyHashes, SplitKeys, divided};
 use crate::pipeline::matcher::Matcher;
 use crate::pipeline::past::{Coverage as PastCoverage, Knowledge};
 use crate::pipeline::read::{check_stable, merge_workers};
@@ -86,6 +86,7 @@ pub struct Passes<'p> {
     pub baseline: &'p Baseline<'p>,
     pub splits: &'p [Split],
     pub keys: &'p [SplitKeys],
+    pub came_again: &'p CameAgain,
 }
 
 impl<'p> Passes<'p> {
@@ -125,8 +126,9 @@ impl<'p> Passes<'p> {
         let changed = marks.choice(reference);
         let again = timeline.step("mark", Some(skipping.new_events), || {
             let key = &job.deduplicate.key;
-            let (hashes, holders) = self.sent_again();
-            let new_scans = || (MarkScan::new(&enricher, &separable, false), NameScan::new(key, &hashes));
+            let CameAgain { hashes, holders } = self.came_again;
+            let holders = self.splits.iter().zip(self.keys).zip(holders).filter(|(_, holds)| **holds).map(|(split, _)| split);
+            let new_scans = || (MarkScan::new(&enricher, &separable, false), NameScan::new(key, hashes));
             let visit = |(scan, names): &mut (MarkScan<'_, '_>, NameScan<'_>), _: usize, batch: &EventBatch| {
                 let mut slots = Vec::new();
                 scan.begin_batch();
@@ -146,13 +148,13 @@ impl<'p> Passes<'p> {
                 names.extend(found.names);
             }
 
-            let again = Again { hashes, names };
+            let again = Again { hashes: hashes.clone(), names };
             let choice = KeyChoice::new(key, again.hashes.clone(), None);
             let choice = match again.names(&again.hashes) {
                 Some(names) => choice.of(names),
                 None => choice,
             };
-            let (chosen, splits) = Chosen::new(source, &choice, holders.into_iter());
+            let (chosen, splits) = Chosen::new(source, &choice, holders);
             let visit = |scan: &mut MarkScan<'_, '_>, _: usize, batch: &EventBatch| {
                 let mut slots = Vec::new();
                 scan.begin_batch();
@@ -165,26 +167,6 @@ impl<'p> Passes<'p> {
             Ok((again, rows.iter().sum()))
         })?;
         Ok(Marked { marks, changed, differences, skipping, again })
-    }
-
-    /// The hashes of new keys that old splits have too, and those splits.
-    fn sent_again(&self) -> (FxHashSet<u64>, Vec<(&'p Split, &'p SplitKeys)>) {
-        let new = self.baseline.part(self.splits, self.keys, true).flat_map(|(_, keys)| keys.hashes.iter());
-        let new = KeyHashes::of(new.collect());
-        let mut again = FxHashSet::default();
-        let mut holders = Vec::new();
-        for (split, keys) in self.old() {
-            let mut is_holder = false;
-            let mut found = |hash: u64| {
-                again.insert(hash);
-                is_holder = true;
-            };
-            keys.hashes.shared(&new, &mut found);
-            if is_holder {
-                holders.push((split, keys));
-            }
-        }
-        (again, holders)
     }
 
     /// Whether one run over everything takes less time than to choose from it: so much is
@@ -284,10 +266,13 @@ impl<'p> Passes<'p> {
     /// The hashes of which more copies exist than were read.
     fn missing_copies(&self, seen: &FxHashMap<u64, u64>) -> FxHashSet<u64> {
         let list = KeyHashes::of(seen.keys().copied().collect());
+        let found = divided(self.keys.len(), self.inputs.threads, |splits| {
+            let mut found = Vec::new();
+            self.keys.get(splits).into_iter().flatten().for_each(|keys| keys.hashes.count_all(&list, |hash| found.push(hash)));
+            found
+        });
         let mut counts: FxHashMap<u64, u64> = FxHashMap::default();
-        for keys in self.keys {
-            keys.hashes.count_all(&list, |hash| *counts.entry(hash).or_default() += 1);
-        }
+        found.into_iter().flatten().for_each(|hash| *counts.entry(hash).or_default() += 1);
         seen.iter().filter(|(hash, count)| counts.get(hash) != Some(*count)).map(|(hash, _)| *hash).collect()
     }
 

@@ -158,6 +158,13 @@ impl EventSource for FileSource {
         Ok(splits)
     }
 
+    fn slices(&self, split: &Split, most: usize) -> Vec<Split> {
+        match split.part {
+            Part::RowGroup(group) => parquet::slices(split, group, most as u64),
+            _ => vec![split.clone()],
+        }
+    }
+
     fn read(&self, split: &Split, wanted: Wanted<'_>, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<()> {
         let path = Path::new(&split.name);
         let (format, compression) = format_of(path)?;

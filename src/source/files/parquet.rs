@@ -31,6 +31,23 @@ pub(super) fn splits(path: &Path, whole: &Split, splits: &mut Vec<Split>) -> Res
     Ok(())
 }
 
+/// Fewer rows are not worth a thread of their own.
+const LEAST_ROWS: u64 = 8 * BATCH_ROWS as u64;
+
+/// A row group in at most so many slices. A reader skips the pages of the others.
+pub(super) fn slices(split: &Split, group: usize, most: u64) -> Vec<Split> {
+    let Some(all) = split.announced_rows else { return vec![split.clone()] };
+    let length = all.div_ceil(most.max(1)).max(LEAST_ROWS);
+    let slice = |start: u64| {
+        let rows = length.min(all - start);
+        Split { announced_rows: Some(rows), part: Part::Slice { group, start, rows }, ..split.clone() }
+    };
+    if length >= all {
+        return vec![split.clone()];
+    }
+    (0..all.div_ceil(length)).map(|at| slice(at * length)).collect()
+}
+
 pub(super) fn load<R: ChunkReader>(path: &Path, input: &R) -> Result<ArrowReaderMetadata> {
     ArrowReaderMetadata::load(input, ArrowReaderOptions::new())
         .with_context(|| format!("events file {} is truncated or no Parquet file: replace it and run again", path.display()))
@@ -81,20 +98,19 @@ pub(super) fn read(
 ) -> Result<()> {
     let mut input = open(path, compression)?;
     if compression == Compression::Plain {
-        let group = if let Part::RowGroup(group) = split.part { Some(group) } else { None };
         let file = File::open(path).with_context(|| format!("events file {}", path.display()))?;
-        return read_groups(path, file, group, columns, wanted, sink);
+        return read_groups(path, file, &split.part, columns, wanted, sink);
     }
     // The footer is at the end: a compressed Parquet file is read as a whole.
     let mut bytes = Vec::new();
     input.read_to_end(&mut bytes).with_context(|| format!("events file {} breaks off", path.display()))?;
-    read_groups(path, bytes::Bytes::from(bytes), None, columns, wanted, sink)
+    read_groups(path, bytes::Bytes::from(bytes), &Part::Whole, columns, wanted, sink)
 }
 
 fn read_groups<R: ChunkReader + 'static>(
     path: &Path,
     input: R,
-    part: Option<usize>,
+    part: &Part,
     columns: &ColumnMap,
     wanted: Wanted<'_>,
     sink: &mut dyn FnMut(&EventBatch) -> Result<()>,
@@ -128,12 +144,21 @@ fn read_groups<R: ChunkReader + 'static>(
         }
     }
     let mask = ProjectionMask::roots(builder.parquet_schema(), roots);
-    let first_row: i64 = builder.metadata().row_groups().iter().take(part.unwrap_or(0)).map(|group| group.num_rows()).sum();
+    let (group, slice) = match part {
+        Part::RowGroup(group) => (Some(*group), None),
+        Part::Slice { group, start, rows } => (Some(*group), Some((*start, *rows))),
+        _ => (None, None),
+    };
+    let first_row: i64 = builder.metadata().row_groups().iter().take(group.unwrap_or(0)).map(|group| group.num_rows()).sum();
     let mut row = u64::try_from(first_row).unwrap_or_default();
-    let builder = match part {
-        Some(part) => builder.with_row_groups(vec![part]),
+    let mut builder = match group {
+        Some(group) => builder.with_row_groups(vec![group]),
         None => builder,
     };
+    if let Some((start, rows)) = slice {
+        builder = builder.with_offset(usize::try_from(start)?).with_limit(usize::try_from(rows)?);
+        row += start;
+    }
     let reader: ParquetRecordBatchReader = builder
         .with_projection(mask)
         .with_batch_size(BATCH_ROWS)
