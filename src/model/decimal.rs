@@ -514,6 +514,25 @@ mod tests {
         }
     }
 
+    #[test]
+    fn products_that_need_no_rounding_are_known() {
+        for (a, b, is_exact) in [
+            ("3", "0.000000000000000001", true),
+            ("0.5", "0.000000000000000001", false),
+            ("0.333333333333333333", "2", true),
+            ("0.333333333333333333", "2.5", false),
+            ("0.333333333333333334", "2.5", true),
+            ("-0.000000001", "0.000000001", true),
+            ("-0.0000000001", "0.000000001", false),
+            // In 256 bits.
+            ("99999999999999999999", "0.000000000000000001", true),
+            ("99999999999999999999.5", "0.000000000000000001", false),
+            ("12345678901234567890.000000001", "-0.000000001", true),
+        ] {
+            assert_eq!((d(a).multiplies_exactly(d(b)), d(b).multiplies_exactly(d(a))), (is_exact, is_exact), "{a} * {b}");
+        }
+    }
+
     proptest! {
         #[test]
         fn writes_and_reads_every_value(units in -MAX_UNITS..=MAX_UNITS, shift in 0u32..38, short in "[-+]?[0-9]{0,12}[.]?[0-9]{0,12}") {

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use insta::assert_snapshot;
 use serde_json::{Value, json};
 
+use crate::promises::state;
 use crate::support::{Row, Workspace, fixtures, normalised};
 
 /// Generates into `folder`; returns what is announced.
@@ -48,6 +49,21 @@ fn rows(workspace: &Workspace, folder: &str, sql: &str) -> Vec<Row> {
     let inner = Workspace::new();
     inner.write("trueup.db", fs::read(workspace.path(&format!("{folder}/trueup.db"))).unwrap());
     inner.query(sql)
+}
+
+/// A day may be a single file, of which several threads read parts.
+#[test]
+fn a_large_file_is_read_the_same_by_any_number_of_threads() {
+    let workspace = Workspace::new();
+    generate(&workspace, ".", &["--events", "150000", "--days", "1"]);
+    workspace.write("fresh.yaml", workspace.read("job.yaml").replace("trueup.db", "fresh.db"));
+    let mut events = Vec::new();
+    for (job, threads) in [("job", "1"), ("fresh", "8")] {
+        let run = workspace.trueup(&["run", &format!("{job}.yaml"), "--threads", threads, "--output", "json"]).json();
+        events.push((run["events"].clone(), run["usage"].clone(), run["dead_letters"].clone()));
+    }
+    assert_eq!(events[0], events[1]);
+    assert_eq!(state(&workspace, "job"), state(&workspace, "fresh"));
 }
 
 #[test]

@@ -206,6 +206,21 @@ mod tests {
         is_sound(connection);
     }
 
+    /// A row a window and billing period comes with the next day.
+    #[test]
+    fn a_row_here_and_there_splits_few_pages() {
+        let rows: Vec<Row> = (1..=20_000).map(|id| (id, "x".repeat(200), Some(id))).collect();
+        let (_folder, connection) = filled(empty(8192, "delete"), &rows);
+        let pages = || connection.pragma_query_value(None, "page_count", |row| row.get::<_, i64>(0)).unwrap();
+        let before = pages();
+        for id in (1..=20_000).step_by(30) {
+            let row = (format!("{id:09}+"), "x".repeat(200));
+            connection.execute("INSERT INTO by_key (key, number, text) VALUES (?1, 0, ?2)", row).unwrap();
+        }
+        is_sound(&connection);
+        assert!((pages() - before) * 20 < before, "{before} pages became {}", pages());
+    }
+
     /// Every number of rows, so that every level ends in every way that it can.
     #[test]
     fn tables_of_any_size_are_sound() {

@@ -19,6 +19,14 @@ const RESERVED: usize = 20;
 /// SQLite locks bytes from here on: the page that has the first of them is never used.
 const LOCKED_BYTE: u64 = 1 << 30;
 
+/// The part of a page of rows by key that is left free: rows come later in their midst, one a
+/// window and billing period, and should not split every page on the first day. PostgreSQL leaves
+/// as much (fillfactor 90).
+const FREE: usize = 10;
+
+/// Rows that a page has in any case.
+const LEAST_ROWS: usize = 4;
+
 /// Pages that wait to be written.
 const WAITING: usize = 64;
 
@@ -205,7 +213,7 @@ impl Tree {
         }
         let separator = self.last_rowid.replace(rowid).filter(|_| self.layout == Layout::Rowid);
         if let Some(last) = separator
-            && !self.level(0)?.has_room(pages.format.usable, cell.len())
+            && !self.has_room(pages, 0, cell.len())?
         {
             // Rows by number are in leaves alone: numbers separate them.
             let page = pages.next()?;
@@ -214,9 +222,8 @@ impl Tree {
             push_varint(&mut rest, u64::from_ne_bytes(last.to_ne_bytes()));
             self.push(pages, 1, Cell { child: Some(page), rest })?;
         }
-        let level = self.level(0)?;
-        if level.separator.is_none() && level.has_room(pages.format.usable, cell.len()) {
-            level.add(None, &cell);
+        if self.level(0)?.separator.is_none() && self.has_room(pages, 0, cell.len())? {
+            self.level(0)?.add(None, &cell);
         } else {
             self.push(pages, 0, Cell { child: None, rest: cell.clone() })?;
         }
@@ -246,18 +253,25 @@ impl Tree {
     }
 
     fn push(&mut self, pages: &Pages<'_>, at: usize, cell: Cell) -> Result<()> {
-        let level = self.level(at)?;
-        if let Some(separator) = level.separator.take() {
+        if let Some(separator) = self.level(at)?.separator.take() {
             let page = pages.next()?;
             self.write(pages, at, page, separator.child)?;
             self.push(pages, at + 1, Cell { child: Some(page), rest: separator.rest })?;
             self.level(at)?.add(cell.child, &cell.rest);
-        } else if level.has_room(pages.format.usable, cell.length()) {
-            level.add(cell.child, &cell.rest);
+        } else if self.has_room(pages, at, cell.length())? {
+            self.level(at)?.add(cell.child, &cell.rest);
         } else {
-            level.separator = Some(cell);
+            self.level(at)?.separator = Some(cell);
         }
         Ok(())
+    }
+
+    /// Whether the page of a level is to have one more cell of a length.
+    fn has_room(&mut self, pages: &Pages<'_>, at: usize, cell: usize) -> Result<bool> {
+        let leaves_room = self.layout == Layout::Key && at == 0;
+        let (level, usable) = (self.level(at)?, pages.format.usable);
+        let free = if leaves_room && level.ends.len() >= LEAST_ROWS { usable / FREE } else { 0 };
+        Ok(level.has_room(usable - free, cell))
     }
 
     /// Writes the page of a level that was filled, and begins the next one. `right` is the child
