@@ -7,10 +7,10 @@ use clap::Args;
 
 use crate::clock;
 use crate::fault::configuration;
+use crate::model::basis::Scope;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowSize, instant_of};
 use crate::pipeline::by_hand::PeriodChoice;
-use crate::pipeline::enrich::Scope;
 use crate::pipeline::{Completeness, Request};
 
 /// The range is `[start, end)`; without any of these, it is everything.

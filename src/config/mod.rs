@@ -16,11 +16,11 @@ use croner::Cron;
 use croner::parser::{CronParser, Seconds};
 
 use crate::fault::configuration;
+use crate::model::columns::{ColumnMap, Field};
 use crate::model::decimal::Decimal;
 use crate::model::digest::Digest;
 use crate::model::window::WindowSize;
 use crate::source::files::FilePattern;
-use crate::source::{ColumnMap, Field};
 use connection::Connections;
 pub use connection::{ClickHouseConnection, KafkaConnection, Secret, default_environment, operator};
 use raw::{RawJob, RawSource, RawStore, RawTable};

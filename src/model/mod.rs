@@ -1,8 +1,10 @@
 //! What the pipeline talks about. No I/O.
 
 pub mod aggregate;
+pub mod basis;
 pub mod calendar;
 pub mod causes;
+pub mod columns;
 pub mod counts;
 pub mod decimal;
 pub mod digest;

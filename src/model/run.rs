@@ -7,12 +7,11 @@ use sha2::{Digest as _, Sha256};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::aggregate::{Causes, Correction, PeriodCorrection, PeriodRow, Values};
+use super::basis::{ReferenceDigests, Scope};
 use super::decimal::DecimalText;
 use super::digest::frame;
 use super::timestamp::{Timestamp, TimestampText};
 use super::window::Span;
-use crate::pipeline::enrich::Scope;
-use crate::reference::ReferenceDigests;
 
 /// One row of `runs`.
 #[derive(Debug, Clone, PartialEq)]

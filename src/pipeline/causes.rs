@@ -10,9 +10,10 @@ use super::price::PricedWindow;
 use super::session_changes::SessionChanges;
 use super::state::News;
 use crate::model::aggregate::{Basis, Cause, Causes, PeriodKey, StoredWindow, Text, WindowKey, WindowRow};
+use crate::model::basis::ReferenceDigests;
 use crate::model::run::{RunBasis, RunRecord};
 use crate::model::timestamp::Timestamp;
-use crate::reference::{Reference, ReferenceDigests};
+use crate::reference::Reference;
 
 /// What earlier runs and definitions say about causes.
 pub struct Evidence<'e> {

@@ -4,10 +4,10 @@
 use std::borrow::Cow;
 
 use rustc_hash::FxHashMap;
-use serde::{Deserialize, Serialize};
 
 use super::text_memo::TextMemo;
 use crate::model::aggregate::Reason;
+use crate::model::basis::Scope;
 use crate::model::decimal::{Decimal, DecimalError};
 use crate::model::expression::ExpressionError;
 use crate::model::meter::{Aggregation, FilterTest, Input, Meter};
@@ -18,27 +18,6 @@ use crate::model::property::{Property, write_json_text};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 use crate::reference::{ExternalCustomer, Reference, Subscription, Unbound, Unpriced};
-
-/// What part of a job is computed.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Scope {
-    pub tenant: Option<String>,
-    /// A customer id, not an external one.
-    pub customer: Option<String>,
-    pub meter: Option<String>,
-}
-
-impl Scope {
-    pub fn is_whole(&self) -> bool {
-        *self == Scope::default()
-    }
-
-    /// Whether rows of this tenant, customer and meter belong to the scope.
-    pub fn holds(&self, tenant: &str, customer: &str, meter: &str) -> bool {
-        let wants = |wanted: &Option<String>, value: &str| wanted.as_ref().is_none_or(|wanted| wanted == value);
-        wants(&self.tenant, tenant) && wants(&self.customer, customer) && wants(&self.meter, meter)
-    }
-}
 
 /// The reference tables, arranged for looking up events.
 pub struct Enricher<'r> {

@@ -7,7 +7,6 @@ use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::closed::ClosedPeriods;
-use super::enrich::Scope;
 use super::incremental::marks::{Marks, Pair};
 use super::lateness::{Horizon, Lateness};
 use super::letters::{OpenDeadLetters, VisitedLetters};
@@ -15,6 +14,7 @@ use super::price::{Priced, PricedWindow};
 use super::{Inputs, Request};
 use crate::config::Job;
 use crate::model::aggregate::{CorrectionKind, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, WindowKey};
+use crate::model::basis::Scope;
 use crate::model::run::{InputFile, RunBasis, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};

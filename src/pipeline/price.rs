@@ -9,7 +9,8 @@ use anyhow::{Context as _, Result};
 
 use super::accumulator::{Accumulator, Measure};
 use super::hopping;
-use super::incremental::values::{self, ListKeeper, NewLists};
+use super::incremental::separable::is_listed;
+use super::incremental::values::{ListKeeper, NewLists};
 use super::names::Names;
 use super::state::{Interner, KeptNews, StateKey, WindowState};
 use super::windows::Windows;
@@ -302,7 +303,7 @@ impl PeriodPricing<'_> {
                 emit(&mut priced.windows, window_start, &state, quantity, Decimal::ZERO);
             }
         }
-        if let Some(lists) = lists.filter(|_| values::is_listed(self.parts.meter)) {
+        if let Some(lists) = lists.filter(|_| is_listed(self.parts.meter)) {
             self.list(accumulation.to_date.settled_values().unwrap_or_default(), lists);
         }
         let adjustments = accumulation.adjustments().with_context(describe)?;

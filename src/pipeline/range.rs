@@ -3,9 +3,9 @@
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::enrich::Scope;
 use crate::config::Job;
 use crate::fault::configuration;
+use crate::model::basis::Scope;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 use crate::reference::Reference;

@@ -14,7 +14,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::context::Context;
 use super::deduplicate::{Copies, Copy, RepeatedKeys, key_hash};
-use super::enrich::{Enricher, Scope};
+use super::enrich::Enricher;
 use super::held::{self, Held};
 use super::keys::KeyHashes;
 use super::letters::OpenDeadLetters;
@@ -30,6 +30,7 @@ use super::windows::Windows;
 use super::{Inputs, levels, price, scan, unused};
 use crate::config::Deduplicate;
 use crate::model::aggregate::{PeriodKey, PeriodRow, WindowRow};
+use crate::model::basis::Scope;
 use crate::model::decimal::Decimal;
 use crate::model::meter::{Aggregation, Meter};
 use crate::model::price::Price;

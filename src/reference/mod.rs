@@ -16,6 +16,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::config::Job;
 use crate::fault::configuration;
+use crate::model::basis::ReferenceDigests;
 use crate::model::digest::Digest;
 use crate::model::meter::{Aggregation, Meter};
 use crate::model::price::Price;
@@ -37,15 +38,6 @@ pub struct Reference {
     pub digests: ReferenceDigests,
     /// What is odd but no error.
     pub warnings: Vec<String>,
-}
-
-/// A digest of each table, over its content.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct ReferenceDigests {
-    pub customers: String,
-    pub subscriptions: String,
-    pub meters: String,
-    pub prices: String,
 }
 
 /// A subscription of a customer to a plan.

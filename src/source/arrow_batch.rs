@@ -11,8 +11,8 @@ use arrow::json::writer::{EncoderOptions, make_encoder};
 use chrono::{DateTime, SecondsFormat};
 
 use super::batch::{Texts, flag};
-use super::columns::{ColumnMap, Field};
 use super::{EventBatch, EventRef, Problem};
+use crate::model::columns::{ColumnMap, Field};
 use crate::model::timestamp::Timestamp;
 
 /// The message for a column that a source lacks.

@@ -8,7 +8,7 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::batch::{BatchBuilder, TextEvent};
-use super::columns::{ColumnMap, Field};
+use crate::model::columns::{ColumnMap, Field};
 use crate::model::timestamp::Timestamp;
 
 /// CloudEvents 1.0 attributes (JSON format) with the field that each one stands for.

@@ -11,11 +11,11 @@ use anyhow::{Context, Result, bail};
 use rdkafka::message::{BorrowedMessage, Message};
 
 use super::batch::TextEvent;
-use super::columns::{ColumnMap, Field};
 use super::json_event::{Defaults, JsonEvents};
 use super::{BatchBuilder, EventBatch, EventSource, Moved, Part, Selection, Split, Wanted};
 use crate::config::KafkaConnection;
 use crate::fault::configuration;
+use crate::model::columns::{ColumnMap, Field};
 use crate::model::run::{InputFile, RunRecord};
 use crate::model::timestamp::Timestamp;
 use topic::{Extent, Offsets, Topic, written_at};

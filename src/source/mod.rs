@@ -3,7 +3,6 @@
 pub mod arrow_batch;
 pub mod batch;
 pub mod clickhouse;
-mod columns;
 pub mod files;
 mod json_event;
 pub mod kafka;
@@ -15,8 +14,8 @@ use anyhow::Result;
 use crate::model::run::InputFile;
 use crate::model::window::Span;
 
+pub use crate::model::columns::{ColumnMap, Field};
 pub use batch::{BatchBuilder, EventBatch, EventRef, Problem, Texts};
-pub use columns::{ColumnMap, Field};
 
 /// A part of a source that one thread reads from start to end.
 #[derive(Debug, Clone)]

@@ -6,7 +6,7 @@ use std::fs;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use trueup::pipeline::enrich::Scope;
+use trueup::model::basis::Scope;
 use trueup::pipeline::{Completeness, Request};
 
 use crate::promises::{self, Event, Format, Settings, cases, check_idempotence, check_stored_ledger, full, state, within};

@@ -2,14 +2,22 @@
 
 use rustc_hash::FxHashSet;
 
-use super::values;
 use crate::model::decimal::Decimal;
-use crate::model::meter::{Aggregation, Meter};
+use crate::model::meter::{Aggregation, ChargeOn, Meter};
 use crate::model::price::Price;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::WindowKind;
 use crate::pipeline::accumulator::Accumulator;
 use crate::reference::{Reference, Subscription};
+
+/// Whether a list of its distinct values tells what windows of a meter add to a billing period.
+pub fn is_listed(meter: &Meter) -> bool {
+    meter.aggregation == Aggregation::CountUnique
+        // Otherwise the last operation on each value counts.
+        && meter.operation_property.is_none()
+        && meter.charge_on == ChargeOn::Period
+        && matches!(meter.window, WindowKind::Tumbling(_))
+}
 
 /// Meters of which a row of one window, or a list of values, tells what it adds to its billing
 /// period, whatever the price: their windows are marked one by one.
@@ -42,7 +50,7 @@ impl<'r> Separable<'r> {
                 Dependence::OnEvents
             } else if Accumulator::of_quantity(meter, Decimal::ZERO, 0, Timestamp::MIN).is_some() {
                 Dependence::None
-            } else if has_lists && values::is_listed(meter) {
+            } else if has_lists && is_listed(meter) {
                 Dependence::OnValues
             } else {
                 Dependence::OnEvents

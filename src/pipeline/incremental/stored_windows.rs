@@ -9,8 +9,9 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::kept::Kept;
 use super::marks::Pair;
+use super::separable::is_listed;
 use super::spans::Spans;
-use super::values::{self, ListKey, ValueList};
+use super::values::{ListKey, ValueList};
 use super::{Coverage, Marks};
 use crate::model::aggregate::{PeriodKey, PeriodRow, StoredWindow, Text, WindowRow};
 use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
@@ -101,7 +102,7 @@ struct Ties {
 impl Ties {
     fn of(part: &MarkedPeriod<'_>, check: &Check<'_>, marks: &Marks) -> Self {
         let meter = check.accumulations.reference.meters.get(part.pair.1);
-        let needs_values = meter.is_some_and(values::is_listed) && !marks.need_all_events(part.pair, part.period);
+        let needs_values = meter.is_some_and(is_listed) && !marks.need_all_events(part.pair, part.period);
         Ties { period: part.period, needs_values, are_alone: true, are_last: true }
     }
 }

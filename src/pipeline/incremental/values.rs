@@ -14,20 +14,9 @@ use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::marks::Pair;
-use crate::model::meter::{Aggregation, ChargeOn, Meter};
 use crate::model::timestamp::Timestamp;
-use crate::model::window::WindowKind;
 use crate::pipeline::spill::partial;
 use crate::pipeline::state::{Interner, NO_PRICE, StateKey};
-
-/// Whether a list of its distinct values tells what windows of a meter add to a billing period.
-pub fn is_listed(meter: &Meter) -> bool {
-    meter.aggregation == Aggregation::CountUnique
-        // Otherwise the last operation on each value counts.
-        && meter.operation_property.is_none()
-        && meter.charge_on == ChargeOn::Period
-        && matches!(meter.window, WindowKind::Tumbling(_))
-}
 
 /// Bytes of a value.
 const WIDTH: u64 = 16;

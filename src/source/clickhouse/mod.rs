@@ -16,10 +16,10 @@ use arrow::buffer::Buffer;
 use arrow::ipc::reader::StreamDecoder;
 
 use super::arrow_batch::{convert, missing_column};
-use super::columns::{ColumnMap, Field};
 use super::{EventBatch, EventSource, Moved, Names, Part, RowChoice, Selection, Split, Wanted};
 use crate::clickhouse_client::{Database, identifier, literal};
 use crate::config::{ClickHouseConnection, Relation};
+use crate::model::columns::{ColumnMap, Field};
 use crate::model::run::InputFile;
 use crate::model::timestamp::Timestamp;
 use cuts::{Cut, Slices};

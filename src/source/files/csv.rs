@@ -5,9 +5,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
+use crate::model::columns::{ColumnMap, Field};
 use crate::source::arrow_batch::missing_column;
 use crate::source::batch::TextEvent;
-use crate::source::columns::{ColumnMap, Field};
 use crate::source::{BatchBuilder, EventBatch};
 
 /// Follows the file as a record of its own. A quote that is never closed swallows

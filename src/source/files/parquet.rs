@@ -16,9 +16,9 @@ use parquet::file::metadata::ColumnChunkMetaData;
 use parquet::file::reader::ChunkReader;
 
 use super::{Compression, open};
+use crate::model::columns::{ColumnMap, Field};
 use crate::source::arrow_batch::{convert, missing_column};
 use crate::source::batch::BATCH_ROWS;
-use crate::source::columns::{ColumnMap, Field};
 use crate::source::{EventBatch, Part, Split, Wanted};
 
 /// Appends a split for every row group.
