@@ -24,7 +24,7 @@ type Give<'r> = dyn FnOnce(&mut Rows<'_>) -> Result<()> + Send + 'r;
 pub(super) struct NewRows<'r> {
     pub table: &'static str,
     /// What each row gives.
-    pub columns: &'static [&'static str],
+    pub columns: Vec<&'static str>,
     pub give: Box<Give<'r>>,
 }
 

@@ -29,7 +29,7 @@ pub(super) fn can_fill(transaction: &Transaction<'_>, NewRows { table, columns, 
 pub(super) fn fill(transaction: &mut Transaction<'_>, tables: [NewRows<'_>; 2]) -> Result<()> {
     let writer = PageWriter::new(transaction)?;
     let make = |NewRows { table, columns, give }| {
-        let shape = Shape::of(writer.transaction(), table, columns)?;
+        let shape = Shape::of(writer.transaction(), table, &columns)?;
         let shape = shape.with_context(|| format!("{table} cannot be filled: this is a bug in trueup"))?;
         Ok(move |pages: &Pages<'_>| {
             let mut filled = Filled::new(&shape, pages);
@@ -158,8 +158,8 @@ mod tests {
             })
         };
         [
-            NewRows { table: "by_key", columns: &["key", "number", "text"], give: Box::new(by_key) },
-            NewRows { table: "by_number", columns: &["id", "number", "text"], give: Box::new(by_number) },
+            NewRows { table: "by_key", columns: vec!["key", "number", "text"], give: Box::new(by_key) },
+            NewRows { table: "by_number", columns: vec!["id", "number", "text"], give: Box::new(by_number) },
         ]
     }
 

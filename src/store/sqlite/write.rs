@@ -10,6 +10,7 @@ use super::digests::Numbers;
 use super::fill;
 use crate::model::aggregate::{Correction, PeriodCorrection, PeriodKey, PeriodRow, WindowKey, WindowRow};
 use crate::model::run::{RunRecord, period_json, replaced_json, row_digest, write_causes};
+use crate::store::reader::{PeriodReader, WindowReader};
 use crate::store::{Publication, letters};
 
 const INSERT: &str = "INSERT INTO";
@@ -105,31 +106,7 @@ const PERIOD_KEY: usize = 6;
 /// `numbers` are those of the digests of their definitions, and how many rows in a row have them.
 fn windows<'p>(publication: &'p Publication, numbers: &'p [([i64; 4], usize)]) -> NewRows<'p> {
     let run = &publication.run;
-    let columns = &[
-        "job",
-        "tenant_id",
-        "subscription_id",
-        "meter_id",
-        "price_id",
-        "dimensions",
-        "period_start",
-        "window_start",
-        "customer_id",
-        "window_end",
-        "period_end",
-        "quantity",
-        "event_count",
-        "cost",
-        "currency",
-        "events_digest",
-        "meter_digest",
-        "price_digest",
-        "subscription_digest",
-        "customer_digest",
-        "version",
-        "run_id",
-        "updated_at",
-    ];
+    let columns = ["job"].into_iter().chain(WindowReader::COLUMNS).chain(["updated_at"]).collect();
     let mut numbers = numbers.iter().flat_map(|(numbers, rows)| std::iter::repeat_n(*numbers, *rows));
     let mut last: Option<&Arc<PeriodKey>> = None;
     let mut give = move |rows: &mut Rows<'_>, row: &'p WindowRow| {
@@ -173,27 +150,7 @@ fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Re
     for PeriodKey { tenant_id, subscription_id, meter_id, price_id, dimensions, period_start } in &publication.period_deletions {
         delete.execute(params![run.job, tenant_id, subscription_id, meter_id, price_id, dimensions, period_start.to_string()])?;
     }
-    let columns = &[
-        "job",
-        "tenant_id",
-        "subscription_id",
-        "meter_id",
-        "price_id",
-        "dimensions",
-        "period_start",
-        "customer_id",
-        "period_end",
-        "quantity",
-        "cost",
-        "minimum_adjustment",
-        "commitment_adjustment",
-        "amount",
-        "currency",
-        "closed_at",
-        "version",
-        "run_id",
-        "updated_at",
-    ];
+    let columns = ["job"].into_iter().chain(PeriodReader::COLUMNS).chain(["version", "run_id", "updated_at"]).collect();
     let give = |rows: &mut Rows<'_>, row: &PeriodRow| {
         rows.text(&run.job)?;
         rows.period_key(&row.key)?;
@@ -216,7 +173,7 @@ fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Re
 /// `first` is the sequence of the first one.
 fn corrections<'p>(publication: &'p Publication, (first, digests): (i64, &'p [i64])) -> NewRows<'p> {
     let run = &publication.run;
-    let columns = &[
+    let columns = vec![
         "sequence",
         "number",
         "run_id",
@@ -291,7 +248,7 @@ fn corrections<'p>(publication: &'p Publication, (first, digests): (i64, &'p [i6
 
 /// Where the corrections of each meter of a subscription lie.
 fn write_ranges(transaction: &Transaction<'_>, publication: &Publication, mut first: i64) -> Result<()> {
-    let columns = &["job", "tenant_id", "subscription_id", "meter_id", "first_sequence", "last_sequence"];
+    let columns = vec!["job", "tenant_id", "subscription_id", "meter_id", "first_sequence", "last_sequence"];
     let of = |correction: &Correction| {
         let PeriodKey { tenant_id, subscription_id, meter_id, .. } = &*correction.key.period;
         [tenant_id.clone(), subscription_id.clone(), meter_id.clone()]
@@ -315,7 +272,7 @@ fn write_ranges(transaction: &Transaction<'_>, publication: &Publication, mut fi
 
 fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publication) -> Result<()> {
     let run = &publication.run;
-    let columns = &[
+    let columns = vec![
         "correction_id",
         "run_id",
         "job",
