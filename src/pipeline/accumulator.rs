@@ -280,10 +280,8 @@ impl Accumulator {
         }
     }
 
-    /// The state of windows that are known by their distinct values.
-    pub fn of_values(mut values: Vec<u128>) -> Self {
-        values.sort();
-        values.dedup();
+    /// The state of windows that are known by their distinct values, which are sorted.
+    pub fn of_values(values: Vec<u128>) -> Self {
         Accumulator::Listed(Distinct::of_sorted(values))
     }
 

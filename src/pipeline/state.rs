@@ -96,7 +96,7 @@ impl WindowState {
         Some(WindowState { accumulator, is_carried: true, ..WindowState::new(meter, None, period, period) })
     }
 
-    /// Windows that stay as they are, by their distinct values.
+    /// Windows that stay as they are, by their distinct values, which are sorted.
     pub fn of_values(meter: &Meter, values: Vec<u128>, period: Span) -> Self {
         let accumulator = Accumulator::of_values(values);
         WindowState { accumulator, is_carried: true, ..WindowState::new(meter, None, period, period) }

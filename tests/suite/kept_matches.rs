@@ -124,8 +124,8 @@ fn made_up_nights_that_know_what_they_do_not_read() {
             let mut lines = String::new();
             for of_night in 0..=chance(3) {
                 let id = format!("n-{}-{}", chance(number + 1), chance(3));
-                let fresh = format!("m-{number}-{of_night}");
-                let (customer, at, value) = (["a", "b", "c"][chance(3) as usize], chance(5) + 1, chance(9));
+                let fresh = format!("n-{number}-{of_night}");
+                let (customer, at, value) = (["a", "b", "c"][chance(3) as usize], chance(5) + 1, chance(60));
                 let call = Call { id: &fresh, customer, day: at, hour: 3, value, came: number + 2 };
                 lines += &match chance(6) {
                     0 => day(6 + number),

@@ -125,7 +125,7 @@ impl Kept {
         self.lists.get(key)
     }
 
-    /// The values of a list. Files of segments are opened once.
+    /// The values of a list, sorted. Files of segments are opened once.
     ///
     /// # Errors
     /// [`Retreat`] where they cannot be read, or are not what was written.
@@ -140,6 +140,11 @@ impl Kept {
                 Entry::Vacant(entry) => entry.insert(File::open(&path).map_err(|error| useless(&error))?),
             };
             values::read(file, piece, &mut values).map_err(|error| useless(&error))?;
+            // The last of them is blamed where one has a value of another.
+            values.sort();
+            if values.windows(2).any(|pair| matches!(pair, [a, b] if a == b)) {
+                bail!(useless(&"a value is in two lists"));
+            }
         }
         Ok(values)
     }
