@@ -18,7 +18,7 @@ use crate::source::kafka::{KafkaSource, Snapshot};
 use crate::source::{EventSource, Moved};
 use crate::store::AggregateStore;
 use crate::store::clickhouse::ClickHouseStore;
-use crate::store::lock::{Holder, Lock};
+use crate::store::lock::{Holder, Intent, Lock};
 use crate::store::sqlite::SqliteStore;
 
 /// How a run is done.
@@ -40,7 +40,8 @@ pub struct RunOptions<'o> {
 pub fn run(job: &Job, request: &Request, options: &RunOptions<'_>) -> Result<Published> {
     let reference = Reference::load(job)?;
     reference.check_scope(request.scope.tenant.as_deref(), request.scope.customer.as_deref())?;
-    let lock = Lock::take(&lock_path(job), &job.name, Some(request), options.yes)?;
+    let intent = Intent { request, snapshot: options.snapshot };
+    let lock = Lock::take(&lock_path(job), &job.name, Some(intent), options.yes)?;
     let result = run_locked(job, &reference, request, options);
     // Only an end that was not its own is to be resumed.
     let is_interrupted = result.as_ref().err().and_then(crate::fault::kind).is_some_and(FaultKind::is_interruption);
@@ -73,12 +74,24 @@ pub fn started_by(command: &str) -> String {
     format!("{} trueup {command}", operator())
 }
 
-/// What an interrupted run of the job wanted.
+/// What an interrupted run of the job wanted. Where there is none, a publication that was cut
+/// short is finished or taken back, as by whoever opens the store for writing.
 ///
 /// # Errors
-/// Where somebody is at it now.
+/// Where somebody is at it now, or the store cannot be opened.
 pub fn interrupted(job: &Job) -> Result<Option<Holder>> {
-    Lock::interrupted(&lock_path(job), &job.name)
+    let path = lock_path(job);
+    if !path.exists() && read_store(job)?.is_none() {
+        return Ok(None);
+    }
+    let lock = Lock::take(&path, &job.name, None, false)?;
+    let interrupted = lock.interrupted.clone();
+    let opened = match &interrupted {
+        Some(_) => Ok(()),
+        None => read_store(job).and_then(|store| if store.is_some() { write_store(job).map(drop) } else { Ok(()) }),
+    };
+    lock.finish();
+    opened.map(|()| interrupted)
 }
 
 /// Publishes a saved plan, exactly as it is, or not at all.

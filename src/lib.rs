@@ -25,3 +25,4 @@ pub mod schedule;
 pub mod source;
 pub mod store;
 pub mod telemetry;
+mod whole_file;

@@ -1,7 +1,5 @@
 //! `trueup export`
 
-use std::fs::File;
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -18,6 +16,7 @@ use super::output::emit_bytes;
 use crate::ends;
 use crate::fault::configuration;
 use crate::store::{Cell, Table};
+use crate::whole_file;
 
 #[derive(Debug, Args)]
 pub struct ExportArguments {
@@ -30,7 +29,7 @@ pub struct ExportArguments {
     #[arg(long, value_enum, default_value_t = ExportFormat::Csv)]
     format: ExportFormat,
 
-    /// The file to write [default: stdout].
+    /// The file to write, as a whole or not at all [default: stdout].
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -67,9 +66,9 @@ pub fn execute(session: &Session, arguments: &ExportArguments) -> Result<u8> {
     }
     match &arguments.out {
         None => emit_bytes(&bytes)?,
-        Some(path) => File::create(path)
-            .and_then(|mut file| file.write_all(&bytes))
-            .with_context(|| format!("cannot write {}", path.display()))?,
+        Some(path) => {
+            whole_file::write(path, |file| file.write_all(&bytes)).with_context(|| format!("cannot write {}", path.display()))?;
+        }
     }
     Ok(0)
 }

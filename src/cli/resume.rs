@@ -35,10 +35,6 @@ pub fn execute(session: &Session, arguments: &ResumeArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
     let Some(holder) = ends::interrupted(&job)? else {
-        // A publication that was cut short is finished by whoever opens the store.
-        if ends::read_store(&job)?.is_some() {
-            drop(ends::write_store(&job)?);
-        }
         match session.format {
             Format::Json => {
                 emit_json(&Nothing { schema: "trueup.resume/1", run_id: None, job: &job.name, status: "nothing_to_resume" })?;
@@ -55,7 +51,8 @@ pub fn execute(session: &Session, arguments: &ResumeArguments) -> Result<u8> {
     let progress = Progress::new(session.quiet);
     let yes = arguments.yes || holder.yes;
     let started_by = ends::started_by("resume");
-    let options = RunOptions { threads: session.threads, yes, started_by: &started_by, snapshot: None, progress: &progress };
+    let snapshot = holder.snapshot.as_deref();
+    let options = RunOptions { threads: session.threads, yes, started_by: &started_by, snapshot, progress: &progress };
     let published = ends::run(&job, &request, &options)?;
     drop(progress);
     run::report(session, &job, &RangeArguments::default(), &published, watch.seconds(), (plan::Title::Resume, false))?;

@@ -1,7 +1,7 @@
 //! Saved plans: the exact changes, with the fingerprints of everything they rest on.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Write as _};
+use std::io::{BufReader, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -16,6 +16,7 @@ use crate::model::aggregate::{CorrectionKind, Values};
 use crate::model::run::{InputFile, RunBasis};
 use crate::model::timestamp::Timestamp;
 use crate::store::AggregateStore;
+use crate::whole_file;
 
 const SCHEMA: &str = "trueup.saved_plan/1";
 
@@ -49,14 +50,11 @@ impl SavedPlan {
     /// # Errors
     /// Where the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let unwritable = || format!("cannot write the plan {}", path.display());
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(".partial");
-        let partial = PathBuf::from(partial);
-        let mut file = BufWriter::new(File::create(&partial).with_context(unwritable)?);
-        serde_json::to_writer(&mut file, self).with_context(unwritable)?;
-        file.write_all(b"\n").and_then(|()| file.flush()).with_context(unwritable)?;
-        std::fs::rename(&partial, path).with_context(unwritable)
+        let give = |out: &mut dyn Write| {
+            serde_json::to_writer(&mut *out, self)?;
+            out.write_all(b"\n")
+        };
+        whole_file::write(path, give).with_context(|| format!("cannot write the plan {}", path.display()))
     }
 
     /// # Errors

@@ -10,7 +10,8 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use serde_json::json;
 
-use super::{Server, next};
+use super::Server;
+use super::due::next;
 use crate::clock;
 
 /// Answers until it is aborted.
@@ -33,6 +34,7 @@ async fn health(State(server): State<Arc<Server>>) -> impl IntoResponse {
                 "job": job.name,
                 "running": job.running.load(Ordering::SeqCst),
                 "next_due": next(&job.schedule, now),
+                "retry_at": job.standing().retry_at(),
                 "last_status": server.metrics.last_status(&job.name),
             })
         })

@@ -32,6 +32,17 @@ pub struct Holder {
     /// Whether the guard was overridden.
     #[serde(default)]
     pub yes: bool,
+    /// The earlier run whose offsets are read again.
+    #[serde(default)]
+    pub snapshot: Option<String>,
+}
+
+/// What a run computes, for whoever has to resume it.
+#[derive(Debug, Clone, Copy)]
+pub struct Intent<'i> {
+    pub request: &'i Request,
+    /// As in [`Holder`].
+    pub snapshot: Option<&'i str>,
 }
 
 impl std::fmt::Display for Holder {
@@ -41,16 +52,22 @@ impl std::fmt::Display for Holder {
 }
 
 impl Lock {
-    /// Takes the lock at `path`; a lock whose holder is dead is taken over.
+    /// Takes the lock at `path`, for a run or for work by hand; a lock whose holder is dead is taken over.
     ///
     /// # Errors
     /// A lock fault (exit code 6) that names the holder, or that the file cannot be written.
-    pub fn take(path: &Path, job: &str, request: Option<&Request>, yes: bool) -> Result<Lock> {
+    pub fn take(path: &Path, job: &str, run: Option<Intent<'_>>, yes: bool) -> Result<Lock> {
         let mut lock = Lock::take_as_it_is(path, job)?;
-        lock.is_run = request.is_some();
+        lock.is_run = run.is_some();
         // Work by hand leaves what is still to be resumed.
-        if request.is_some() || lock.interrupted.is_none() {
-            let holder = Holder { process: std::process::id(), since: clock::now(), request: request.cloned(), yes };
+        if run.is_some() || lock.interrupted.is_none() {
+            let holder = Holder {
+                process: std::process::id(),
+                since: clock::now(),
+                request: run.map(|run| run.request.clone()),
+                yes,
+                snapshot: run.and_then(|run| run.snapshot).map(str::to_owned),
+            };
             lock.write(&(serde_json::to_string(&holder)? + "\n"))
                 .with_context(|| format!("lock {}: cannot be written", path.display()))?;
         }
@@ -80,17 +97,6 @@ impl Lock {
         }
     }
 
-    /// What an interrupted run of the job wanted, if nobody is at it now.
-    ///
-    /// # Errors
-    /// As [`Lock::take`].
-    pub fn interrupted(path: &Path, job: &str) -> Result<Option<Holder>> {
-        if !path.exists() {
-            return Ok(None);
-        }
-        Ok(Lock::take_as_it_is(path, job)?.interrupted)
-    }
-
     /// Notes that the work came to its end, whatever that was. A run leaves nothing to
     /// be resumed; work by hand leaves what was there before.
     pub fn finish(mut self) {
@@ -104,5 +110,38 @@ impl Lock {
         self.file.rewind()?;
         // One write: who finds the lock taken must not read half of it.
         self.file.write_all(text.as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupted_run_is_known_by_all_that_it_was_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let request = Request { allow_closed: true, ..Request::default() };
+        let run = Some(Intent { request: &request, snapshot: Some("earlier") });
+        assert_eq!(Lock::take(&path, "job", run, true).unwrap().interrupted, None);
+        // Work by hand in between leaves it, and so does asking for it.
+        Lock::take(&path, "job", None, false).unwrap().finish();
+        let lock = Lock::take(&path, "job", None, false).unwrap();
+        let holder = lock.interrupted.clone().unwrap();
+        assert_eq!((holder.request, holder.yes, holder.snapshot.as_deref()), (Some(request.clone()), true, Some("earlier")));
+        lock.finish();
+        // A run that comes to its end does not.
+        Lock::take(&path, "job", Some(Intent { request: &request, snapshot: None }), false).unwrap().finish();
+        assert_eq!(Lock::take(&path, "job", None, false).unwrap().interrupted, None);
+    }
+
+    #[test]
+    fn a_lock_that_says_nothing_of_snapshots_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        std::fs::write(&path, r#"{"process": 7, "since": "2026-01-01T00:00:00Z", "request": {"range": null, "scope": {}}}"#)
+            .unwrap();
+        let holder = Lock::take(&path, "job", None, false).unwrap().interrupted.unwrap();
+        assert_eq!((holder.process, holder.request, holder.snapshot), (7, Some(Request::default()), None));
     }
 }

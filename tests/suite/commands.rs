@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::process::Command;
 
 use arrow::array::{Array, AsArray};
 use arrow::datatypes::{DataType, Int64Type};
@@ -876,4 +877,41 @@ fn the_help_lists_commands_and_exit_codes() {
       -q, --quiet                   No progress and no warnings on stderr
       -h, --help                    Print help (see more with '--help')
     ");
+}
+
+// --- exports into files ----------------------------------------------------------------------
+
+#[test]
+fn an_export_takes_the_place_of_a_file_or_leaves_it() {
+    let workspace = published();
+    let export = ["export", "job.yaml", "usage_windows", "--out", "out.csv"];
+    workspace.write("out.csv", "old\n".repeat(10_000));
+    assert_eq!(workspace.trueup(&export).code, 0);
+    let whole = workspace.read("out.csv");
+    assert_eq!((whole.lines().count(), whole.contains("old")), (8, false));
+    let before = files(&workspace);
+    // A disk that is full half way: no file may be longer than a part of the export.
+    workspace.tamper("UPDATE usage_windows SET currency = hex(zeroblob(100000))");
+    let full = Command::new("sh")
+        .args(["-c", "trap '' XFSZ; ulimit -f 200; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_trueup")])
+        .args(export)
+        .current_dir(workspace.path("."))
+        .output()
+        .unwrap();
+    let message = String::from_utf8(full.stderr).unwrap();
+    assert!(full.status.code() == Some(1) && message.contains("cannot write out.csv: File too large"), "{message}");
+    assert_eq!(workspace.read("out.csv"), whole);
+    // A row that cannot be read.
+    workspace.tamper("UPDATE usage_windows SET currency = x'ff'");
+    workspace.trueup(&export).fails_with(1, &["reading usage_windows"]);
+    assert_eq!(workspace.read("out.csv"), whole);
+    let left: Vec<_> = files(&workspace).difference(&before).filter(|name| !name.starts_with("trueup.db")).cloned().collect();
+    assert_eq!(left, [""; 0]);
+}
+
+#[test]
+fn an_export_into_a_pipe_is_written_to_it() {
+    let workspace = published();
+    let outcome = workspace.trueup(&["export", "job.yaml", "usage_windows", "--out", "/dev/stdout"]);
+    assert_eq!((outcome.code, outcome.stdout.lines().count()), (0, 8), "{outcome:?}");
 }

@@ -254,20 +254,64 @@ fn serve_runs_jobs_by_schedule_and_ends_cleanly() {
     assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
 }
 
-#[test]
-fn serve_catches_up_once_on_a_missed_time() {
+/// A job that was last run as a whole years ago, and has been due since.
+fn missed() -> Workspace {
     let workspace = Workspace::of("init");
     workspace.run(&[]);
-    // The last run is two days old, and the schedule yearly in between: due once.
-    let connection = rusqlite::Connection::open(workspace.path("trueup.db")).unwrap();
-    connection.execute("UPDATE runs SET started_at = '2020-01-01T00:00:00Z'", []).unwrap();
-    drop(connection);
+    workspace.tamper("UPDATE runs SET started_at = '2020-01-01T00:00:00Z'");
     workspace.write("job.yaml", &(workspace.read("job.yaml") + "schedule: {cron: \"0 2 1 1 *\"}\n"));
+    workspace
+}
+
+#[test]
+fn serve_catches_up_once_on_a_missed_time() {
+    let workspace = missed();
     let server = Server::start(&workspace);
     server.wait_for("/metrics", "trueup_runs_total{job=\"my_usage\",status=\"succeeded\"} 1");
     std::thread::sleep(Duration::from_secs(3));
     server.wait_for("/metrics", "trueup_runs_total{job=\"my_usage\",status=\"succeeded\"} 1");
     assert_eq!(server.terminate(), 143);
+}
+
+#[test]
+fn what_is_done_by_hand_since_a_missed_time_makes_up_for_it_only_as_a_whole() {
+    let workspace = missed();
+    workspace.run(&["--customer", "cus_1"]);
+    workspace.run(&["--day", "2026-01-01"]);
+    assert_eq!(workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]).code, 0);
+    let server = Server::start(&workspace);
+    server.wait_for("/metrics", "trueup_runs_total{job=\"my_usage\",status=\"succeeded\"} 1");
+    assert_eq!(server.terminate(), 143);
+    // That run, which was of everything, is known to the next server.
+    let server = Server::start(&workspace);
+    server.wait_for("/health", "\"last_status\":null");
+    std::thread::sleep(Duration::from_secs(3));
+    server.wait_for("/health", "\"last_status\":null");
+    assert_eq!(server.terminate(), 143);
+}
+
+#[test]
+fn a_time_at_which_the_lock_is_held_is_tried_again() {
+    let workspace = missed();
+    let lock = std::fs::File::options().write(true).open(workspace.path("trueup.db.my_usage.lock")).unwrap();
+    lock.lock().unwrap();
+    let server = Server::start(&workspace);
+    server.wait_for("/metrics", "trueup_runs_total{job=\"my_usage\",status=\"locked\"} 1");
+    server.wait_for("/health", "\"retry_at\":\"20");
+    drop(lock);
+    assert_eq!(server.terminate(), 143);
+}
+
+#[test]
+fn a_run_of_a_snapshot_is_resumed_with_it() {
+    let workspace = Workspace::of("init");
+    workspace.run(&[]);
+    let lock = "{\"process\": 1, \"since\": \"2026-01-01T00:00:00Z\", \"request\": {\"range\": null, \"scope\": {}}, \"snapshot\": \"nothing\"}";
+    workspace.write("trueup.db.my_usage.lock", lock);
+    workspace.trueup(&["resume", "job.yaml"]).fails_with(2, &["--snapshot nothing", "no such run"]);
+    // It came to its end by itself: there is nothing left of it.
+    let nothing = workspace.trueup(&["resume", "job.yaml"]);
+    assert_eq!((nothing.code, nothing.stdout.as_str()), (0, "trueup resume my_usage: there is nothing to resume\n"));
 }
 
 #[test]
