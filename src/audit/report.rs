@@ -100,6 +100,7 @@ pub fn changed_something(run: &RunRecord) -> bool {
     let count = |value: &serde_json::Value| value.as_u64().unwrap_or_default();
     // Work by hand is recorded only where it changed something.
     rows.is_none_or(|rows| rows.iter().any(|(name, value)| name != "unchanged" && count(value) > 0))
+        || run.counts.get("periods").is_some_and(|periods| count(periods) > 0)
 }
 
 /// Sums up what `runs` changed; of the changes, the `limit` largest are kept.
@@ -175,6 +176,23 @@ fn put(
     Ok(())
 }
 
+/// Whose row a correction is about, and in what currency.
+#[derive(serde::Deserialize)]
+struct Owner {
+    customer_id: String,
+    currency: String,
+}
+
+impl Owner {
+    /// Before the correction.
+    fn before(entry: &LedgerEntry) -> Result<Owner> {
+        match entry.replaced.as_str() {
+            "" => Ok(Owner { customer_id: entry.customer_id.clone(), currency: entry.currency.clone() }),
+            row => serde_json::from_str(row).with_context(|| entry.correction_id.clone()),
+        }
+    }
+}
+
 /// Sums up corrections as they come.
 #[derive(Default)]
 struct Collector {
@@ -206,18 +224,27 @@ impl Collector {
             return Ok(());
         }
         let is_again = !self.seen.insert(entry.key.clone());
-        let in_currency = |cost: Option<Decimal>| cost.map(|cost| (currency.clone(), cost));
-        put(&mut self.totals, in_currency(before), in_currency(after), is_again)?;
+        let was = Owner::before(&entry)?;
+        let in_currency = |currency: &str, cost: Option<Decimal>| cost.map(|cost| (currency.to_owned(), cost));
+        put(&mut self.totals, in_currency(&was.currency, before), in_currency(&currency, after), is_again)?;
         let period = &entry.key.period;
         let names = causes.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-        for (groups, name) in [
-            (&mut self.by_cause, names),
-            (&mut self.by_customer, format!("{} / {}", period.tenant_id, entry.customer_id)),
-            (&mut self.by_meter, period.meter_id.to_string()),
+        let customer = |id: &str| format!("{} / {id}", period.tenant_id);
+        for (groups, was_of, is_of) in [
+            (&mut self.by_cause, names.clone(), names),
+            (&mut self.by_customer, customer(&was.customer_id), customer(&entry.customer_id)),
+            (&mut self.by_meter, period.meter_id.to_string(), period.meter_id.to_string()),
         ] {
-            let group = groups.entry((name, currency.clone())).or_default();
+            let (was_of, is_of) = ((was_of, was.currency.clone()), (is_of, currency.clone()));
+            let has_moved = was_of != is_of;
+            let group = groups.entry(was_of).or_default();
             group.kinds.count(&entry.kind);
-            group.change.add(change);
+            group.change.add(Decimal::ZERO.checked_sub(before.unwrap_or_default())?);
+            let group = groups.entry(is_of).or_default();
+            if has_moved {
+                group.kinds.count(&entry.kind);
+            }
+            group.change.add(after.unwrap_or_default());
         }
         let place = (Reverse(change.abs()), entry.correction_id.clone());
         self.largest.insert(place, Changed { entry, causes, change });

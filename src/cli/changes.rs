@@ -45,18 +45,24 @@ fn signed(change: Decimal) -> String {
 ///
 /// # Errors
 /// Where a sum overflows.
-pub fn by_customer_and_meter(corrections: &[Correction], style: Style, out: &mut String) -> Result<()> {
+pub fn by_customer_and_meter<'c>(corrections: &'c [Correction], style: Style, out: &mut String) -> Result<()> {
     let tenants: BTreeSet<_> = corrections.iter().map(|correction| &correction.key.period.tenant_id).collect();
-    let mut groups: BTreeMap<(&str, &str, &str, &str), Group> = BTreeMap::new();
+    let mut groups: BTreeMap<(&'c str, &'c str, &'c str, &'c str), Group> = BTreeMap::new();
     for correction in corrections {
         let period = &correction.key.period;
-        let key = (&*period.tenant_id, &*correction.customer_id, &*period.meter_id, &*correction.currency);
-        let group = groups.entry(key).or_default();
-        *group.rows.entry(correction.kind).or_default() += 1;
-        group.before.add(cost(correction.values_before()));
-        group.after.add(cost(correction.values_after()));
-        for cause in correction.causes.names() {
-            *group.causes.entry(cause.name()).or_default() += 1;
+        let key = |customer: &'c str, currency: &'c str| (&*period.tenant_id, customer, &*period.meter_id, currency);
+        let is = key(&correction.customer_id, &correction.currency);
+        let (customer, currency) = correction.owner_before();
+        let was = key(customer, currency);
+        groups.entry(was).or_default().before.add(cost(correction.values_before()));
+        groups.entry(is).or_default().after.add(cost(correction.values_after()));
+        // What moves from one to the other changes both.
+        for of in [Some(was), Some(is).filter(|is| *is != was)].into_iter().flatten() {
+            let group = groups.entry(of).or_default();
+            *group.rows.entry(correction.kind).or_default() += 1;
+            for cause in correction.causes.names() {
+                *group.causes.entry(cause.name()).or_default() += 1;
+            }
         }
     }
     let mut rows = Vec::new();

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
+use rustc_hash::FxHashMap;
 use serde::Serialize;
 
 use super::output::{Style, counted, emit, emit_json};
@@ -16,14 +17,17 @@ use crate::ends;
 use crate::model::aggregate::PeriodRow;
 use crate::model::decimal::DecimalSum;
 use crate::model::run::{Origin, RunRecord};
-use crate::pipeline::by_hand;
+use crate::pipeline::by_hand::{self, PeriodChoice};
+use crate::reference::Reference;
+use crate::store::AggregateStore;
 
 #[derive(Debug, Args)]
 pub struct CloseArguments {
     /// The job file.
     job: PathBuf,
 
-    /// The billing periods that begin in a month (2026-01), or that hold a day or an instant (2026-01-15).
+    /// The billing periods that begin in a month (2026-01), or that hold a day (2026-01-15), each in its subscription's
+    /// zone; or that hold an instant.
     #[arg(long, value_name = "PERIOD")]
     period: String,
 
@@ -76,9 +80,16 @@ pub fn execute(session: &Session, arguments: &CloseArguments) -> Result<u8> {
             && is(&arguments.customer, &row.customer_id)
             && is(&arguments.subscription, &row.key.subscription_id)
     };
+    // An instant is the same everywhere.
+    let reference = if matches!(choice, PeriodChoice::Hold(_)) { None } else { Some(Reference::load(&job)?) };
+    let subscriptions = reference.iter().flat_map(|reference| &reference.subscriptions);
+    let zones: FxHashMap<_, _> =
+        subscriptions.map(|row| ((row.tenant_id.as_str(), row.id.as_str()), row.cycle.timezone)).collect();
+    let zone = |row: &PeriodRow| zones.get(&(&*row.key.tenant_id, &*row.key.subscription_id)).copied().unwrap_or(job.timezone);
     let origin = Origin { started_by: ends::started_by("close"), overrides: Vec::new() };
-    let done =
-        ends::by_hand(&job, &origin, |store, runs| by_hand::close(store, &job.name, runs, choice, arguments.reopen, wants))?;
+    let close =
+        |store: &dyn AggregateStore, runs: &[_]| by_hand::close(store, &job.name, runs, choice, arguments.reopen, zone, wants);
+    let done = ends::by_hand(&job, &origin, close)?;
     let (run, rows) = done.as_ref().map_or((None, [].as_slice()), |(run, rows)| (Some(run), rows.as_slice()));
     match session.format {
         Format::Json => emit_json(&Document {

@@ -15,14 +15,14 @@ use super::{Format, Session, changes};
 use crate::clock::{Stopwatch, now};
 use crate::config::{Job, Source};
 use crate::ends;
-use crate::model::aggregate::Correction;
+use crate::model::aggregate::{Correction, Text};
 use crate::model::counts::{EventCounts, RowCounts, UsageCounts};
 use crate::model::decimal::Decimal;
 use crate::model::run::{RunMode, RunRecord};
 use crate::model::window::Span;
 use crate::pipeline::incremental::Coverage;
 use crate::pipeline::saved::SavedPlan;
-use crate::pipeline::{Lateness, Plan, Request, Step};
+use crate::pipeline::{Lateness, Plan, Request, Step, Totals};
 
 #[derive(Debug, Args)]
 pub struct PlanArguments {
@@ -163,6 +163,15 @@ struct PeriodCounts {
     written: u64,
     removed: u64,
     unchanged: u64,
+    /// Of the rows that change.
+    amounts: Vec<AmountDocument>,
+}
+
+#[derive(Debug, Serialize)]
+struct AmountDocument {
+    currency: String,
+    amount_before: Decimal,
+    amount_after: Decimal,
 }
 
 #[derive(Debug, Serialize)]
@@ -174,9 +183,13 @@ struct TotalDocument<'p> {
 
 impl<'p> Document<'p> {
     pub fn new(schema: &'static str, job: &'p Job, run: Option<&'p RunRecord>, plan: &'p Plan) -> Result<Self> {
-        let total = |(currency, totals): (&'p crate::model::aggregate::Text, &crate::pipeline::Totals)| {
+        let total = |(currency, totals): (&'p Text, &Totals)| {
             Ok(TotalDocument { currency, cost_before: totals.before.total()?, cost_after: totals.after.total()? })
         };
+        let amounts = plan.periods.amounts().into_iter().map(|(currency, totals)| {
+            let (amount_before, amount_after) = (totals.before.total()?, totals.after.total()?);
+            Ok(AmountDocument { currency: currency.to_string(), amount_before, amount_after })
+        });
         Ok(Document {
             schema,
             run_id: run.map(|run| run.run_id.as_str()),
@@ -191,6 +204,7 @@ impl<'p> Document<'p> {
                 written: plan.periods.upserts.len() as u64,
                 removed: plan.periods.deletions.len() as u64,
                 unchanged: plan.periods.unchanged,
+                amounts: amounts.collect::<Result<_>>()?,
             },
             totals: plan.changes.totals.iter().map(total).collect::<Result<_>>()?,
             causes: causes(&plan.changes.corrections),
@@ -342,15 +356,10 @@ impl Report<'_> {
         self.coverage(out)?;
         self.counts(out)?;
         self.rows(out)?;
-        for (at, (currency, totals)) in self.plan.changes.totals.iter().enumerate() {
-            let (before, after) = (totals.before.total()?, totals.after.total()?);
-            let change = after.checked_sub(before)?;
-            let change = match change {
-                change if change.is_zero() => self.style.dim("unchanged"),
-                change if change.is_negative() => self.style.red(&change.to_string()),
-                change => self.style.green(&format!("+{change}")),
-            };
-            self.line(out, if at == 0 { "cost" } else { "" }, &format!("{currency} {before} -> {after}  {change}"))?;
+        self.totals(out, "cost", &self.plan.changes.totals)?;
+        let periods = &self.plan.periods;
+        if periods.change_adjustments() || (self.plan.changes.rows.changed() == 0 && periods.changed() > 0) {
+            self.totals(out, "amount", &periods.amounts())?;
         }
         let listed = |counts: BTreeMap<&str, u64>| {
             counts.iter().map(|(name, count)| format!("{name} {}", number(*count))).collect::<Vec<_>>().join(", ")
@@ -480,6 +489,20 @@ impl Report<'_> {
             "matches",
             &self.sum(u.matches, "with meters", &[(u.counted, "counted"), (u.skipped, "skipped"), (u.rejected, "rejected")]),
         )?;
+        Ok(())
+    }
+
+    fn totals(&self, out: &mut String, name: &str, of: &BTreeMap<Text, Totals>) -> Result<()> {
+        for (at, (currency, totals)) in of.iter().enumerate() {
+            let (before, after) = (totals.before.total()?, totals.after.total()?);
+            let change = after.checked_sub(before)?;
+            let change = match change {
+                change if change.is_zero() => self.style.dim("unchanged"),
+                change if change.is_negative() => self.style.red(&change.to_string()),
+                change => self.style.green(&format!("+{change}")),
+            };
+            self.line(out, if at == 0 { name } else { "" }, &format!("{currency} {before} -> {after}  {change}"))?;
+        }
         Ok(())
     }
 

@@ -134,7 +134,10 @@ pub fn period_choice(text: &str, timezone: Tz) -> Result<PeriodChoice> {
     if text.len() == "2026-01".len()
         && let Some(first) = date(&format!("{text}-01"))
     {
-        return Ok(PeriodChoice::BeginIn(WindowSize::Month.window(midnight(first, timezone), timezone)));
+        return Ok(PeriodChoice::BeginInMonth(first));
+    }
+    if let Some(day) = date(text) {
+        return Ok(PeriodChoice::HoldDay(day));
     }
     time("--period", text, timezone).map(PeriodChoice::Hold)
 }

@@ -12,7 +12,7 @@ use super::{Format, Session};
 use crate::ends;
 use crate::model::counts::RowCounts;
 use crate::model::run::{Origin, Override};
-use crate::pipeline::by_hand;
+use crate::pipeline::revert::{self, Allowed};
 
 #[derive(Debug, Args)]
 pub struct RevertArguments {
@@ -45,11 +45,11 @@ struct Document<'r> {
 
 pub fn execute(session: &Session, arguments: &RevertArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;
-    let told = (arguments.force, arguments.allow_closed);
+    let allowed = Allowed { later: arguments.force, closed: arguments.allow_closed };
     let overrides = Override::list(&[(arguments.force, Override::LaterRuns), (arguments.allow_closed, Override::ClosedPeriods)]);
     let origin = Origin { started_by: ends::started_by("revert"), overrides };
     let done =
-        ends::by_hand(&job, &origin, |store, runs| by_hand::revert(store, &job.name, runs, &arguments.run, told).map(Some))?;
+        ends::by_hand(&job, &origin, |store, runs| revert::revert(store, &job.name, runs, &arguments.run, allowed).map(Some))?;
     let Some((run, reverted)) = done else { return Ok(0) };
     if session.format == Format::Json {
         emit_json(&Document {

@@ -343,6 +343,11 @@ impl Correction {
     pub fn values_after(&self) -> Option<Values> {
         self.after.as_ref().map(Recorded::values)
     }
+
+    /// Whose row it was before, and in what currency: another's where a customer or a plan changed.
+    pub fn owner_before(&self) -> (&Text, &Text) {
+        self.replaced.as_ref().map_or((&self.customer_id, &self.currency), |row| (&row.customer_id, &row.currency))
+    }
 }
 
 /// One change to one row of `usage_periods`.

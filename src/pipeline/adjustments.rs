@@ -7,59 +7,82 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::reconcile::Reconciliation;
-use crate::model::aggregate::{Cause, Causes, Correction, CorrectionKind, Recorded, Text, Values, WindowKey};
+use crate::model::aggregate::{Cause, Causes, Correction, CorrectionKind, Recorded, Text, Values, WindowKey, WindowRow};
 use crate::store::AggregateStore;
 
-/// What the ledger says of a window of a closed period.
-#[derive(Debug, Clone)]
-pub struct Adjustment {
+/// What a window of a closed period should be, and whose it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Said {
     customer_id: Text,
     currency: Text,
-    after: Option<Values>,
+    values: Values,
 }
+
+impl From<&WindowRow> for Said {
+    fn from(row: &WindowRow) -> Self {
+        Said { customer_id: row.customer_id.clone(), currency: row.currency.clone(), values: Values::from(row) }
+    }
+}
+
+/// What the ledger says of a window of a closed period; `None` for no window.
+#[derive(Debug, Clone)]
+pub struct Adjustment(Option<Said>);
 
 impl Reconciliation {
     /// Records the differences in closed periods that the ledger does not know yet.
-    /// `recorded` has the last adjustment of each window that has one.
-    pub fn adjust_closed(&mut self, mut recorded: BTreeMap<WindowKey, Adjustment>) {
+    /// `recorded` has the last adjustment of each window that has one; `is_computed` says
+    /// whether a window that was neither found nor computed would have been.
+    pub fn adjust_closed(&mut self, mut recorded: BTreeMap<WindowKey, Adjustment>, is_computed: impl Fn(&WindowKey) -> bool) {
         for difference in std::mem::take(&mut self.closed) {
             let Some(row) = difference.row() else { continue };
-            let stored = difference.before.as_ref().map(Values::from);
-            let after = difference.after.as_ref().map(Values::from);
-            let before = recorded.remove(&row.key).map_or(stored, |adjustment| adjustment.after);
-            let names = (row.customer_id.clone(), row.currency.clone());
-            self.adjust(row.key.clone(), names, difference.causes.clone(), before, after);
+            let stored = difference.before.as_ref().map(Said::from);
+            let after = difference.after.as_ref().map(Said::from);
+            let before = recorded.remove(&row.key).map_or(stored, |adjustment| adjustment.0);
+            self.adjust(&row.key, &difference.causes, before.as_ref(), after.as_ref());
         }
         // Neither stored nor computed any more: an adjustment that is taken back.
-        for (key, adjustment) in recorded {
-            let Adjustment { customer_id, currency, after } = adjustment;
-            self.adjust(key, (customer_id, currency), Causes::new(), after, None);
+        for (key, adjustment) in recorded.into_iter().filter(|(key, _)| is_computed(key)) {
+            self.adjust(&key, &Causes::new(), adjustment.0.as_ref(), None);
         }
         // Stable: a session that was rebuilt is retracted before it is inserted.
         self.corrections.sort_by(|a, b| a.key.cmp(&b.key));
     }
 
-    fn adjust(
-        &mut self,
-        key: WindowKey,
-        (customer_id, currency): (Text, Text),
-        causes: Causes,
-        before: Option<Values>,
-        after: Option<Values>,
-    ) {
+    fn adjust(&mut self, key: &WindowKey, causes: &Causes, before: Option<&Said>, after: Option<&Said>) {
         if before == after {
             return;
         }
         let causes = if causes.is_empty() {
             let cause = if after.is_some() { Cause::LateEvent } else { Cause::EventVoided };
-            Causes::from([(cause, after.or(before).map_or(1, |values| values.event_count))])
+            let counted = after.or(before).map_or(1, |said| said.values.event_count);
+            Causes::from([(cause, counted)])
         } else {
-            causes
+            causes.clone()
         };
-        self.rows.adjusted += 1;
-        let kind = CorrectionKind::Adjust;
-        let (before, after) = (before.map(Recorded::from), after.map(Recorded::from));
-        self.corrections.push(Correction { key, customer_id, currency, kind, causes, before, after, replaced: None });
+        let mut record = |of: &Said, before: Option<&Said>, after: Option<&Said>| {
+            self.rows.adjusted += 1;
+            let values = |said: Option<&Said>| said.map(|said| Recorded::from(said.values));
+            self.corrections.push(Correction {
+                key: key.clone(),
+                customer_id: of.customer_id.clone(),
+                currency: of.currency.clone(),
+                kind: CorrectionKind::Adjust,
+                causes: causes.clone(),
+                before: values(before),
+                after: values(after),
+                replaced: None,
+            });
+        };
+        match (before, after) {
+            // What moves to another customer, or is of another currency, is taken from one and given to the other.
+            (Some(from), Some(to)) if (&from.customer_id, &from.currency) != (&to.customer_id, &to.currency) => {
+                record(from, Some(from), None);
+                record(to, None, Some(to));
+            }
+            (before, after) => {
+                after.or(before).into_iter().for_each(|of| record(of, before, after));
+            }
+        }
     }
 }
 
@@ -80,7 +103,7 @@ pub fn recorded(
         }
         if entry.kind == CorrectionKind::Adjust.name() {
             let (customer_id, currency) = (Arc::from(entry.customer_id), Arc::from(entry.currency));
-            last.insert(entry.key, Adjustment { customer_id, currency, after: entry.after });
+            last.insert(entry.key, Adjustment(entry.after.map(|values| Said { customer_id, currency, values })));
         } else {
             last.remove(&entry.key);
         }

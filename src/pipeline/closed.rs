@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashMap;
 
 use super::lateness::Horizon;
 use crate::model::aggregate::{Causes, PeriodKey, PeriodRow, Text, WindowRow};
@@ -15,8 +15,8 @@ use crate::reference::{Reference, Subscription};
 /// the job's horizon.
 #[derive(Debug, Clone, Default)]
 pub struct ClosedPeriods {
-    /// Tenant, subscription and start.
-    closed: FxHashSet<(Text, Text, Timestamp)>,
+    /// By tenant, subscription and start: when it was closed.
+    closed: FxHashMap<(Text, Text, Timestamp), Timestamp>,
     horizon: Option<Horizon>,
     /// By tenant and id, where there is a horizon.
     cycles: FxHashMap<(Text, Text), BillingCycle>,
@@ -25,9 +25,18 @@ pub struct ClosedPeriods {
 impl ClosedPeriods {
     /// A subscription's period is closed as a whole, whatever meters it has.
     pub fn of(rows: &[PeriodRow]) -> ClosedPeriods {
-        let closed = rows.iter().filter(|row| row.closed_at.is_some()).map(|row| &row.key);
-        let closed = closed.map(|key| (key.tenant_id.clone(), key.subscription_id.clone(), key.period_start)).collect();
+        let closed = rows.iter().filter_map(|row| Some((&row.key, row.closed_at?)));
+        let closed =
+            closed.map(|(key, at)| ((key.tenant_id.clone(), key.subscription_id.clone(), key.period_start), at)).collect();
         ClosedPeriods { closed, ..ClosedPeriods::default() }
+    }
+
+    /// When a period was closed.
+    pub fn closed_at(&self, key: &PeriodKey) -> Option<Timestamp> {
+        if self.closed.is_empty() {
+            return None;
+        }
+        self.closed.get(&(key.tenant_id.clone(), key.subscription_id.clone(), key.period_start)).copied()
     }
 
     /// Also those beyond a horizon.
@@ -55,7 +64,7 @@ impl ClosedPeriods {
             let cycle = self.cycles.get(&subscription);
             self.horizon.as_ref().zip(cycle).is_some_and(|(horizon, cycle)| horizon.holds(cycle.period(period_start)))
         };
-        is_beyond() || self.closed.contains(&(subscription.0.clone(), subscription.1.clone(), period_start))
+        is_beyond() || self.closed.contains_key(&(subscription.0.clone(), subscription.1.clone(), period_start))
     }
 }
 

@@ -3,23 +3,72 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use rustc_hash::FxHashSet;
 
-use super::reconcile::Reconciliation;
+use super::reconcile::{PeriodChanges, Reconciliation};
 use crate::config::{Guard, Limit};
 use crate::fault::{FaultKind, fault};
-use crate::model::aggregate::{Cause, Correction, CorrectionKind, StoredWindow, Text};
+use crate::model::aggregate::{
+    Cause, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Text, Values,
+};
 use crate::model::decimal::{Decimal, DecimalError};
+
+/// What is stored in the periods touched: changes are a share of it.
+#[derive(Debug, Default)]
+pub struct Base {
+    pub windows: Vec<StoredWindow>,
+    pub periods: Vec<PeriodRow>,
+}
 
 /// Refuses changes beyond the limits. First computations do not count.
 ///
 /// # Errors
 /// A guard fault (exit code 8) that names the limit and the customers, or an overflow.
-pub fn check(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliation) -> Result<()> {
+pub fn check(guard: &Guard, stored: &Base, changes: &Reconciliation, periods: &PeriodChanges) -> Result<()> {
+    check_windows(guard, &stored.windows, changes)?;
+    check_periods(guard, &stored.periods, changes, periods)
+}
+
+/// Billing periods whose windows stay as they are can cost something else all the same: by a
+/// minimum, a commitment, or a fixed amount.
+fn check_periods(guard: &Guard, stored: &[PeriodRow], changes: &Reconciliation, periods: &PeriodChanges) -> Result<()> {
+    let Some(limit) = guard.max_cost_change.filter(|_| !periods.corrections.is_empty()) else { return Ok(()) };
+    let mut rows = Vec::new();
+    let moved: FxHashSet<&PeriodKey> = changes.corrections.iter().map(|correction| &*correction.key.period).collect();
+    let mut by_customer: BTreeMap<(&Text, &Text, &Text), Decimal> = BTreeMap::new();
+    for PeriodCorrection { key, before, after } in &periods.corrections {
+        let Some(before) = before.as_ref().filter(|_| !moved.contains(key)) else { continue };
+        rows.push((&before.currency, &*before.customer_id));
+        let net = by_customer.entry((&before.currency, &key.tenant_id, &before.customer_id)).or_default();
+        *net = net.checked_sub(before.amount)?;
+        let Some(after) = after else { continue };
+        let net = by_customer.entry((&after.currency, &key.tenant_id, &after.customer_id)).or_default();
+        *net = net.checked_add(after.amount)?;
+    }
+    for (currency, moved) in without_signs(&by_customer)? {
+        let amounts = stored.iter().filter(|row| row.currency == currency).map(|row| row.amount.abs());
+        let base = amounts.into_iter().try_fold(Decimal::ZERO, Decimal::checked_add)?;
+        if exceeds(moved, base, limit)? {
+            let customers = rows.iter().filter(|(of, _)| **of == currency).map(|(_, customer)| *customer);
+            return Err(refused(
+                &format!(
+                    "{moved} {currency} of {base} {currency} stored would move in billing periods whose windows stay the same \
+                     (minimums, commitments, fixed amounts), more than max_cost_change {limit}"
+                ),
+                customers,
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_windows(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliation) -> Result<()> {
     let counts = |c: &&Correction| c.kind != CorrectionKind::Adjust && !c.causes.hold(Cause::FirstComputation);
     let corrections: Vec<_> = changes.corrections.iter().filter(counts).collect();
     if corrections.is_empty() {
         return Ok(());
     }
+    let customers = || corrections.iter().map(|correction| &*correction.customer_id);
     if let Some(limit) = guard.max_changed_rows {
         let changed = Decimal::from_u64(corrections.len() as u64);
         let base = Decimal::from_u64(stored.len() as u64);
@@ -30,7 +79,7 @@ pub fn check(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliation) -
                     corrections.len(),
                     stored.len()
                 ),
-                &corrections,
+                customers(),
             ));
         }
     }
@@ -44,7 +93,7 @@ pub fn check(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliation) -
                     changes.vanished,
                     stored.len()
                 ),
-                &corrections,
+                customers(),
             ));
         }
     }
@@ -55,7 +104,7 @@ pub fn check(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliation) -
             if exceeds(moved, base, limit)? {
                 return Err(refused(
                     &format!("{moved} {currency} of {base} {currency} stored would move, more than max_cost_change {limit}"),
-                    &corrections,
+                    customers(),
                 ));
             }
         }
@@ -74,23 +123,31 @@ fn exceeds(changed: Decimal, base: Decimal, limit: Limit) -> Result<bool, Decima
 fn moved_by_currency(corrections: &[&Correction]) -> Result<BTreeMap<Text, Decimal>, DecimalError> {
     let mut by_customer: BTreeMap<(&Text, &Text, &Text), Decimal> = BTreeMap::new();
     for correction in corrections {
-        let cost = |values: &Option<crate::model::aggregate::Values>| values.map_or(Decimal::ZERO, |values| values.cost);
-        let net =
-            by_customer.entry((&correction.currency, &correction.key.period.tenant_id, &correction.customer_id)).or_default();
-        *net = net.checked_add(cost(&correction.values_after()))?.checked_sub(cost(&correction.values_before()))?;
+        let cost = |values: Option<Values>| values.map_or(Decimal::ZERO, |values| values.cost);
+        let tenant = &correction.key.period.tenant_id;
+        let (customer, currency) = correction.owner_before();
+        let net = by_customer.entry((currency, tenant, customer)).or_default();
+        *net = net.checked_sub(cost(correction.values_before()))?;
+        let net = by_customer.entry((&correction.currency, tenant, &correction.customer_id)).or_default();
+        *net = net.checked_add(cost(correction.values_after()))?;
     }
+    without_signs(&by_customer)
+}
+
+/// The sum of what each customer's bill changes by, by currency.
+fn without_signs(by_customer: &BTreeMap<(&Text, &Text, &Text), Decimal>) -> Result<BTreeMap<Text, Decimal>, DecimalError> {
     let mut moved: BTreeMap<Text, Decimal> = BTreeMap::new();
-    for ((currency, _, _), net) in by_customer {
-        let total = moved.entry(currency.clone()).or_default();
+    for ((currency, ..), net) in by_customer {
+        let total = moved.entry((*currency).clone()).or_default();
         *total = total.checked_add(net.abs())?;
     }
     Ok(moved)
 }
 
-fn refused(what: &str, corrections: &[&Correction]) -> anyhow::Error {
+fn refused<'c>(what: &str, of: impl Iterator<Item = &'c str>) -> anyhow::Error {
     let mut customers: BTreeMap<&str, u64> = BTreeMap::new();
-    for correction in corrections {
-        *customers.entry(&correction.customer_id).or_default() += 1;
+    for customer in of {
+        *customers.entry(customer).or_default() += 1;
     }
     let mut customers: Vec<_> = customers.into_iter().collect();
     customers.sort_by_key(|(name, rows)| (std::cmp::Reverse(*rows), *name));

@@ -37,6 +37,7 @@ pub mod price_steps;
 mod range;
 mod read;
 pub mod reconcile;
+pub mod revert;
 pub mod saved;
 mod scan;
 pub mod session_changes;
@@ -54,7 +55,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::clock::{Stopwatch, now};
 use crate::config::Job;
-use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, StoredWindow, WindowKey};
+use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, WindowKey};
 use crate::model::basis::Scope;
 use crate::model::counts::{EventCounts, UsageCounts};
 use crate::model::price::Price;
@@ -115,7 +116,7 @@ pub struct Plan {
     keep: Keep,
     states: Vec<(String, String)>,
     started_at: Timestamp,
-    stored: Vec<StoredWindow>,
+    stored: guard::Base,
     previous: Vec<RunRecord>,
     /// Rows of `dead_letters` once this is published.
     dead_letter_rows: u64,
@@ -214,6 +215,8 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     // A range that was asked for is known before anything is read.
     let asked = match request.range {
         None => None,
+        // Nothing of it has settled yet.
+        Some(range) if range.start >= range.end => None,
         Some(_) => {
             let range = range::resolve(request, job, reference, None)?;
             let range = range.map(|range| sessions::widen(inputs, request, &past, range, &mut timeline)).transpose()?;
@@ -222,7 +225,8 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     };
     let levels = reference.has_levels(request.scope.meter.as_deref());
     let basis = basis(job, reference, &request.scope);
-    let selection = selection(request, asked, reference);
+    let nowhere = request.range.map(|Span { end, .. }| Span { start: end, end });
+    let selection = selection(request, asked.or(nowhere), reference);
     let (baseline, splits) = incremental::baseline(inputs, request, &past, &basis, &selection)?;
 
     // read (keys) -> deduplicate
@@ -233,8 +237,8 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     if request.is_of_everything() {
         inputs.keys.keep(&job.deduplicate.key, &splits, &keys.splits, keys.repeated.iter());
     }
-    let whole = match asked {
-        Some(range) => Some(range),
+    let whole = match request.range {
+        Some(_) => asked,
         None => {
             let of_events = range::resolve(request, job, reference, keys.extent)?;
             // Stored windows are whole already: widening them again would reach further each time.
@@ -374,7 +378,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let marks = context.marks.as_ref();
     let stored = known.map_or_else(|| past.read(inputs, (request, &lateness), (range, reach)), Ok)?;
     let stored = stored.comparable(&request.scope, range, (marks, reference), &priced);
-    let closed = stored.closed;
+    let (closed, invoiced) = (stored.closed, stored.invoiced);
     let mut changes = timeline.step("reconcile", None, || {
         let session_meters: FxHashSet<_> =
             reference.meters.iter().filter(|meter| sessions::is_session(meter)).map(|meter| meter.id.as_str()).collect();
@@ -400,25 +404,27 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     }
     if let Some(store) = store.filter(|_| !closed.is_empty()) {
         let wants = |key: &WindowKey, customer: &str| {
-            let (period, start) = (&key.period, key.window_start);
+            let period = &key.period;
             closed.hold(period)
-                && range.contains(start)
                 && marks.is_none_or(|marks| marks.hold_key(period, reference))
                 && request.scope.holds(&period.tenant_id, customer, &period.meter_id)
         };
-        changes.adjust_closed(adjustments::recorded(store, &job.name, wants)?);
+        let recorded = adjustments::recorded(store, &job.name, wants)?;
+        changes.adjust_closed(recorded, |key| range.contains(key.window_start));
     }
     changes.add_carried(&priced.carried);
     changes.check_totals()?;
     let foreign_definitions = past.foreign_definitions(&stored.windows, &priced.windows, &basis);
     invariants::ledger_replay(&stored.windows, &changes, &priced, range, &closed)?;
     invariants::nothing_outside_the_range(&stored.windows, &changes, range)?;
-    let periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods), &closed);
+    let stored_periods = if job.guard.max_cost_change.is_some() { stored.periods.clone() } else { Vec::new() };
+    let periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods), &closed, &invoiced);
     let known_letters: FxHashSet<_> = past.dead_letters.iter().map(|stored| &stored.letter.key).collect();
     let new_letters: FxHashSet<_> =
         seen.dead_letters.iter().map(|letter| &letter.key).filter(|key| !known_letters.contains(key)).collect();
     let dead_letter_rows = (known_letters.len() + new_letters.len()) as u64;
-    let resolved = past.resolved(job, reference, &request.scope, range, &seen.dead_letters, marks.map(|_| &seen.visited));
+    let covered = (range, inputs.source.reads_rows_without_time(&selection));
+    let resolved = past.resolved(job, reference, &request.scope, covered, &seen.dead_letters, marks.map(|_| &seen.visited));
 
     let files = splits.iter().zip(&keys.splits);
     let future = lateness::warn_of_the_future(files.clone(), range, started_at);
@@ -426,7 +432,8 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let coverage = incremental::coverage(&baseline, skipping, &priced.windows, &stored.windows);
     let coverage = Coverage { leaves_windows: lateness.settled_until.is_some(), ..coverage };
     let is_part = coverage.mode == Mode::Part;
-    let windows = guarded(inputs, stored.windows, &changes, (range, reach), baseline.is_err())?;
+    let base = guard::Base { windows: stored.windows, periods: stored_periods };
+    let base = guarded(inputs, base, (&changes, &periods), (range, reach), baseline.is_err())?;
     Ok(Plan {
         range: whole.map(|_| range),
         widened_from: request.range.filter(|asked| whole.is_some_and(|whole| *asked != whole)),
@@ -453,7 +460,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         keep,
         states: if is_part { Vec::new() } else { vec![(STATE.to_owned(), snapshot.encode()?)] },
         started_at,
-        stored: windows,
+        stored: base,
         previous: past.runs,
         dead_letter_rows,
     })
@@ -470,7 +477,7 @@ impl Plan {
     /// # Errors
     /// A guard fault (exit code 8).
     pub fn check_guard(&self, job: &Job) -> Result<()> {
-        guard::check(&job.guard, &self.stored, &self.changes)
+        guard::check(&job.guard, &self.stored, &self.changes, &self.periods)
     }
 
     /// Writes what later runs need not read again, for when the plan is published.
@@ -486,8 +493,8 @@ impl Plan {
             range: self.range,
             started_at: self.started_at,
             counts: serde_json::json!({
-                "events": self.events, "usage": self.usage, "rows": self.changes.rows, "dead_letter_rows": self.dead_letter_rows,
-                "coverage": self.coverage,
+                "events": self.events, "usage": self.usage, "rows": self.changes.rows, "periods": self.periods.changed(),
+                "dead_letter_rows": self.dead_letter_rows, "coverage": self.coverage,
             }),
             input: self.input.clone(),
             basis: self.basis.clone(),
@@ -515,6 +522,7 @@ impl Plan {
         self.changes.corrections = publication.corrections;
         self.periods.upserts = publication.period_upserts;
         self.periods.deletions = publication.period_deletions;
+        self.periods.corrections = publication.period_corrections;
         self.dead_letters = publication.dead_letters;
         self.resolved = publication.resolved;
         self.steps.push(Step { name: "publish", seconds: watch.seconds(), rows: self.changes.rows.changed() });
@@ -542,17 +550,18 @@ pub fn selection(request: &Request, range: Option<Span>, reference: &Reference) 
 /// may change a greater share of them than of all.
 fn guarded(
     inputs: &Inputs<'_>,
-    stored: Vec<StoredWindow>,
-    changes: &Reconciliation,
+    stored: guard::Base,
+    (changes, periods): (&Reconciliation, &PeriodChanges),
     (range, reach): (Span, Span),
     is_all: bool,
-) -> Result<Vec<StoredWindow>> {
-    let Some(store) = inputs.store.filter(|_| !is_all && guard::check(&inputs.job.guard, &stored, changes).is_err()) else {
+) -> Result<guard::Base> {
+    let is_refused = || guard::check(&inputs.job.guard, &stored, changes, periods).is_err();
+    let Some(store) = inputs.store.filter(|_| !is_all && is_refused()) else {
         return Ok(stored);
     };
-    let mut all = store.windows(&inputs.job.name, reach)?;
-    all.retain(|stored| stored.row.period().overlaps(range));
-    Ok(all)
+    let mut windows = store.windows(&inputs.job.name, reach)?;
+    windows.retain(|stored| stored.row.period().overlaps(range));
+    Ok(guard::Base { windows, periods: store.periods(&inputs.job.name, range)? })
 }
 
 /// What a computation rests on, as it is now.

@@ -34,6 +34,8 @@ pub struct Stored {
     pub periods: Vec<PeriodRow>,
     /// Periods that the range touches and whose rows stay as they are.
     pub closed: ClosedPeriods,
+    /// Those that were closed, whether or not they stay as they are.
+    pub invoiced: ClosedPeriods,
 }
 
 /// What a run knew when it computed its range.
@@ -161,14 +163,15 @@ impl Past {
         open
     }
 
-    /// Open dead letters that the run covers and did not find again; where it did not
-    /// look at all events, those that it `visited`.
+    /// Open dead letters that the run covers and did not find again: those of the range, and
+    /// those `without_time` if it read such rows. Where it did not look at all events, those
+    /// that it `visited`.
     pub fn resolved(
         &self,
         job: &Job,
         reference: &Reference,
         scope: &Scope,
-        range: Span,
+        (range, without_time): (Span, bool),
         found: &[DeadLetter],
         visited: Option<&VisitedLetters>,
     ) -> Vec<DeadLetterKey> {
@@ -181,7 +184,7 @@ impl Past {
             let tumbling =
                 || reference.meters.iter().map(|meter| meter.window).filter(|window| matches!(window, WindowKind::Tumbling(_)));
             let is_covered = |t| range.contains(t) && tumbling().all(|window| range.covers(window.slot(t, job.timezone)));
-            in_scope && letter.event_time.is_none_or(is_covered)
+            in_scope && letter.event_time.map_or(without_time, is_covered)
         };
         let is_visited = |key: &DeadLetterKey| {
             let meter = reference.meters.iter().position(|meter| meter.id == key.meter_id);
@@ -221,18 +224,20 @@ impl Past {
         let Inputs { job, reference, store, .. } = *inputs;
         let windows = Vec::new();
         let Some(store) = store else {
-            return Ok(Stored { windows, periods: Vec::new(), closed: ClosedPeriods::default() });
+            let (closed, invoiced) = (ClosedPeriods::default(), ClosedPeriods::default());
+            return Ok(Stored { windows, periods: Vec::new(), closed, invoiced });
         };
         let subscriptions = marks.filter(|marks| marks.know(range)).and_then(|marks| marks.marked_subscriptions(reference));
         let reach = marks.map_or(reach, |marks| marks.span(reference, (range, reach)));
         let range = Span { start: range.start.max(reach.start), end: range.end.min(reach.end) };
         let periods = store.periods_of(&job.name, range, subscriptions.as_deref())?;
+        let invoiced = ClosedPeriods::of(&periods);
         let closed = match lateness.horizon {
             _ if request.allow_closed => ClosedPeriods::default(),
-            Some(until) => ClosedPeriods::of(&periods).with_horizon(Horizon::new(until, &self.runs), reference),
-            None => ClosedPeriods::of(&periods),
+            Some(until) => invoiced.clone().with_horizon(Horizon::new(until, &self.runs), reference),
+            None => invoiced.clone(),
         };
-        Ok(Stored { windows, periods, closed })
+        Ok(Stored { windows, periods, closed, invoiced })
     }
 
     /// Rows that may change where `marks` are, and those that come after them; of all marked

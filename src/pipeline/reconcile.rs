@@ -153,7 +153,11 @@ impl Reconciliation {
             Pair::Stored(before) => (Some(&before.row), None, judge.retract(before).0),
         };
         let Some(row) = after.or(before) else { return };
-        if range.covers(row.window()) || (before.is_some() && after.is_some()) {
+        // Beyond the range, only what a window costs can be told, as in periods that are open.
+        let same_usage = before.zip(after).is_some_and(|(before, after)| before.same_usage(after));
+        if !range.covers(row.window()) && !same_usage {
+            self.stale_outside += 1;
+        } else {
             let copy = |row: Option<&Arc<WindowRow>>| row.map(|row| WindowRow::clone(row));
             let (before, after) = (copy(before), copy(after));
             self.closed.push(ClosedDifference { before, after, causes });
@@ -313,6 +317,23 @@ impl PeriodChanges {
         (self.upserts.len() + self.deletions.len()) as u64
     }
 
+    /// What the rows amount to that change, by currency.
+    pub fn amounts(&self) -> BTreeMap<Text, Totals> {
+        let mut amounts: BTreeMap<Text, Totals> = BTreeMap::new();
+        for PeriodCorrection { before, after, .. } in &self.corrections {
+            before.iter().for_each(|row| amounts.entry(row.currency.clone()).or_default().before.add(row.amount));
+            after.iter().for_each(|row| amounts.entry(row.currency.clone()).or_default().after.add(row.amount));
+        }
+        amounts
+    }
+
+    /// Whether a minimum or a commitment makes a bill change by something else than its windows do.
+    pub fn change_adjustments(&self) -> bool {
+        let of = |row: &PeriodRow| (row.minimum_adjustment, row.commitment_adjustment);
+        let both = self.corrections.iter().filter_map(|correction| correction.before.as_ref().zip(correction.after.as_ref()));
+        both.into_iter().any(|(before, after)| of(before) != of(after))
+    }
+
     fn delete(&mut self, gone: PeriodRow) {
         self.deletions.push(gone.key.clone());
         self.corrections.push(PeriodCorrection { key: gone.key.clone(), before: Some(gone), after: None });
@@ -325,8 +346,13 @@ impl PeriodChanges {
 }
 
 /// Compares stored and computed period rows; both are sorted by key. Rows of closed
-/// periods stay as they are.
-pub fn reconcile_periods(stored: Vec<PeriodRow>, computed: Vec<PeriodRow>, closed: &ClosedPeriods) -> PeriodChanges {
+/// periods stay as they are; where somebody allows that `invoiced` ones change, they are closed still.
+pub fn reconcile_periods(
+    stored: Vec<PeriodRow>,
+    computed: Vec<PeriodRow>,
+    closed: &ClosedPeriods,
+    invoiced: &ClosedPeriods,
+) -> PeriodChanges {
     let mut changes = PeriodChanges::default();
     let is_open = |row: &PeriodRow| !closed.hold(&row.key);
     let mut stored = stored.into_iter().filter(is_open).peekable();
@@ -335,7 +361,7 @@ pub fn reconcile_periods(stored: Vec<PeriodRow>, computed: Vec<PeriodRow>, close
             changes.delete(gone);
         }
         let before = stored.next_if(|before| before.key == row.key);
-        row.closed_at = before.as_ref().and_then(|before| before.closed_at);
+        row.closed_at = before.as_ref().and_then(|before| before.closed_at).or_else(|| invoiced.closed_at(&row.key));
         if before.as_ref() == Some(&row) {
             changes.unchanged += 1;
         } else {

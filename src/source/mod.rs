@@ -154,6 +154,11 @@ pub trait EventSource: Sync {
         self.splits(&Selection::default())
     }
 
+    /// Whether rows that have no time are read too, whatever the selection.
+    fn reads_rows_without_time(&self, selection: &Selection) -> bool {
+        selection.span.is_none()
+    }
+
     /// A split in at most so many slices that can be read each on its own; a single one where it
     /// is small or cannot be divided.
     fn slices(&self, split: &Split, _most: usize) -> Vec<Split> {

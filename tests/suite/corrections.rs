@@ -12,7 +12,7 @@ use crate::incremental_windows::{Call, shop};
 use crate::support::{Row, Workspace};
 
 /// Two customers on a graduated plan, with events in January and February.
-fn world() -> Workspace {
+pub fn world() -> Workspace {
     let workspace = Workspace::new();
     workspace.write(
         "job.yaml",
@@ -38,7 +38,7 @@ fn world() -> Workspace {
     workspace
 }
 
-fn send(workspace: &Workspace, file: &str, events: &[(&str, &str, &str, i64)]) {
+pub fn send(workspace: &Workspace, file: &str, events: &[(&str, &str, &str, i64)]) {
     let line = |(id, customer, day, n): &(&str, &str, &str, i64)| {
         let event = json!({"tenant_id": "t", "id": id, "event_name": "call", "external_customer_id": customer,
             "timestamp": format!("{day}T12:00:00Z"), "ingested_at": format!("{day}T13:00:00Z"), "properties": {"n": n}});
@@ -51,7 +51,7 @@ const WINDOWS: &str =
     "SELECT subscription_id, window_start, quantity, cost, event_count, events_digest FROM usage_windows ORDER BY 1, 2";
 const PERIODS: &str = "SELECT subscription_id, period_start, quantity, cost, minimum_adjustment, amount, closed_at FROM usage_periods ORDER BY 1, 2";
 
-fn tables(workspace: &Workspace) -> [Vec<Row>; 2] {
+pub fn tables(workspace: &Workspace) -> [Vec<Row>; 2] {
     [WINDOWS, PERIODS].map(|sql| workspace.query(sql))
 }
 
@@ -196,7 +196,7 @@ fn periods_are_chosen_closed_once_and_opened_again() {
 
 // --- taking back -----------------------------------------------------------------------------
 
-fn last_run(workspace: &Workspace) -> String {
+pub fn last_run(workspace: &Workspace) -> String {
     workspace.query("SELECT run_id FROM runs ORDER BY version DESC LIMIT 1").remove(0).remove("run_id").unwrap()
 }
 
@@ -522,4 +522,40 @@ fn two_jobs_share_a_store() {
         assert_eq!(first.len(), count);
         assert!(first == rows(table, "second"), "{table} differs");
     }
+}
+
+/// A minimum is in no window, but on the bill.
+#[test]
+fn bills_whose_windows_stay_are_guarded_too() {
+    let workspace = world();
+    workspace.edit("job.yaml", "window: day", "window: day\nguard: {max_cost_change: \"5%\"}");
+    workspace.run(&[]);
+    workspace.edit("prices.yaml", "minimum_amount: \"5\"", "minimum_amount: \"500\"");
+    let plan = workspace.trueup(&["plan", "job.yaml", "--output", "json"]).json();
+    assert_eq!(plan["periods"]["amounts"], json!([{"currency": "USD", "amount_before": "27", "amount_after": "2000"}]));
+    let text = workspace.trueup(&["plan", "job.yaml"]).stdout;
+    assert!(text.contains("amount       USD 27 -> 2000  +1973"), "{text}");
+    let before = workspace.dump();
+    workspace
+        .trueup(&["run", "job.yaml"])
+        .fails_with(8, &["1973 USD of 27 USD", "whose windows stay the same", "c1 (2 rows), c2 (2 rows)"]);
+    assert_eq!(workspace.dump(), before);
+    workspace.run(&["--yes"]);
+    let audit = workspace.trueup(&["audit", "job.yaml"]).stdout;
+    assert!(audit.contains(&last_run(&workspace)), "{audit}");
+}
+
+/// What moves from one customer to another is money that moves, for both.
+#[test]
+fn money_that_moves_between_customers_is_seen() {
+    let workspace = world();
+    workspace.edit("job.yaml", "window: day", "window: day\nguard: {max_cost_change: \"5%\"}");
+    workspace.run(&[]);
+    workspace.edit("customers.csv", "t,c2,x2", "t,c3,x2");
+    workspace.edit("subscriptions.csv", "t,s2,c2", "t,s2,c3");
+    workspace.trueup(&["run", "job.yaml"]).fails_with(8, &["6 USD of 17 USD stored would move"]);
+    workspace.run(&["--yes"]);
+    let audit = workspace.trueup(&["audit", "job.yaml", "--run", &last_run(&workspace), "--output", "json"]).json();
+    let by_customer = audit["by_customer"].to_string();
+    assert!(by_customer.contains("c2") && by_customer.contains("c3"), "{by_customer}");
 }

@@ -201,3 +201,19 @@ fn a_policy_that_is_none_is_refused() {
     workspace.write("job.yaml", job("incremental: sometimes"));
     workspace.trueup(&["check", "job.yaml"]).fails_with(2, &["job.yaml:11", "must be auto, always or never"]);
 }
+
+/// Where the job looks back no further than to what has not settled, there is nothing to compute.
+#[test]
+fn what_settles_later_than_a_run_looks_back_is_not_computed() {
+    let workspace = workspace("lateness: {lookback: 1d, settle: 25h}");
+    workspace.edit("job.yaml", "window: hour", "window: day");
+    call(&workspace, "old", Duration::days(40));
+    call(&workspace, "recent", Duration::hours(20));
+    let run = workspace.run(&[]);
+    assert_eq!((rows(&run), &run["range"]["start"]), ([0; 5], &json!(null)), "{run}");
+    assert_eq!(workspace.run(&["--full"])["rows"]["inserted"], 1);
+    // Nor is anything taken away.
+    call(&workspace, "late", Duration::days(40));
+    assert_eq!(rows(&workspace.run(&[])), [0; 5]);
+    assert_eq!(quantities(&workspace), ["1"]);
+}

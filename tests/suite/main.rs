@@ -5,6 +5,7 @@
 mod audit;
 mod bad_input;
 mod causes;
+mod closed;
 mod commands;
 mod corrections;
 mod deployment;
@@ -24,3 +25,4 @@ mod parts;
 mod promises;
 mod reference;
 mod support;
+mod taking_back;

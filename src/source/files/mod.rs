@@ -135,6 +135,11 @@ impl EventSource for FileSource {
         Ok(format!("{} file{}", files.len(), if files.len() == 1 { "" } else { "s" }))
     }
 
+    fn reads_rows_without_time(&self, _: &Selection) -> bool {
+        // Files are read as a whole.
+        true
+    }
+
     fn splits(&self, _: &Selection) -> Result<Vec<Split>> {
         let mut splits = Vec::new();
         for path in self.files()? {
