@@ -42,7 +42,8 @@ enum ExportFormat {
 }
 
 /// Columns that hold whole numbers; the others are text, as decimals must be.
-const INTEGERS: [&str; 6] = ["event_count", "event_count_before", "event_count_after", "version", "occurrences", "row_digest"];
+const INTEGERS: [&str; 7] =
+    ["event_count", "event_count_before", "event_count_after", "version", "occurrences", "row_digest", "after_digest"];
 
 pub fn execute(session: &Session, arguments: &ExportArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;

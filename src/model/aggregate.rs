@@ -344,6 +344,14 @@ impl Correction {
         self.after.as_ref().map(Recorded::values)
     }
 
+    /// The row that is written; none by a retraction or an adjustment.
+    pub fn written(&self) -> Option<&Arc<WindowRow>> {
+        match &self.after {
+            Some(Recorded::Of(row)) if self.kind != CorrectionKind::Adjust => Some(row),
+            _ => None,
+        }
+    }
+
     /// Whose row it was before, and in what currency: another's where a customer or a plan changed.
     pub fn owner_before(&self) -> (&Text, &Text) {
         self.replaced.as_ref().map_or((&self.customer_id, &self.currency), |row| (&row.customer_id, &row.currency))

@@ -59,6 +59,10 @@ impl SetDigest {
         text.parse().unwrap_or_else(|_| SetDigest(xxh3_128(text.as_bytes())))
     }
 
+    pub fn to_le_bytes(self) -> [u8; 16] {
+        self.0.to_le_bytes()
+    }
+
     /// 32 hexadecimal digits.
     pub fn hex(self) -> String {
         hex(self.0)

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::aggregate::{Causes, Correction, PeriodCorrection, PeriodRow, Values};
+use super::aggregate::{Basis, Causes, Correction, PeriodCorrection, PeriodRow, Values, WindowRow};
 use super::basis::{ReferenceDigests, Scope};
 use super::decimal::DecimalText;
 use super::digest::frame;
@@ -218,6 +218,8 @@ pub struct LedgerLine<'a> {
     pub texts: [&'a str; 12],
     pub before: Option<Values>,
     pub after: Option<Values>,
+    /// [`window_digest`] of the row that was written.
+    pub after_digest: Option<i64>,
 }
 
 /// The line of one correction after the other, all in one buffer.
@@ -252,6 +254,10 @@ impl LedgerText {
                 None => self.line.push_str("-|"),
             }
         }
+        if let Some(digest) = line.after_digest {
+            push_number(&mut self.line, u64::from_le_bytes(digest.to_le_bytes()));
+            self.line.push('|');
+        }
     }
 
     /// The digest that is kept in the row: it tells which row was altered.
@@ -276,6 +282,11 @@ fn push_number(text: &mut String, number: u64) {
     text.extend(digits.iter().skip(digits.len() - length).copied().map(char::from));
 }
 
+/// The digest of a state that a run keeps, as its counts have it.
+pub fn state_digest(content: &str) -> String {
+    format!("{:016x}", xxh3_64(content.as_bytes()))
+}
+
 /// The digest of a row by the texts of its columns.
 pub fn row_digest(texts: &[&str]) -> i64 {
     digest_of(texts, &mut Vec::with_capacity(256))
@@ -287,18 +298,34 @@ fn digest_of(texts: &[&str], buffer: &mut Vec<u8>) -> i64 {
     i64::from_le_bytes(xxh3_64(buffer).to_le_bytes())
 }
 
+/// The digest of a row of `usage_windows`, of all that the corrections of its key do not tell.
+pub fn window_digest(row: &WindowRow, buffer: &mut Vec<u8>) -> i64 {
+    buffer.clear();
+    let Basis { meter, price, subscription, customer } = &*row.basis;
+    for text in [&row.customer_id, &row.currency, meter, price, subscription, customer] {
+        frame(buffer, Some(text.as_bytes()));
+    }
+    buffer.extend(row.window_end.nanos().to_le_bytes());
+    buffer.extend(row.period_end.nanos().to_le_bytes());
+    buffer.extend(row.events_digest.to_le_bytes());
+    i64::from_le_bytes(xxh3_64(buffer).to_le_bytes())
+}
+
 /// The lines of corrections in memory, one after the other.
 #[derive(Default)]
 pub struct LedgerLines {
     text: LedgerText,
+    row: Vec<u8>,
     period_start: TimestampText,
     window_start: TimestampText,
     causes: String,
 }
 
 impl LedgerLines {
-    pub fn of(&mut self, correction: &Correction) -> &mut LedgerText {
+    /// The line, and [`window_digest`] of the row that was written.
+    pub fn of(&mut self, correction: &Correction) -> (&mut LedgerText, Option<i64>) {
         let key = &correction.key;
+        let after_digest = correction.written().map(|row| window_digest(row, &mut self.row));
         self.causes.clear();
         write_causes(&correction.causes, &mut self.causes);
         self.text.set(&LedgerLine {
@@ -318,8 +345,9 @@ impl LedgerLines {
             ],
             before: correction.values_before(),
             after: correction.values_after(),
+            after_digest,
         });
-        &mut self.text
+        (&mut self.text, after_digest)
     }
 }
 
@@ -361,7 +389,16 @@ pub struct LedgerDigests {
     /// Of everything so far.
     pub chain: String,
     /// Of the row of each of the run's corrections.
-    pub rows: Vec<i64>,
+    pub rows: Vec<CorrectionDigests>,
+}
+
+/// What a correction keeps so that nothing is altered unseen.
+#[derive(Debug, Clone, Copy)]
+pub struct CorrectionDigests {
+    /// Of the correction.
+    pub row: i64,
+    /// [`window_digest`] of the row that it wrote.
+    pub after: Option<i64>,
 }
 
 impl LedgerDigests {
@@ -391,15 +428,15 @@ impl LedgerDigests {
 }
 
 /// The digests of blocks of corrections, and of their rows.
-fn block_digests(corrections: &[Correction]) -> (Vec<sha2::digest::Output<Sha256>>, Vec<i64>) {
+fn block_digests(corrections: &[Correction]) -> (Vec<sha2::digest::Output<Sha256>>, Vec<CorrectionDigests>) {
     let mut lines = LedgerLines::default();
     let mut rows = Vec::with_capacity(corrections.len());
     let block = |corrections: &[Correction]| {
         let mut block = Sha256::new();
         for correction in corrections {
-            let line = lines.of(correction);
+            let (line, after) = lines.of(correction);
             block.update(line.line.as_bytes());
-            rows.push(line.row_digest());
+            rows.push(CorrectionDigests { row: line.row_digest(), after });
         }
         block.finalize()
     };

@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
+use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::now;
 use crate::model::aggregate::{
-    Correction, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, WindowKey, WindowRow,
+    Correction, CorrectionKind, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, Recorded, WindowKey, WindowRow,
 };
-use crate::model::run::{Origin, RunBasis, RunInput, RunMode, RunRecord};
+use crate::model::run::{Origin, RunBasis, RunInput, RunMode, RunRecord, state_digest};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::store::{Publication, next_run_id, next_version};
@@ -83,9 +84,24 @@ impl Draft {
         }
     }
 
+    /// Finds the rows that the corrections write among those of the draft: a file tells only their
+    /// values.
+    pub fn link(&mut self) {
+        let rows: FxHashMap<_, _> = self.upserts.iter().map(|row| (&row.key, row)).collect();
+        for correction in self.corrections.iter_mut().filter(|correction| correction.kind != CorrectionKind::Adjust) {
+            if let Some(row) = correction.after.as_ref().and_then(|_| rows.get(&correction.key)) {
+                correction.after = Some(Recorded::from(*row));
+            }
+        }
+    }
+
     /// The publication, as the run after `previous`.
-    pub fn into_publication(self, job: &str, previous: &[RunRecord], origin: &Origin) -> Publication {
+    pub fn into_publication(mut self, job: &str, previous: &[RunRecord], origin: &Origin) -> Publication {
         let finished_at = now();
+        if let Some(counts) = self.counts.as_object_mut().filter(|_| !self.states.is_empty()) {
+            let digests = self.states.iter().map(|(name, content)| (name.clone(), state_digest(content).into()));
+            counts.insert("states".to_owned(), serde_json::Value::Object(digests.collect()));
+        }
         let run = RunRecord {
             run_id: next_run_id(previous, finished_at),
             job: job.to_owned(),

@@ -62,7 +62,7 @@ impl SavedPlan {
     pub fn read(path: &Path) -> Result<SavedPlan> {
         let file =
             File::open(path).map_err(|error| configuration(format!("cannot read the plan {}: {error}", path.display())))?;
-        let plan: SavedPlan = serde_json::from_reader(BufReader::new(file)).map_err(|error| {
+        let mut plan: SavedPlan = serde_json::from_reader(BufReader::new(file)).map_err(|error| {
             configuration(format!("{} is no saved plan: {error}; make one with `trueup plan JOB --out FILE`", path.display()))
         })?;
         if plan.schema != SCHEMA || plan.trueup_version != env!("CARGO_PKG_VERSION") {
@@ -74,6 +74,7 @@ impl SavedPlan {
                 env!("CARGO_PKG_VERSION")
             )));
         }
+        plan.draft.link();
         Ok(plan)
     }
 

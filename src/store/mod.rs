@@ -77,6 +77,9 @@ pub struct LedgerEntry {
     pub replaced: String,
     /// As it was when the row was written.
     pub row_digest: i64,
+    /// Of the row of `usage_windows` that was written; none in rows of older versions.
+    pub after_digest: Option<i64>,
+    pub recorded_at: Timestamp,
 }
 
 /// A change to `usage_periods` as the ledger has it; rows as written.
@@ -84,9 +87,19 @@ pub struct LedgerEntry {
 pub struct PeriodEntry {
     pub correction_id: String,
     pub run_id: String,
+    pub key: PeriodKey,
+    pub recorded_at: Timestamp,
     pub before: String,
     pub after: String,
     pub row_digest: i64,
+}
+
+/// Which run wrote a row, as the row says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stamp {
+    pub run_id: String,
+    pub version: i64,
+    pub updated_at: Timestamp,
 }
 
 /// A value of an exported row.
@@ -252,6 +265,12 @@ pub trait AggregateStore {
         }
         Ok(periods)
     }
+
+    /// Which run each row of `usage_periods` says that it is of.
+    fn period_stamps(&self, job: &str) -> Result<Vec<(PeriodKey, Stamp)>>;
+
+    /// Rows of `usage_windows` whose version and time are not those of their run.
+    fn misdated_windows(&self, job: &str) -> Result<Vec<WindowKey>>;
 
     /// A state of the job that runs keep for later ones: the id of the run that wrote
     /// it, and its content.

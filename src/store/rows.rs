@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use super::{LedgerEntry, PeriodEntry, StoredDeadLetter};
+use super::{LedgerEntry, PeriodEntry, Stamp, StoredDeadLetter};
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, Reason, Text, Values, WindowKey};
 use crate::model::run::{Origin, RunMode, RunRecord};
 use crate::model::window::Span;
@@ -67,10 +67,6 @@ fn period_key(row: &dyn Cells) -> Result<PeriodKey> {
     })
 }
 
-fn window_key(row: &dyn Cells) -> Result<WindowKey> {
-    Ok(WindowKey { period: Arc::new(period_key(row)?), window_start: parsed(row, "window_start")? })
-}
-
 /// A row of `runs`.
 pub fn run(row: &dyn Cells) -> Result<RunRecord> {
     let (start, end) = (optional(row, "range_start")?, optional(row, "range_end")?);
@@ -119,13 +115,23 @@ pub fn dead_letter(row: &dyn Cells) -> Result<StoredDeadLetter> {
 
 /// A row of `corrections`.
 pub fn ledger_entry(row: &dyn Cells) -> Result<LedgerEntry> {
+    let correction_id = string(row, "correction_id")?;
+    // Who altered one of them alone altered the row: its digest tells.
     let values = |suffix: &str| -> Result<Option<Values>> {
-        let Some(quantity) = optional(row, &format!("quantity_{suffix}"))? else { return Ok(None) };
-        let cost = parsed(row, &format!("cost_{suffix}"))?;
-        Ok(Some(Values { quantity, cost, event_count: parsed(row, &format!("event_count_{suffix}"))? }))
+        let quantity = optional(row, &format!("quantity_{suffix}")).with_context(|| correction_id.clone())?;
+        let cost = optional(row, &format!("cost_{suffix}")).with_context(|| correction_id.clone())?;
+        let event_count = optional(row, &format!("event_count_{suffix}")).with_context(|| correction_id.clone())?;
+        if quantity.is_none() && cost.is_none() && event_count.is_none() {
+            return Ok(None);
+        }
+        Ok(Some(Values {
+            quantity: quantity.unwrap_or_default(),
+            cost: cost.unwrap_or_default(),
+            event_count: event_count.unwrap_or_default(),
+        }))
     };
     Ok(LedgerEntry {
-        correction_id: string(row, "correction_id")?,
+        correction_id: correction_id.clone(),
         run_id: string(row, "run_id")?,
         key: window_key(row)?,
         customer_id: string(row, "customer_id")?,
@@ -136,7 +142,22 @@ pub fn ledger_entry(row: &dyn Cells) -> Result<LedgerEntry> {
         after: values("after")?,
         replaced: row.cell("replaced")?.unwrap_or_default().into_owned(),
         row_digest: parsed(row, "row_digest")?,
+        // A store that an older version wrote last has no such column.
+        after_digest: row.cell("after_digest").ok().flatten().map(|text| text.parse()).transpose().context("after_digest")?,
+        recorded_at: parsed(row, "recorded_at")?,
     })
+}
+
+/// Which run wrote a row of `usage_periods`, as the row says.
+pub fn period_stamp(row: &dyn Cells) -> Result<(PeriodKey, Stamp)> {
+    let stamp =
+        Stamp { run_id: string(row, "run_id")?, version: parsed(row, "version")?, updated_at: parsed(row, "updated_at")? };
+    Ok((period_key(row)?, stamp))
+}
+
+/// The key of a row of `usage_windows`.
+pub fn window_key(row: &dyn Cells) -> Result<WindowKey> {
+    Ok(WindowKey { period: Arc::new(period_key(row)?), window_start: parsed(row, "window_start")? })
 }
 
 /// A row of `period_corrections`.
@@ -144,6 +165,8 @@ pub fn period_entry(row: &dyn Cells) -> Result<PeriodEntry> {
     Ok(PeriodEntry {
         correction_id: string(row, "correction_id")?,
         run_id: string(row, "run_id")?,
+        key: period_key(row)?,
+        recorded_at: parsed(row, "recorded_at")?,
         before: string(row, "row_before")?,
         after: string(row, "row_after")?,
         row_digest: parsed(row, "row_digest")?,

@@ -1,6 +1,7 @@
 //! Corrections that can be trusted: saved plans, closed periods, taking back,
 //! resuming, and ends that nobody planned.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -558,4 +559,76 @@ fn money_that_moves_between_customers_is_seen() {
     let audit = workspace.trueup(&["audit", "job.yaml", "--run", &last_run(&workspace), "--output", "json"]).json();
     let by_customer = audit["by_customer"].to_string();
     assert!(by_customer.contains("c2") && by_customer.contains("c3"), "{by_customer}");
+}
+
+/// Every column of every table, of rows that no run computes again too.
+#[test]
+fn no_column_can_be_altered_unseen() {
+    let workspace = world();
+    send(&workspace, "bad", &[("nobody", "x9", "2026-01-05", 1)]);
+    workspace.run(&[]);
+    workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]);
+    send(&workspace, "late", &[("e", "x1", "2026-01-05", 1), ("f", "x1", "2026-02-02", 1)]);
+    workspace.run(&[]);
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+    let tables = "SELECT m.name AS \"table\", t.name AS \"column\", t.type FROM sqlite_schema AS m, pragma_table_info(m.name) AS t \
+                  WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite_%'";
+    let columns = workspace.query(tables);
+    assert!(columns.len() > 100, "{}", columns.len());
+    let keys = "SELECT m.name AS \"table\", group_concat(t.name) AS keys FROM sqlite_schema AS m, pragma_table_info(m.name) AS t \
+                WHERE m.type = 'table' AND t.pk > 0 GROUP BY 1";
+    let keys: HashMap<_, _> = workspace.query(keys).into_iter().map(|row| (row["table"].clone(), row["keys"].clone())).collect();
+    let mut unseen = Vec::new();
+    for row in columns {
+        let (table, column) = (row["table"].as_str(), row["column"].as_str());
+        let value = match column {
+            _ if row["type"] == "INTEGER" => format!("coalesce({column}, 0) + 17"),
+            _ if column.ends_with("_at") || column.ends_with("_start") || column.ends_with("_end") || column == "event_time" => {
+                "'2026-01-07T00:00:00Z'".to_owned()
+            }
+            "quantity"
+            | "cost"
+            | "amount"
+            | "minimum_adjustment"
+            | "commitment_adjustment"
+            | "quantity_before"
+            | "quantity_after"
+            | "cost_before"
+            | "cost_after" => "'17.5'".to_owned(),
+            "reason" => "'price_not_found'".to_owned(),
+            "kind" => "iif(kind = 'insert', 'update', 'insert')".to_owned(),
+            "mode" => "iif(mode = 'run', 'apply', 'run')".to_owned(),
+            "counts" => "json_set(counts, '$.rows.inserted', 17)".to_owned(),
+            "overrides" => "'[\"guard\"]'".to_owned(),
+            "input" => "json_set(input, '$.files', json('[]'))".to_owned(),
+            "basis" => "json_set(basis, '$.job_digest', 'x')".to_owned(),
+            "replaced" | "row_before" | "row_after" => format!("replace({column}, 'USD', 'EUR')"),
+            _ => format!("coalesce({column}, '') || 'x'"),
+        };
+        // What is closed, what is open, and the first row of all others.
+        let rows = match table {
+            "usage_windows" | "usage_periods" => vec!["period_start LIKE '2026-01%'", "period_start LIKE '2026-02%'"],
+            "corrections" => vec!["kind = 'adjust'", "kind = 'update'", "sequence = 1"],
+            "period_corrections" => vec!["row_before <> ''"],
+            _ => vec!["1"],
+        };
+        for which in rows {
+            let copy = Workspace::new();
+            copy.overlay(&workspace.path(""));
+            let sql = format!(
+                "UPDATE {table} SET {column} = {value} WHERE ({which}) AND coalesce({column}, '') <> coalesce({value}, '') \
+                 AND ({keys}) IN (SELECT {keys} FROM {table} WHERE {which} LIMIT 1)",
+                keys = keys.get(table).map_or("rowid", String::as_str),
+            );
+            let changed = rusqlite::Connection::open(copy.path("trueup.db")).unwrap().execute(&sql, []).unwrap();
+            assert!(changed > 0 || column == "replaced", "{sql}");
+            let verified = copy.trueup(&["verify", "job.yaml"]);
+            // Digests of definitions have no rows of their own: they are named by those of windows.
+            let named = if table == "definition_digests" { "usage_windows" } else { table };
+            if changed > 0 && !(verified.code == 3 && verified.stdout.contains(named)) {
+                unseen.push(format!("{sql}: {verified:?}"));
+            }
+        }
+    }
+    assert!(unseen.is_empty(), "{}", unseen.join("\n\n"));
 }

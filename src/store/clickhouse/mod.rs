@@ -9,16 +9,17 @@ use anyhow::{Context, Result, bail};
 
 use super::reader::{PeriodReader, WindowReader};
 use super::rows as read;
-use super::{AggregateStore, Cell, Corrections, LedgerEntry, PeriodEntry, Publication, RowSink, StoredDeadLetter, Table};
+use super::{AggregateStore, Cell, Corrections, LedgerEntry, PeriodEntry, Publication, RowSink, Stamp, StoredDeadLetter, Table};
 use crate::clickhouse_client::{Database, literal};
 use crate::config::ClickHouseConnection;
-use crate::model::aggregate::{PeriodRow, StoredWindow};
+use crate::model::aggregate::{PeriodKey, PeriodRow, StoredWindow, WindowKey};
 use crate::model::run::RunRecord;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 
 /// `sql/clickhouse/NNNN_name.sql`; the version of a store is how many of them it has.
-const MIGRATIONS: [&str; 1] = [include_str!("../../../sql/clickhouse/0001_initial.sql")];
+const MIGRATIONS: [&str; 2] =
+    [include_str!("../../../sql/clickhouse/0001_initial.sql"), include_str!("../../../sql/clickhouse/0002_ledger.sql")];
 
 /// A database with the tables of the contract.
 pub struct ClickHouseStore {
@@ -179,6 +180,20 @@ impl AggregateStore for ClickHouseStore {
         let mut periods = self.query(&sql, |row| reader.read(row)).context("reading usage_periods")?;
         periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
         Ok(periods)
+    }
+
+    fn period_stamps(&self, job: &str) -> Result<Vec<(PeriodKey, Stamp)>> {
+        let sql = format!("SELECT * FROM usage_periods FINAL WHERE job = {}", literal(job));
+        self.query(&sql, read::period_stamp).context("reading usage_periods")
+    }
+
+    fn misdated_windows(&self, job: &str) -> Result<Vec<WindowKey>> {
+        let job = literal(job);
+        let sql = format!(
+            "SELECT * FROM usage_windows FINAL WHERE job = {job} AND (run_id, version, updated_at) NOT IN \
+             (SELECT run_id, toUInt64(version), finished_at FROM runs FINAL WHERE job = {job})"
+        );
+        self.query(&sql, read::window_key).context("reading usage_windows")
     }
 
     fn state(&self, job: &str, name: &str) -> Result<Option<(String, String)>> {

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, bail};
 use rusqlite::Connection;
 
 /// Every migration; the version of a store is how many of them it has.
-const MIGRATIONS: [&str; 1] = [include_str!("../../../sql/sqlite/0001_initial.sql")];
+const MIGRATIONS: [&str; 2] =
+    [include_str!("../../../sql/sqlite/0001_initial.sql"), include_str!("../../../sql/sqlite/0002_ledger.sql")];
 
 /// Marks a SQLite file as ours ("TRUE" in ASCII).
 const APPLICATION_ID: i64 = 0x5452_5545;

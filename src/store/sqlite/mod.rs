@@ -16,10 +16,10 @@ use anyhow::{Context, Result, bail};
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::{
-    AggregateStore, Corrections, LedgerEntry, PeriodEntry, Publication, RowSink, StoredDeadLetter, SubscriptionKey, Table,
+    AggregateStore, Corrections, LedgerEntry, PeriodEntry, Publication, RowSink, Stamp, StoredDeadLetter, SubscriptionKey, Table,
     WindowChoice,
 };
-use crate::model::aggregate::{PeriodRow, StoredWindow};
+use crate::model::aggregate::{PeriodKey, PeriodRow, StoredWindow, WindowKey};
 use crate::model::run::RunRecord;
 use crate::model::window::Span;
 
@@ -175,6 +175,14 @@ impl AggregateStore for SqliteStore {
     fn periods_of(&self, job: &str, span: Span, subscriptions: Option<&[SubscriptionKey]>) -> Result<Vec<PeriodRow>> {
         let Some(subscriptions) = subscriptions else { return self.periods(job, span) };
         read::periods_of(&self.connection, job, span, &in_order(subscriptions)).context("reading usage_periods")
+    }
+
+    fn period_stamps(&self, job: &str) -> Result<Vec<(PeriodKey, Stamp)>> {
+        read::period_stamps(&self.connection, job).context("reading usage_periods")
+    }
+
+    fn misdated_windows(&self, job: &str) -> Result<Vec<WindowKey>> {
+        read::misdated_windows(&self.connection, job).context("reading usage_windows")
     }
 
     fn state(&self, job: &str, name: &str) -> Result<Option<(String, String)>> {

@@ -7,14 +7,14 @@ use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OptionalExtension as _, Params, Row};
 
 use super::digests::{Digests, WindowCells};
-use crate::model::aggregate::{PeriodRow, StoredWindow};
+use crate::model::aggregate::{PeriodKey, PeriodRow, StoredWindow, WindowKey};
 use crate::model::run::RunRecord;
 use crate::model::timestamp::{SECOND, Timestamp};
 use crate::model::window::Span;
 use crate::store::reader::{PeriodReader, WindowReader};
 use crate::store::rows::{self, Cells};
 use crate::store::{
-    Cell, Corrections, LedgerEntry, PeriodEntry, RowSink, StoredDeadLetter, SubscriptionKey, Table, WindowChoice,
+    Cell, Corrections, LedgerEntry, PeriodEntry, RowSink, Stamp, StoredDeadLetter, SubscriptionKey, Table, WindowChoice,
 };
 
 impl Cells for Row<'_> {
@@ -206,15 +206,31 @@ pub(super) fn corrections(
     }
 }
 
-/// Corrections that neither their meter's ranges nor their run leads to.
+/// Corrections that neither their meter's ranges nor their run leads to, and what leads to others.
 pub(super) fn lost_corrections(connection: &Connection, job: &str) -> Result<Vec<(&'static str, String)>> {
     let by_meter = "SELECT correction_id FROM corrections AS c WHERE job = ?1 AND NOT EXISTS (SELECT 1 FROM correction_ranges AS r \
                     WHERE r.job = c.job AND r.tenant_id = c.tenant_id AND r.subscription_id = c.subscription_id \
                     AND r.meter_id = c.meter_id AND c.sequence BETWEEN r.first_sequence AND r.last_sequence) ORDER BY sequence";
-    let by_run = "SELECT runs.run_id FROM runs JOIN (SELECT run_id, min(sequence) AS first, max(sequence) AS last FROM corrections \
-                  WHERE job = ?1 GROUP BY run_id) AS of_run USING (run_id) WHERE first_correction > first OR last_correction < last";
+    let is_of = |sequence: &str| {
+        format!(
+            "EXISTS (SELECT 1 FROM corrections AS c WHERE c.sequence = {sequence} AND c.job = r.job AND c.tenant_id = r.tenant_id \
+             AND c.subscription_id = r.subscription_id AND c.meter_id = r.meter_id)"
+        )
+    };
+    let astray = format!(
+        "SELECT tenant_id || ' / ' || subscription_id || ' / ' || meter_id FROM correction_ranges AS r WHERE job = ?1 \
+         AND (NOT ({} AND {}) OR EXISTS (SELECT 1 FROM correction_ranges AS later WHERE later.job = r.job \
+         AND later.tenant_id = r.tenant_id AND later.subscription_id = r.subscription_id AND later.meter_id = r.meter_id \
+         AND later.first_sequence > r.first_sequence AND later.first_sequence <= r.last_sequence))",
+        is_of("first_sequence"),
+        is_of("last_sequence")
+    );
+    // A run without corrections says where they would begin.
+    let by_run = "SELECT runs.run_id FROM runs LEFT JOIN (SELECT run_id, min(sequence) AS first, max(sequence) AS last \
+                  FROM corrections WHERE job = ?1 GROUP BY run_id) AS of_run USING (run_id) WHERE job = ?1 \
+                  AND (first_correction <> coalesce(first, first_correction) OR last_correction <> coalesce(last, first_correction - 1))";
     let mut lost = Vec::new();
-    for (table, sql) in [("correction_ranges", by_meter), ("runs", by_run)] {
+    for (table, sql) in [("correction_ranges", by_meter), ("correction_ranges", &astray), ("runs", by_run)] {
         let mut statement = connection.prepare(sql)?;
         let rows = statement.query_map([job], |row| row.get::<_, String>(0))?;
         for row in rows {
@@ -245,6 +261,16 @@ pub(super) fn period_ledger(connection: &Connection, job: &str, each: &mut dyn F
         each(rows::period_entry(row)?)?;
     }
     Ok(())
+}
+
+pub(super) fn period_stamps(connection: &Connection, job: &str) -> Result<Vec<(PeriodKey, Stamp)>> {
+    query(connection, "SELECT * FROM usage_periods WHERE job = ?1", [job], |row| rows::period_stamp(row))
+}
+
+pub(super) fn misdated_windows(connection: &Connection, job: &str) -> Result<Vec<WindowKey>> {
+    let sql = "SELECT * FROM usage_windows WHERE job = ?1 AND (run_id, version, updated_at) NOT IN \
+               (SELECT run_id, version, finished_at FROM runs WHERE job = ?1)";
+    query(connection, sql, [job], |row| rows::window_key(row))
 }
 
 /// Columns of this store alone: they say where the rows of its ledger lie.
