@@ -23,6 +23,14 @@ pub struct Database {
 /// Names of columns, and rows of text cells.
 type Texts = (Vec<String>, Vec<Vec<Option<String>>>);
 
+/// The columns of an answer.
+#[derive(Debug, Default)]
+pub struct Header {
+    pub names: Vec<String>,
+    /// As the server writes them: `Nullable(Float64)`.
+    pub types: Vec<String>,
+}
+
 impl Database {
     /// Nothing is sent yet.
     ///
@@ -89,12 +97,21 @@ impl Database {
     /// # Errors
     /// As [`Database::execute`].
     pub fn texts(&self, sql: &str) -> Result<Texts> {
+        let (header, rows) = self.typed_texts(sql)?;
+        Ok((header.names, rows))
+    }
+
+    /// As [`Database::texts`], with the types of the columns too.
+    ///
+    /// # Errors
+    /// As [`Database::execute`].
+    pub fn typed_texts(&self, sql: &str) -> Result<(Header, Vec<Vec<Option<String>>>)> {
         let mut rows = Vec::new();
-        let names = self.rows(sql, &mut |_, row| {
+        let header = self.typed_rows(sql, &mut |_, row| {
             rows.push(row);
             Ok(())
         })?;
-        Ok((names, rows))
+        Ok((header, rows))
     }
 
     /// Reads rows as text, one at a time, with the names of the columns. Tries again only
@@ -103,11 +120,15 @@ impl Database {
     /// # Errors
     /// As [`Database::execute`]; where the answer breaks off, or `each` fails.
     pub fn rows(&self, sql: &str, each: RowSink<'_>) -> Result<Vec<String>> {
+        self.typed_rows(sql, each).map(|header| header.names)
+    }
+
+    fn typed_rows(&self, sql: &str, each: RowSink<'_>) -> Result<Header> {
         let mut delivered = false;
         let mut pauses = PAUSES_MILLIS.iter();
         loop {
             let mut lines = Lines::default();
-            let result = self.stream_once(sql, "JSONCompactStringsEachRowWithNames", &mut |chunk| {
+            let result = self.stream_once(sql, "JSONCompactStringsEachRowWithNamesAndTypes", &mut |chunk| {
                 lines.push(&chunk, &mut |names, row| {
                     delivered = true;
                     each(names, row)
@@ -202,6 +223,7 @@ pub type RowSink<'s> = &'s mut dyn FnMut(&[String], Vec<Option<String>>) -> Resu
 #[derive(Default)]
 struct Lines {
     names: Option<Vec<String>>,
+    types: Option<Vec<String>>,
     rest: Vec<u8>,
 }
 
@@ -225,17 +247,17 @@ impl Lines {
         let cell = |text: String| (text != "ᴺᵁᴸᴸ").then_some(text);
         match &self.names {
             None => self.names = Some(cells),
+            Some(_) if self.types.is_none() => self.types = Some(cells),
             Some(names) => each(names, cells.into_iter().map(cell).collect())?,
         }
         Ok(())
     }
 
-    /// The names of the columns.
-    fn finish(self) -> Result<Vec<String>> {
+    fn finish(self) -> Result<Header> {
         if !self.rest.trim_ascii().is_empty() {
             return Err(anyhow!("the server's answer broke off within a row"));
         }
-        Ok(self.names.unwrap_or_default())
+        Ok(Header { names: self.names.unwrap_or_default(), types: self.types.unwrap_or_default() })
     }
 }
 

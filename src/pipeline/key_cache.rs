@@ -21,6 +21,9 @@ pub struct KeyCache {
     pub writes: bool,
 }
 
+/// Changes with how keys are made: 2 since tenant and id are read whatever fields make the key.
+const VERSION: u32 = 2;
+
 /// The hashes that repeat, in a file of their own.
 const REPEATED: &str = "repeated.keys";
 
@@ -39,7 +42,7 @@ impl KeyCache {
 
     /// Changes when the keys may have changed.
     fn identity(&self, fields: &[Field], splits: &[&Split]) -> u64 {
-        let mut text = format!("{fields:?} {}", self.job);
+        let mut text = format!("{VERSION} {fields:?} {}", self.job);
         for split in splits {
             let (label, fingerprint) = (split.label(), &split.fingerprint);
             text.push_str(&format!("\n{}:{label}|{fingerprint}", label.len()));

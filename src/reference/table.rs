@@ -28,6 +28,8 @@ pub struct Table {
     unit: &'static str,
     /// Columns that hold binary floats: no amount and no id can be read from them.
     floats: Vec<String>,
+    /// What to do about them.
+    exact: &'static str,
 }
 
 impl Table {
@@ -48,13 +50,16 @@ impl Table {
         .map_err(problem)?;
         let frame = columns.frame().map_err(problem)?;
         let Columns { rows, floats, .. } = columns;
-        Ok(Table { name: path.display().to_string(), frame, rows, unit, floats })
+        Ok(Table { name: path.display().to_string(), frame, rows, unit, floats, exact: "store it as text or decimal" })
     }
 
     /// Rows of a ClickHouse query, every column as text.
     fn query(connection: &ClickHouseConnection, sql: &str) -> Result<Table> {
-        let (names, cells) = Database::connect(connection)?.texts(sql).with_context(|| format!("reference query `{sql}`"))?;
-        let mut columns = Columns { texts: vec![Vec::new(); names.len()], names, ..Columns::default() };
+        let answer = Database::connect(connection)?.typed_texts(sql);
+        let (header, cells) = answer.with_context(|| format!("reference query `{sql}`"))?;
+        let is_float = |(_, type_name): &(&String, &String)| holds_floats(type_name);
+        let floats = header.names.iter().zip(&header.types).filter(is_float).map(|(name, _)| name.clone()).collect();
+        let mut columns = Columns { texts: vec![Vec::new(); header.names.len()], names: header.names, ..Columns::default() };
         for (number, row) in (1u64..).zip(cells) {
             for (column, cell) in columns.texts.iter_mut().zip(row) {
                 column.push(cell);
@@ -62,7 +67,8 @@ impl Table {
             columns.rows.push(number);
         }
         let frame = columns.frame()?;
-        Ok(Table { name: format!("query `{}`", sql.trim()), frame, rows: columns.rows, unit: "row", floats: Vec::new() })
+        let exact = "store it as text or Decimal, or let the query select toString(…) of it";
+        Ok(Table { name: format!("query `{}`", sql.trim()), frame, rows: columns.rows, unit: "row", floats, exact })
     }
 
     /// Reads a reference table, wherever it is.
@@ -120,7 +126,7 @@ impl Table {
     /// Money must not pass through a float, and 1.0 is no id.
     fn reject_float(&self, row: usize, name: &str) -> Result<()> {
         if self.floats.iter().any(|float| float == name) {
-            return Err(self.error(row, format!("column `{name}` holds binary floats: store it as text or decimal")));
+            return Err(self.error(row, format!("column `{name}` holds binary floats: {}", self.exact)));
         }
         Ok(())
     }
@@ -145,6 +151,11 @@ impl Table {
         }
         Ok(Value::Object(object))
     }
+}
+
+/// Whether values of one of ClickHouse's types are binary floats, or hold some.
+fn holds_floats(type_name: &str) -> bool {
+    type_name.split(['(', ')', ',', ' ']).any(|word| matches!(word, "Float32" | "Float64" | "BFloat16"))
 }
 
 /// A JSON object whose values stay as they are written: no digit passes through a float.

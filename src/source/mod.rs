@@ -102,10 +102,20 @@ impl Moved {
 /// Which columns a scan needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wanted<'f> {
-    /// These fields, and the time of the event.
+    /// These fields, the time of the event, and what no key is without: tenant and id.
     Keys(&'f [Field]),
     /// Everything.
     Whole,
+}
+
+impl Wanted<'_> {
+    /// Whether a field is among them.
+    pub fn holds(self, field: Field) -> bool {
+        match self {
+            Wanted::Whole => true,
+            Wanted::Keys(fields) => matches!(field, Field::TenantId | Field::Id | Field::Timestamp) || fields.contains(&field),
+        }
+    }
 }
 
 /// Chooses rows by some of their fields, before they are read as a whole.

@@ -305,6 +305,19 @@ fn instants_of_a_reference_table_are_in_range_or_an_error_of_their_row() {
 
 // --- Parquet events --------------------------------------------------------------------------
 
+/// Keys are made of some columns, but an event without tenant or id has none.
+#[test]
+fn copies_in_parquet_are_told_by_any_key() {
+    for (key, metered) in [("[id]", 1), ("[tenant_id, id]", 1), ("[event_name, id]", 1), ("[id, timestamp]", 2)] {
+        let workspace = job();
+        workspace.edit("job.yaml", "key: [tenant_id, id]", &format!("key: {key}"));
+        let counts = |run: serde_json::Value| ["metered", "duplicates"].map(|name| run["events"][name].as_u64().unwrap());
+        let before = counts(workspace.run(&[]));
+        workspace.write_parquet("events/copies.parquet", parquet_events(vec![("id", texts(["p1", "p1"]))]));
+        assert_eq!(counts(workspace.run(&[])), [before[0] + metered, before[1] + 2 - metered], "{key}");
+    }
+}
+
 #[test]
 fn parquet_flags_and_empty_columns_are_taken_as_csv_has_them() {
     let flags: [ArrayRef; 4] = [

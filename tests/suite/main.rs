@@ -5,6 +5,7 @@
 mod audit;
 mod bad_input;
 mod causes;
+mod clickhouse_rows;
 mod closed;
 mod commands;
 mod corrections;

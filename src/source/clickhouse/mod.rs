@@ -2,9 +2,11 @@
 //!
 //! Rows are read as they are, without FINAL: deduplication is ours, so that all
 //! copies of an event take part, merged or not. A range is pushed down as "every
-//! copy of an event that has one copy in it". What is ingested after the start
-//! of the reading is left for the next run.
+//! copy of an event that has one copy in it, or one without a time": of these,
+//! nothing says that they are out of range. What is ingested after the start of
+//! the reading is left for the next run.
 
+mod column;
 mod cuts;
 
 use std::collections::BTreeSet;
@@ -21,7 +23,7 @@ use crate::clickhouse_client::{Database, identifier, literal};
 use crate::config::{ClickHouseConnection, Relation};
 use crate::model::columns::{ColumnMap, Field};
 use crate::model::run::InputFile;
-use crate::model::timestamp::Timestamp;
+use column::{Column, Layout};
 use cuts::{Cut, Slices};
 
 /// Rows that one split should have, so that several threads find work. Each split is a query,
@@ -44,49 +46,6 @@ pub struct ClickHouseSource {
     margin: Duration,
     columns: ColumnMap,
     key: Vec<Field>,
-}
-
-/// A column as the server describes it.
-struct Column {
-    name: String,
-    type_name: String,
-}
-
-impl Column {
-    fn base_type(&self) -> &str {
-        let inner = |text: &'_ str, wrapper: &str| -> Option<usize> { text.strip_prefix(wrapper).map(|_| wrapper.len()) };
-        let mut start = 0;
-        for wrapper in ["LowCardinality(", "Nullable("] {
-            let rest = self.type_name.get(start..).unwrap_or_default();
-            start += inner(rest, wrapper).unwrap_or(0);
-        }
-        self.type_name.get(start..).unwrap_or_default().trim_end_matches(')')
-    }
-
-    fn is_text(&self) -> bool {
-        self.base_type().starts_with("String")
-            || self.base_type().starts_with("FixedString")
-            || self.base_type().starts_with("Enum")
-    }
-
-    /// The column as an instant, for conditions; text that is none becomes NULL.
-    fn instant(&self) -> String {
-        let name = identifier(&self.name);
-        if self.is_text() { format!("parseDateTime64BestEffortOrNull(toString({name}), 9, 'UTC')") } else { name }
-    }
-}
-
-/// The columns that a source has, by field.
-struct Layout(Vec<(Field, Column)>);
-
-impl Layout {
-    fn get(&self, field: Field) -> Option<&Column> {
-        self.0.iter().find(|(known, _)| *known == field).map(|(_, column)| column)
-    }
-
-    fn require(&self, field: Field) -> Result<&Column> {
-        self.get(field).with_context(|| format!("column for {} is missing", field.name()))
-    }
 }
 
 impl ClickHouseSource {
@@ -136,35 +95,11 @@ impl ClickHouseSource {
     fn select_list(&self, layout: &Layout, wanted: Wanted<'_>) -> Result<String> {
         let mut list = Vec::new();
         for column in &layout.0 {
-            let is_wanted = match wanted {
-                Wanted::Whole => true,
-                Wanted::Keys(fields) => column.0 == Field::Timestamp || fields.contains(&column.0),
-            };
-            if is_wanted {
-                list.push(format!("{} AS {}", self.expression(column)?, identifier(&column.1.name)));
+            if wanted.holds(column.0) {
+                list.push(format!("{} AS {}", column.1.expression(column.0, &self.name)?, identifier(&column.1.name)));
             }
         }
         Ok(list.join(", "))
-    }
-
-    /// A field's column, in a type that Arrow carries well.
-    fn expression(&self, (field, column): &(Field, Column)) -> Result<String> {
-        let name = identifier(&column.name);
-        let base = column.base_type();
-        Ok(match field {
-            Field::Timestamp | Field::IngestedAt if base.starts_with("Date") => format!("toDateTime64({name}, 9, 'UTC')"),
-            Field::Timestamp | Field::IngestedAt if !column.is_text() => {
-                bail!(
-                    "{}: column `{}` is {}, expected a date and time, or RFC 3339 text",
-                    self.name,
-                    column.name,
-                    column.type_name
-                );
-            }
-            Field::Properties if !column.is_text() => format!("toJSONString({name})"),
-            Field::Deleted => format!("toUInt8(ifNull({name}, 0) != 0)"),
-            _ => format!("CAST({name} AS Nullable(String))"),
-        })
     }
 
     /// The rows that a selection needs, frozen at what is ingested by now.
@@ -175,17 +110,17 @@ impl ClickHouseSource {
             let until = self.ingested_until(&column)?;
             conditions.push(Cut { after: None, until }.condition(&column));
         }
-        if let Some(tenant) = &selection.tenant {
-            conditions.push(format!("toString({}) = {}", identifier(&layout.require(Field::TenantId)?.name), literal(tenant)));
+        // Copies of one key can be told by their tenant only where it is part of the key.
+        if let Some(tenant) = selection.tenant.as_ref().filter(|_| self.key.contains(&Field::TenantId)) {
+            conditions.push(layout.require(Field::TenantId)?.is_or_null(tenant));
         }
         if let Some(span) = selection.span {
-            let time = layout.require(Field::Timestamp)?.instant();
+            let time = layout.require(Field::Timestamp)?;
+            let lacks = time.lacks_instant().map_or_else(String::new, |lacks| format!(" OR {lacks}"));
             let mut inner = conditions.clone();
-            inner.push(format!("{time} >= {} AND {time} < {}", instant(span.start), instant(span.end)));
-            let key: Vec<_> =
-                self.key.iter().filter(|field| **field != Field::Timestamp).filter_map(|field| layout.get(*field)).collect();
-            let key: Vec<_> = key.iter().map(|column| identifier(&column.name)).collect();
-            let key = key.join(", ");
+            inner.push(format!("({}{lacks})", time.is_in(span)));
+            let key = self.key.iter().filter(|field| **field != Field::Timestamp).filter_map(|field| layout.get(*field));
+            let key = key.map(Column::key).collect::<Vec<_>>().join(", ");
             conditions.push(format!("({key}) IN (SELECT {key} FROM {} WHERE {})", self.relation, inner.join(" AND ")));
         }
         Ok(if conditions.is_empty() { "1".to_owned() } else { conditions.join(" AND ") })
@@ -203,9 +138,12 @@ impl ClickHouseSource {
 
     /// Slices of the rows that `condition` selects, so that each has not too many.
     fn slices(&self, layout: &Layout, condition: &str) -> Result<Slices> {
-        let nanos = nanos(layout)?;
-        let extent = format!("SELECT count(), min({nanos}), max({nanos}) FROM {} WHERE {condition}", self.relation);
-        let (_, rows) = self.database.texts(&extent)?;
+        let time = layout.require(Field::Timestamp)?;
+        let nanos = time.nanos();
+        // Rows without a time would stretch the slices to 1970.
+        let has_time = time.lacks_instant().map_or_else(|| "1".to_owned(), |lacks| format!("NOT ({lacks})"));
+        let extent = format!("count(), minIf({nanos}, {has_time}), maxIf({nanos}, {has_time})");
+        let (_, rows) = self.database.texts(&format!("SELECT {extent} FROM {} WHERE {condition}", self.relation))?;
         let number =
             |at: usize| rows.first().and_then(|row| row.get(at)).cloned().flatten().and_then(|text| text.parse::<i64>().ok());
         let (Some(count), Some(first), Some(last)) = (number(0), number(1), number(2)) else {
@@ -218,21 +156,20 @@ impl ClickHouseSource {
     /// A split for each slice that has rows which `condition` selects. A digest of their
     /// content tells those that changed.
     fn sliced(&self, layout: &Layout, condition: &str, slices: Slices, has_digest: bool) -> Result<Vec<Split>> {
-        let nanos = nanos(layout)?;
+        let time = layout.require(Field::Timestamp)?;
+        let nanos = time.nanos();
         let digest = if has_digest { self.row_digest(layout)? } else { "0".to_owned() };
         let counts = format!(
             "SELECT {} AS slice, count(), sum({digest}) FROM {} WHERE {condition} GROUP BY slice ORDER BY slice",
             slices.expression(&nanos),
             self.relation
         );
-        let time = layout.require(Field::Timestamp)?;
         let mut splits = Vec::new();
         for row in self.database.texts(&counts)?.1 {
             let cell = |at: usize| row.get(at).cloned().flatten();
             let (Some(at), Some(rows), Some(digest)) = (cell(0), cell(1), cell(2)) else { continue };
-            let span = at.parse().ok().and_then(|at| slices.span(at)).filter(|_| time.base_type().starts_with("DateTime"));
-            let hint = span
-                .map(|span| format!("{0} >= {1} AND {0} < {2}", identifier(&time.name), instant(span.start), instant(span.end)));
+            let span = at.parse().ok().and_then(|at| slices.span(at)).filter(|_| time.is_date_time());
+            let hint = span.map(|span| time.is_in(span));
             splits.push(Split {
                 name: self.name.clone(),
                 identity: self.relation.clone(),
@@ -247,7 +184,7 @@ impl ClickHouseSource {
 
     /// A number for each row, of all that is read of it.
     fn row_digest(&self, layout: &Layout) -> Result<String> {
-        let columns = layout.0.iter().map(|column| self.expression(column));
+        let columns = layout.0.iter().map(|(field, column)| column.expression(*field, &self.name));
         let texts = columns.map(|column| Ok(format!("ifNull(toString({}), '\\0')", column?))).collect::<Result<Vec<_>>>()?;
         Ok(format!("cityHash64({})", texts.join(", ")))
     }
@@ -279,7 +216,7 @@ impl EventSource for ClickHouseSource {
         let Some(column) = layout.get(Field::IngestedAt).map(Column::instant) else {
             bail!(Moved(format!("{}: without an ingestion time, nothing tells which rows are new", self.name)));
         };
-        let nanos = nanos(&layout)?;
+        let nanos = layout.require(Field::Timestamp)?.nanos();
         let mut cuts = BTreeSet::new();
         for file in before {
             let part = file.name.strip_prefix(&self.relation).and_then(|part| part.strip_prefix('?'));
@@ -302,6 +239,10 @@ impl EventSource for ClickHouseSource {
         Ok(splits)
     }
 
+    fn reads_rows_without_time(&self, _: &Selection) -> bool {
+        true
+    }
+
     fn read(&self, split: &Split, wanted: Wanted<'_>, sink: &mut dyn FnMut(&EventBatch) -> Result<()>) -> Result<()> {
         self.select(&self.layout()?, split, wanted, None, sink)
     }
@@ -315,11 +256,9 @@ impl EventSource for ClickHouseSource {
         {
             return Ok(rows.saturating_sub(self.read_named(&layout, split, names, sink)?));
         }
-        let own = [Field::TenantId, Field::Id];
-        let fields = [choice.fields(), &own].concat();
         let (mut rows, mut wanted, mut have_names) = (0, BTreeSet::new(), true);
         let mut choose = choice.chooser();
-        self.select(&layout, split, Wanted::Keys(&fields), None, &mut |batch| {
+        self.select(&layout, split, Wanted::Keys(choice.fields()), None, &mut |batch| {
             rows += batch.len() as u64;
             for event in choose(batch).into_iter().map(|row| batch.row(row)) {
                 match (event.tenant_id, event.id) {
@@ -380,8 +319,10 @@ impl ClickHouseSource {
         let Part::Rows { condition, hint } = &split.part else { bail!("{} is no part of a database", split.name) };
         let more: String = [hint.as_deref(), these].into_iter().flatten().map(|more| format!(" AND {more}")).collect();
         let list = self.select_list(layout, wanted)?;
+        // Side by side with the list, a condition would take what is selected under a column's name
+        // for the column, and the server would use no index.
         let sql = format!(
-            "SELECT {list} FROM {} WHERE {condition}{more} \
+            "SELECT {list} FROM (SELECT * FROM {} WHERE {condition}{more}) \
              SETTINGS output_format_arrow_string_as_string = 1, output_format_arrow_low_cardinality_as_dictionary = 0, \
              output_format_arrow_compression_method = 'none'",
             self.relation
@@ -408,14 +349,4 @@ impl ClickHouseSource {
             .with_context(|| format!("reading {}", self.name))?;
         decoder.finish().with_context(|| format!("reading {}: the stream broke off", self.name))
     }
-}
-
-/// The time of a row in nanoseconds since 1970, which is also that of rows without one.
-fn nanos(layout: &Layout) -> Result<String> {
-    let time = layout.require(Field::Timestamp)?.instant();
-    Ok(format!("toUnixTimestamp64Nano(toDateTime64(ifNull({time}, toDateTime64(0, 9, 'UTC')), 9, 'UTC'))"))
-}
-
-fn instant(t: Timestamp) -> String {
-    format!("fromUnixTimestamp64Nano(toInt64({}), 'UTC')", t.nanos())
 }

@@ -135,11 +135,7 @@ fn read_groups<R: ChunkReader + 'static>(
             }
             continue;
         };
-        let is_wanted = match wanted {
-            Wanted::Whole => true,
-            Wanted::Keys(fields) => field == Field::Timestamp || fields.contains(&field),
-        };
-        if is_wanted {
+        if wanted.holds(field) {
             roots.push(index);
         }
     }
