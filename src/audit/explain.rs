@@ -321,7 +321,8 @@ impl<'r> Answer<'_, 'r> {
                 let Some((key, before, after)) = period_change(&entry) else { return Ok(()) };
                 let key = of_period(key);
                 if self.is_asked(&key.period) && wants(&key, None) {
-                    let kind = kind_of(before, after).to_owned();
+                    let kind = if entry.is_adjustment() { CorrectionKind::Adjust.name() } else { kind_of(before, after) };
+                    let kind = kind.to_owned();
                     let (run, run_id) = (run(&entry.run_id), entry.run_id);
                     history.entry(key).or_default().push(Change { run_id, run, kind, causes: BTreeMap::new(), before, after });
                 }
@@ -367,8 +368,7 @@ fn of_period(period: impl Into<Arc<PeriodKey>>) -> WindowKey {
 
 /// The key of a period and its values before and after; `None` for what cannot be read.
 fn period_change(entry: &PeriodEntry) -> Option<(PeriodKey, Option<Values>, Option<Values>)> {
-    let row = |json: &str| serde_json::from_str::<PeriodRow>(json).ok();
-    let (before, after) = (row(&entry.before), row(&entry.after));
+    let [before, after] = entry.rows().ok()?;
     let values = |row: &PeriodRow| Values { quantity: row.quantity, cost: row.cost, event_count: 0 };
     let key = after.as_ref().or(before.as_ref())?.key.clone();
     Some((key, before.as_ref().map(values), after.as_ref().map(values)))

@@ -9,7 +9,7 @@ use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::model::aggregate::{Cause, CorrectionKind, PeriodKey, PeriodRow, Values, WindowKey};
-use crate::model::run::{LedgerChain, LedgerLine, LedgerText, RunRecord, row_digest, state_digest, window_digest};
+use crate::model::run::{LedgerChain, LedgerLine, LedgerText, RunRecord, period_texts, row_digest, state_digest, window_digest};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::store::{AggregateStore, PeriodEntry, Stamp};
@@ -111,14 +111,14 @@ pub fn check_ledger(store: &dyn AggregateStore, job: &str) -> Result<Vec<Finding
             findings.push(Finding { table: "period_corrections", row: entry.correction_id.clone(), problem });
         };
         match chains.get_mut(&entry.run_id) {
-            Some(chain) => chain.texts(&[&entry.before, &entry.after]),
+            Some(chain) => chain.texts(&period_texts(&entry.kind, &entry.before, &entry.after)),
             None => find(format!("belongs to run {}, which is not in runs", entry.run_id)),
         }
         numbers.check(&entry.correction_id, &entry.run_id).into_iter().for_each(&mut find);
         if let Some((_, run)) = order.get(entry.run_id.as_str()).filter(|(_, run)| entry.recorded_at != run.finished_at) {
             find(misdated(entry.recorded_at, run));
         }
-        if row_digest(&[&entry.before, &entry.after]) != entry.row_digest {
+        if row_digest(&period_texts(&entry.kind, &entry.before, &entry.after)) != entry.row_digest {
             find("was altered after it was written".to_owned());
         }
         if let Err(error) = replay_period(&mut periods, &entry) {
@@ -223,18 +223,13 @@ fn check_dead_letters(
 
 /// Applies a change of `usage_periods` to the rows so far.
 fn replay_period(rows: &mut FxHashMap<PeriodKey, (PeriodRow, String)>, entry: &PeriodEntry) -> Result<(), String> {
-    let row = |json: &str| -> Result<Option<PeriodRow>, String> {
-        if json.is_empty() {
-            return Ok(None);
-        }
-        serde_json::from_str(json).map(Some).map_err(|error| format!("holds no row: {error}"))
-    };
-    let (before, after) = (row(&entry.before)?, row(&entry.after)?);
+    let [before, after] = entry.rows().map_err(|error| format!("{error:#}"))?;
     let Some(key) = after.as_ref().or(before.as_ref()).map(|row| row.key.clone()) else {
         return Err("holds no row".to_owned());
     };
     let is_of_row = key == entry.key;
     match after {
+        _ if entry.is_adjustment() => None,
         Some(after) => rows.insert(key, (after, entry.run_id.clone())),
         None => rows.remove(&key),
     };

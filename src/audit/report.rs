@@ -32,6 +32,9 @@ pub struct Report {
     /// Billing periods that changed, and their amounts by currency.
     pub periods: u64,
     pub amounts: BTreeMap<String, Totals>,
+    /// Those of closed periods that should be others.
+    pub adjusted_periods: u64,
+    pub adjusted_amounts: BTreeMap<String, Totals>,
     pub opened: Vec<StoredDeadLetter>,
     pub resolved: Vec<StoredDeadLetter>,
 }
@@ -118,14 +121,15 @@ pub fn report(store: &dyn AggregateStore, job: &str, runs: Vec<RunRecord>, limit
         if !of_runs.contains(entry.run_id.as_str()) {
             return Ok(());
         }
-        let row = |json: &str| -> Result<Option<PeriodRow>> {
-            (!json.is_empty()).then(|| serde_json::from_str(json)).transpose().with_context(|| entry.correction_id.clone())
-        };
-        let (before, after) = (row(&entry.before)?, row(&entry.after)?);
-        let Some(key) = after.as_ref().or(before.as_ref()).map(|row| row.key.clone()) else { return Ok(()) };
-        let is_again = !seen.insert(key);
-        collector.periods += u64::from(!is_again);
+        let [before, after] = entry.rows()?;
         let amount = |row: &Option<PeriodRow>| row.as_ref().map(|row| (row.currency.to_string(), row.amount));
+        let is_adjustment = entry.is_adjustment();
+        let is_again = !seen.insert((is_adjustment, entry.key));
+        if is_adjustment {
+            collector.adjusted_periods += u64::from(!is_again);
+            return put(&mut collector.adjusted_amounts, amount(&before), amount(&after), is_again);
+        }
+        collector.periods += u64::from(!is_again);
         put(&mut collector.amounts, amount(&before), amount(&after), is_again)
     })?;
     let (mut opened, mut resolved) = (Vec::new(), Vec::new());
@@ -150,6 +154,8 @@ pub fn report(store: &dyn AggregateStore, job: &str, runs: Vec<RunRecord>, limit
         adjusted: collector.adjusted,
         periods: collector.periods,
         amounts: collector.amounts,
+        adjusted_periods: collector.adjusted_periods,
+        adjusted_amounts: collector.adjusted_amounts,
         opened,
         resolved,
     })
@@ -208,6 +214,8 @@ struct Collector {
     adjusted: BTreeMap<String, DecimalSum>,
     periods: u64,
     amounts: BTreeMap<String, Totals>,
+    adjusted_periods: u64,
+    adjusted_amounts: BTreeMap<String, Totals>,
     seen: FxHashSet<WindowKey>,
 }
 

@@ -180,6 +180,9 @@ struct ChangeDocument<'r> {
 struct PeriodsDocument<'r> {
     changed: u64,
     amounts: Vec<TotalDocument<'r>>,
+    /// Those of closed periods that should be others.
+    adjusted: u64,
+    adjusted_amounts: Vec<TotalDocument<'r>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -212,7 +215,12 @@ fn document<'r>(job: &'r Job, report: &'r Report) -> Result<Document<'r>> {
         by_meter: groups(&report.by_meter)?,
         changes: report.changes.iter().map(change).collect(),
         adjustments: report.adjustments.iter().map(change).collect(),
-        periods: PeriodsDocument { changed: report.periods, amounts: totals(&report.amounts)? },
+        periods: PeriodsDocument {
+            changed: report.periods,
+            amounts: totals(&report.amounts)?,
+            adjusted: report.adjusted_periods,
+            adjusted_amounts: totals(&report.adjusted_amounts)?,
+        },
         dead_letters: LettersDocument {
             opened: report.opened.iter().map(letter).collect(),
             resolved: report.resolved.iter().map(letter).collect(),

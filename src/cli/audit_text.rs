@@ -127,6 +127,15 @@ impl Writer<'_> {
             let says = format!("{} in closed periods, {currency} {}", number(kinds.adjusted), signed(change.total()?));
             self.field(out, "adjusted", &says)?;
         }
+        if self.report.adjusted_periods > 0 {
+            let bills = counted(self.report.adjusted_periods, "bill");
+            self.field(
+                out,
+                if self.report.adjusted.is_empty() { "adjusted" } else { "" },
+                &format!("{bills} of closed periods"),
+            )?;
+            self.sums(out, "", &self.report.adjusted_amounts)?;
+        }
         let (opened, resolved) = (self.report.opened.len() as u64, self.report.resolved.len() as u64);
         self.field(out, "dead letters", &format!("{} opened, {} resolved", number(opened), number(resolved)))
     }

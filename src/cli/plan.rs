@@ -165,6 +165,9 @@ struct PeriodCounts {
     unchanged: u64,
     /// Of the rows that change.
     amounts: Vec<AmountDocument>,
+    /// Rows of closed periods that should be others.
+    adjusted: u64,
+    adjusted_amounts: Vec<AmountDocument>,
 }
 
 #[derive(Debug, Serialize)]
@@ -186,10 +189,11 @@ impl<'p> Document<'p> {
         let total = |(currency, totals): (&'p Text, &Totals)| {
             Ok(TotalDocument { currency, cost_before: totals.before.total()?, cost_after: totals.after.total()? })
         };
-        let amounts = plan.periods.amounts().into_iter().map(|(currency, totals)| {
+        let amount = |(currency, totals): (Text, Totals)| {
             let (amount_before, amount_after) = (totals.before.total()?, totals.after.total()?);
             Ok(AmountDocument { currency: currency.to_string(), amount_before, amount_after })
-        });
+        };
+        let amounts = |of_closed| plan.periods.amounts(of_closed).into_iter().map(amount).collect::<Result<Vec<_>>>();
         Ok(Document {
             schema,
             run_id: run.map(|run| run.run_id.as_str()),
@@ -204,7 +208,9 @@ impl<'p> Document<'p> {
                 written: plan.periods.upserts.len() as u64,
                 removed: plan.periods.deletions.len() as u64,
                 unchanged: plan.periods.unchanged,
-                amounts: amounts.collect::<Result<_>>()?,
+                amounts: amounts(false)?,
+                adjusted: plan.periods.adjusted,
+                adjusted_amounts: amounts(true)?,
             },
             totals: plan.changes.totals.iter().map(total).collect::<Result<_>>()?,
             causes: causes(&plan.changes.corrections),
@@ -359,7 +365,7 @@ impl Report<'_> {
         self.totals(out, "cost", &self.plan.changes.totals)?;
         let periods = &self.plan.periods;
         if periods.change_adjustments() || (self.plan.changes.rows.changed() == 0 && periods.changed() > 0) {
-            self.totals(out, "amount", &periods.amounts())?;
+            self.totals(out, "amount", &periods.amounts(false))?;
         }
         let listed = |counts: BTreeMap<&str, u64>| {
             counts.iter().map(|(name, count)| format!("{name} {}", number(*count))).collect::<Vec<_>>().join(", ")
@@ -506,7 +512,7 @@ impl Report<'_> {
         Ok(())
     }
 
-    fn rows(&self, out: &mut String) -> std::fmt::Result {
+    fn rows(&self, out: &mut String) -> Result<()> {
         let rows = self.plan.changes.rows;
         let parts = [
             (rows.inserted, "inserted", self.style.green(&number(rows.inserted))),
@@ -523,12 +529,22 @@ impl Report<'_> {
             self.line(out, "closed", &format!("{adjusted} in {frozen}, recorded as adjustments"))?;
         }
         let periods = &self.plan.periods;
+        if periods.adjusted > 0 {
+            let bills = counted(periods.adjusted, "bill");
+            self.line(
+                out,
+                if rows.adjusted > 0 { "" } else { "closed" },
+                &format!("{bills} of closed periods, recorded as adjustments"),
+            )?;
+            self.totals(out, "", &periods.amounts(true))?;
+        }
         let (written, removed) = (periods.upserts.len() as u64, periods.deletions.len() as u64);
         self.line(
             out,
             "periods",
             &format!("{} written, {} removed, {} unchanged", number(written), number(removed), number(periods.unchanged)),
-        )
+        )?;
+        Ok(())
     }
 
     /// `12 read = 10 metered + 2 voided`: zeros are left out, the sum stays whole.

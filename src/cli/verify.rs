@@ -49,7 +49,7 @@ pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
         row: describe(key),
         problem: "names definitions that it was not computed with".to_owned(),
     }));
-    let periods_differing = plan.periods.changed();
+    let periods_differing = plan.periods.changed() + plan.periods.adjusted;
     let sound = plan.changes.rows.changed() == 0 && periods_differing == 0 && findings.is_empty();
     match session.format {
         Format::Json => emit_json(&Document {

@@ -172,7 +172,7 @@ pub struct StoredWindow {
     pub run_id: Text,
 }
 
-/// One row of `usage_periods`.
+/// One row of `usage_periods`: a bill, or a line of one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeriodRow {
     pub key: PeriodKey,
@@ -190,6 +190,17 @@ pub struct PeriodRow {
     pub currency: Text,
     /// When the period was closed, because it was invoiced.
     pub closed_at: Option<Timestamp>,
+}
+
+impl PeriodRow {
+    pub fn period(&self) -> Span {
+        Span { start: self.key.period_start, end: self.period_end }
+    }
+
+    /// Whether both say the same; whether it is closed does not count.
+    pub fn says_the_same(&self, other: &PeriodRow) -> bool {
+        *self == PeriodRow { closed_at: self.closed_at, ..other.clone() }
+    }
 }
 
 /// What a correction does to its row.
@@ -364,7 +375,20 @@ pub struct PeriodCorrection {
     pub key: PeriodKey,
     pub before: Option<PeriodRow>,
     pub after: Option<PeriodRow>,
+    /// What the bill of a closed period should be: recorded, the row stays as it was invoiced.
+    #[serde(default)]
+    pub is_adjustment: bool,
 }
+
+impl PeriodCorrection {
+    /// `change` or `adjust`.
+    pub fn kind(&self) -> &'static str {
+        if self.is_adjustment { CorrectionKind::Adjust.name() } else { PERIOD_CHANGE }
+    }
+}
+
+/// The kind of corrections of `usage_periods` that change a row.
+pub const PERIOD_CHANGE: &str = "change";
 
 /// Why an event that should have counted could not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::aggregate::{Basis, Causes, Correction, PeriodCorrection, PeriodRow, Values, WindowRow};
+use super::aggregate::{Basis, Causes, Correction, PERIOD_CHANGE, PeriodCorrection, PeriodRow, Values, WindowRow};
 use super::basis::{ReferenceDigests, Scope};
 use super::decimal::DecimalText;
 use super::digest::frame;
@@ -384,6 +384,13 @@ pub fn period_json(row: Option<&PeriodRow>) -> String {
     row.map_or_else(String::new, |row| serde_json::to_string(row).unwrap_or_default())
 }
 
+/// The texts of a correction of `usage_periods` that digests are made of.
+pub fn period_texts<'t>(kind: &'t str, before: &'t str, after: &'t str) -> Vec<&'t str> {
+    // Rows of older versions have no kind.
+    let kind = Some(kind).filter(|kind| *kind != PERIOD_CHANGE);
+    [before, after].into_iter().chain(kind).collect()
+}
+
 /// Digests of the ledger after a run.
 pub struct LedgerDigests {
     /// Of everything so far.
@@ -421,7 +428,8 @@ impl LedgerDigests {
             rows
         });
         for correction in periods {
-            chain.texts(&[&period_json(correction.before.as_ref()), &period_json(correction.after.as_ref())]);
+            let (before, after) = (period_json(correction.before.as_ref()), period_json(correction.after.as_ref()));
+            chain.texts(&period_texts(correction.kind(), &before, &after));
         }
         LedgerDigests { chain: chain.finish(), rows }
     }

@@ -6,8 +6,11 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::reconcile::Reconciliation;
-use crate::model::aggregate::{Cause, Causes, Correction, CorrectionKind, Recorded, Text, Values, WindowKey, WindowRow};
+use super::reconcile::{PeriodChanges, Reconciliation};
+use crate::model::aggregate::{
+    Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, Recorded, Text, Values, WindowKey,
+    WindowRow,
+};
 use crate::store::AggregateStore;
 
 /// What a window of a closed period should be, and whose it is.
@@ -105,6 +108,67 @@ pub fn recorded(
             let (customer_id, currency) = (Arc::from(entry.customer_id), Arc::from(entry.currency));
             last.insert(entry.key, Adjustment(entry.after.map(|values| Said { customer_id, currency, values })));
         } else {
+            last.remove(&entry.key);
+        }
+        Ok(())
+    })?;
+    Ok(last)
+}
+
+impl PeriodChanges {
+    /// Records what the bills of closed periods should be, as far as the ledger does not know it
+    /// yet. `recorded` has the last adjustment of each row that has one; `is_known` says whether
+    /// all of a period was computed.
+    pub fn adjust_closed(&mut self, mut recorded: BTreeMap<PeriodKey, Option<PeriodRow>>, is_known: impl Fn(&PeriodRow) -> bool) {
+        for (key, (stored, computed)) in std::mem::take(&mut self.closed) {
+            let recorded = recorded.remove(&key);
+            if !computed.iter().chain(&stored).all(&is_known) {
+                continue;
+            }
+            let closed_at = stored.as_ref().and_then(|row| row.closed_at);
+            self.adjust(key, recorded.unwrap_or(stored), computed.map(|row| PeriodRow { closed_at, ..row }));
+        }
+        for (key, before) in recorded {
+            if before.as_ref().is_some_and(&is_known) {
+                self.adjust(key, before, None);
+            }
+        }
+    }
+
+    fn adjust(&mut self, key: PeriodKey, before: Option<PeriodRow>, after: Option<PeriodRow>) {
+        let is_same = match (&before, &after) {
+            (Some(before), Some(after)) => before.says_the_same(after),
+            (before, after) => before.is_none() && after.is_none(),
+        };
+        if !is_same {
+            self.adjusted += 1;
+            self.corrections.push(PeriodCorrection { key, before, after, is_adjustment: true });
+        }
+    }
+}
+
+/// The last adjustment of each row of `usage_periods` that `wants` is about, unless the row
+/// changed later.
+///
+/// # Errors
+/// Where the ledger cannot be read.
+pub fn recorded_periods(
+    store: &dyn AggregateStore,
+    job: &str,
+    wants: impl Fn(&PeriodKey, &PeriodRow) -> bool,
+) -> Result<BTreeMap<PeriodKey, Option<PeriodRow>>> {
+    let mut last = BTreeMap::new();
+    store.period_ledger(job, &mut |entry| {
+        if !entry.is_adjustment() && !last.contains_key(&entry.key) {
+            return Ok(());
+        }
+        let [before, after] = entry.rows()?;
+        let closes = before.as_ref().zip(after.as_ref()).is_some_and(|(before, after)| before.says_the_same(after));
+        if entry.is_adjustment() {
+            if after.as_ref().or(before.as_ref()).is_some_and(|row| wants(&entry.key, row)) {
+                last.insert(entry.key, after);
+            }
+        } else if !closes {
             last.remove(&entry.key);
         }
         Ok(())

@@ -84,7 +84,12 @@ pub fn close(
     let mut draft = Draft::by_hand(RunMode::Close, runs.last(), counts);
     for row in changed {
         let after = PeriodRow { closed_at, ..row.clone() };
-        draft.period_corrections.push(PeriodCorrection { key: row.key.clone(), before: Some(row), after: Some(after.clone()) });
+        draft.period_corrections.push(PeriodCorrection {
+            key: row.key.clone(),
+            before: Some(row),
+            after: Some(after.clone()),
+            is_adjustment: false,
+        });
         draft.period_upserts.push(after);
     }
     let rows = draft.period_upserts.clone();

@@ -36,7 +36,7 @@ fn check_periods(guard: &Guard, stored: &[PeriodRow], changes: &Reconciliation, 
     let mut rows = Vec::new();
     let moved: FxHashSet<&PeriodKey> = changes.corrections.iter().map(|correction| &*correction.key.period).collect();
     let mut by_customer: BTreeMap<(&Text, &Text, &Text), Decimal> = BTreeMap::new();
-    for PeriodCorrection { key, before, after } in &periods.corrections {
+    for PeriodCorrection { key, before, after, .. } in periods.corrections.iter().filter(|correction| !correction.is_adjustment) {
         let Some(before) = before.as_ref().filter(|_| !moved.contains(key)) else { continue };
         rows.push((&before.currency, &*before.customer_id));
         let net = by_customer.entry((&before.currency, &key.tenant_id, &before.customer_id)).or_default();

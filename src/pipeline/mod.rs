@@ -55,7 +55,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::clock::{Stopwatch, now};
 use crate::config::Job;
-use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, WindowKey};
+use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, WindowKey};
 use crate::model::basis::Scope;
 use crate::model::counts::{EventCounts, UsageCounts};
 use crate::model::price::Price;
@@ -402,23 +402,25 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         let rows = ledger_rows(store, &job.name)?;
         changes.ask_the_ledger(|key| rows.contains(key));
     }
+    let stored_periods = if job.guard.max_cost_change.is_some() { stored.periods.clone() } else { Vec::new() };
+    let mut periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods), &closed, &invoiced);
     if let Some(store) = store.filter(|_| !closed.is_empty()) {
-        let wants = |key: &WindowKey, customer: &str| {
-            let period = &key.period;
+        let wants = |period: &PeriodKey, customer: &str| {
             closed.hold(period)
                 && marks.is_none_or(|marks| marks.hold_key(period, reference))
                 && request.scope.holds(&period.tenant_id, customer, &period.meter_id)
         };
-        let recorded = adjustments::recorded(store, &job.name, wants)?;
+        let recorded = adjustments::recorded(store, &job.name, |key, customer| wants(&key.period, customer))?;
         changes.adjust_closed(recorded, |key| range.contains(key.window_start));
+        let recorded = adjustments::recorded_periods(store, &job.name, |key, row| wants(key, &row.customer_id))?;
+        let is_known = |row: &PeriodRow| request.range.is_none() || range.covers(row.period());
+        periods.adjust_closed(recorded, is_known);
     }
     changes.add_carried(&priced.carried);
     changes.check_totals()?;
     let foreign_definitions = past.foreign_definitions(&stored.windows, &priced.windows, &basis);
     invariants::ledger_replay(&stored.windows, &changes, &priced, range, &closed)?;
     invariants::nothing_outside_the_range(&stored.windows, &changes, range)?;
-    let stored_periods = if job.guard.max_cost_change.is_some() { stored.periods.clone() } else { Vec::new() };
-    let periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods), &closed, &invoiced);
     let known_letters: FxHashSet<_> = past.dead_letters.iter().map(|stored| &stored.letter.key).collect();
     let new_letters: FxHashSet<_> =
         seen.dead_letters.iter().map(|letter| &letter.key).filter(|key| !known_letters.contains(key)).collect();
@@ -493,7 +495,8 @@ impl Plan {
             range: self.range,
             started_at: self.started_at,
             counts: serde_json::json!({
-                "events": self.events, "usage": self.usage, "rows": self.changes.rows, "periods": self.periods.changed(),
+                "events": self.events, "usage": self.usage, "rows": self.changes.rows,
+                "periods": self.periods.changed() + self.periods.adjusted,
                 "dead_letter_rows": self.dead_letter_rows, "coverage": self.coverage,
             }),
             input: self.input.clone(),

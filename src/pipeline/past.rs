@@ -184,7 +184,9 @@ impl Past {
             let tumbling =
                 || reference.meters.iter().map(|meter| meter.window).filter(|window| matches!(window, WindowKind::Tumbling(_)));
             let is_covered = |t| range.contains(t) && tumbling().all(|window| range.covers(window.slot(t, job.timezone)));
-            in_scope && letter.event_time.map_or(without_time, is_covered)
+            // A time that no range holds is as good as none.
+            let event_time = letter.event_time.and_then(|t| Timestamp::in_range(t.nanos()));
+            in_scope && event_time.map_or(without_time, is_covered)
         };
         let is_visited = |key: &DeadLetterKey| {
             let meter = reference.meters.iter().position(|meter| meter.id == key.meter_id);

@@ -309,6 +309,10 @@ pub struct PeriodChanges {
     /// The same, with what was there before.
     pub corrections: Vec<PeriodCorrection>,
     pub unchanged: u64,
+    /// Rows of closed periods that should be others: recorded, not written over.
+    pub adjusted: u64,
+    /// What is stored and computed of closed periods, before it is known what is recorded.
+    pub(super) closed: BTreeMap<PeriodKey, (Option<PeriodRow>, Option<PeriodRow>)>,
 }
 
 impl PeriodChanges {
@@ -317,10 +321,11 @@ impl PeriodChanges {
         (self.upserts.len() + self.deletions.len()) as u64
     }
 
-    /// What the rows amount to that change, by currency.
-    pub fn amounts(&self) -> BTreeMap<Text, Totals> {
+    /// What the rows amount to that change, by currency; or those of closed periods that should.
+    pub fn amounts(&self, of_closed: bool) -> BTreeMap<Text, Totals> {
         let mut amounts: BTreeMap<Text, Totals> = BTreeMap::new();
-        for PeriodCorrection { before, after, .. } in &self.corrections {
+        let chosen = self.corrections.iter().filter(|correction| correction.is_adjustment == of_closed);
+        for PeriodCorrection { before, after, .. } in chosen {
             before.iter().for_each(|row| amounts.entry(row.currency.clone()).or_default().before.add(row.amount));
             after.iter().for_each(|row| amounts.entry(row.currency.clone()).or_default().after.add(row.amount));
         }
@@ -330,23 +335,25 @@ impl PeriodChanges {
     /// Whether a minimum or a commitment makes a bill change by something else than its windows do.
     pub fn change_adjustments(&self) -> bool {
         let of = |row: &PeriodRow| (row.minimum_adjustment, row.commitment_adjustment);
-        let both = self.corrections.iter().filter_map(|correction| correction.before.as_ref().zip(correction.after.as_ref()));
-        both.into_iter().any(|(before, after)| of(before) != of(after))
+        let changed = self.corrections.iter().filter(|correction| !correction.is_adjustment);
+        changed
+            .filter_map(|correction| correction.before.as_ref().zip(correction.after.as_ref()))
+            .any(|(before, after)| of(before) != of(after))
     }
 
     fn delete(&mut self, gone: PeriodRow) {
         self.deletions.push(gone.key.clone());
-        self.corrections.push(PeriodCorrection { key: gone.key.clone(), before: Some(gone), after: None });
+        self.corrections.push(PeriodCorrection { key: gone.key.clone(), before: Some(gone), after: None, is_adjustment: false });
     }
 
     fn upsert(&mut self, before: Option<PeriodRow>, row: PeriodRow) {
-        self.corrections.push(PeriodCorrection { key: row.key.clone(), before, after: Some(row.clone()) });
+        self.corrections.push(PeriodCorrection { key: row.key.clone(), before, after: Some(row.clone()), is_adjustment: false });
         self.upserts.push(row);
     }
 }
 
 /// Compares stored and computed period rows; both are sorted by key. Rows of closed
-/// periods stay as they are; where somebody allows that `invoiced` ones change, they are closed still.
+/// periods stay as they are, and are set aside; where somebody allows that `invoiced` ones change, they are closed still.
 pub fn reconcile_periods(
     stored: Vec<PeriodRow>,
     computed: Vec<PeriodRow>,
@@ -354,9 +361,16 @@ pub fn reconcile_periods(
     invoiced: &ClosedPeriods,
 ) -> PeriodChanges {
     let mut changes = PeriodChanges::default();
-    let is_open = |row: &PeriodRow| !closed.hold(&row.key);
-    let mut stored = stored.into_iter().filter(is_open).peekable();
-    for mut row in computed.into_iter().filter(is_open) {
+    let is_closed = |row: &PeriodRow| closed.hold(&row.key);
+    let (closed_rows, stored): (Vec<_>, Vec<_>) = stored.into_iter().partition(is_closed);
+    changes.closed.extend(closed_rows.into_iter().map(|row| (row.key.clone(), (Some(row), None))));
+    let (closed_rows, computed): (Vec<_>, Vec<_>) = computed.into_iter().partition(is_closed);
+    for row in closed_rows {
+        let pair = changes.closed.entry(row.key.clone()).or_default();
+        pair.1 = Some(row);
+    }
+    let mut stored = stored.into_iter().peekable();
+    for mut row in computed {
         while let Some(gone) = stored.next_if(|before| before.key < row.key) {
             changes.delete(gone);
         }

@@ -163,19 +163,16 @@ fn window_changes(store: &dyn AggregateStore, job: &str, run_id: &str) -> Result
 fn period_changes(store: &dyn AggregateStore, job: &str, run_id: &str) -> Result<BTreeMap<PeriodKey, PeriodChange>> {
     let mut changes: BTreeMap<PeriodKey, PeriodChange> = BTreeMap::new();
     store.period_ledger(job, &mut |entry| {
-        let row = |json: &str| -> Result<Option<PeriodRow>> {
-            if json.is_empty() { Ok(None) } else { Ok(Some(serde_json::from_str(json)?)) }
-        };
-        if entry.run_id != run_id && changes.is_empty() {
+        if entry.is_adjustment() || (entry.run_id != run_id && changes.is_empty()) {
             return Ok(());
         }
-        let (before, after) = (row(&entry.before)?, row(&entry.after)?);
+        let [before, after] = entry.rows()?;
         let Some(key) = before.as_ref().or(after.as_ref()).map(|row| row.key.clone()) else { return Ok(()) };
         match changes.get_mut(&key) {
             Some(change) if entry.run_id == run_id => change.after = after,
             Some(change) => {
-                let says = |row: Option<PeriodRow>| row.map(|row| PeriodRow { closed_at: None, ..row });
-                if says(before) != says(after) {
+                let same = before.as_ref().zip(after.as_ref()).is_some_and(|(before, after)| before.says_the_same(after));
+                if !same {
                     change.later = Some(entry.run_id);
                 }
             }
@@ -323,6 +320,6 @@ fn restore_period(draft: &mut Draft, current: Option<PeriodRow>, key: PeriodKey,
         Some(row) => draft.period_upserts.push(row.clone()),
         None => draft.period_deletions.push(key.clone()),
     }
-    draft.period_corrections.push(PeriodCorrection { key, before: current, after: restored });
+    draft.period_corrections.push(PeriodCorrection { key, before: current, after: restored, is_adjustment: false });
     true
 }

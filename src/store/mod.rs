@@ -9,11 +9,12 @@ pub mod sqlite;
 
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::model::aggregate::{
-    Correction, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Values, WindowKey, WindowRow,
+    Correction, CorrectionKind, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Values,
+    WindowKey, WindowRow,
 };
 use crate::model::run::{LedgerDigests, RunRecord};
 use crate::model::timestamp::Timestamp;
@@ -89,9 +90,28 @@ pub struct PeriodEntry {
     pub run_id: String,
     pub key: PeriodKey,
     pub recorded_at: Timestamp,
+    /// `change` or `adjust`.
+    pub kind: String,
     pub before: String,
     pub after: String,
     pub row_digest: i64,
+}
+
+impl PeriodEntry {
+    /// Whether it changes no row: what the bill of a closed period should be.
+    pub fn is_adjustment(&self) -> bool {
+        self.kind == CorrectionKind::Adjust.name()
+    }
+
+    /// The row before and after.
+    ///
+    /// # Errors
+    /// Where a text holds no row.
+    pub fn rows(&self) -> Result<[Option<PeriodRow>; 2]> {
+        let row = |json: &str| (!json.is_empty()).then(|| serde_json::from_str(json)).transpose();
+        let rows = row(&self.before).and_then(|before| Ok([before, row(&self.after)?]));
+        rows.with_context(|| format!("period_corrections {}: holds no row", self.correction_id))
+    }
 }
 
 /// Which run wrote a row, as the row says.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use super::{LedgerEntry, PeriodEntry, Stamp, StoredDeadLetter};
-use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, Reason, Text, Values, WindowKey};
+use crate::model::aggregate::{DeadLetter, DeadLetterKey, PERIOD_CHANGE, PeriodKey, Reason, Text, Values, WindowKey};
 use crate::model::run::{Origin, RunMode, RunRecord};
 use crate::model::window::Span;
 
@@ -167,6 +167,8 @@ pub fn period_entry(row: &dyn Cells) -> Result<PeriodEntry> {
         run_id: string(row, "run_id")?,
         key: period_key(row)?,
         recorded_at: parsed(row, "recorded_at")?,
+        // As above.
+        kind: row.cell("kind").ok().flatten().map_or_else(|| PERIOD_CHANGE.to_owned(), Cow::into_owned),
         before: string(row, "row_before")?,
         after: string(row, "row_after")?,
         row_digest: parsed(row, "row_digest")?,

@@ -160,6 +160,8 @@ fn adjustments_of_closed_periods_are_told_apart() {
       windows      0 inserted, 0 updated, 0 retracted
       periods      0 changed
       adjusted     2 in closed periods, USD +0.012
+                   2 bills of closed periods
+                   USD 0.04 -> 0.05  +0.01
       dead letters 0 opened, 0 resolved
 
       closed periods: recorded, the rows stay as invoiced

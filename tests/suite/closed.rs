@@ -93,3 +93,53 @@ fn a_month_is_closed_in_the_zone_of_each_subscription() {
     assert_eq!(starts("2026-02"), json!([]), "closed already");
     workspace.trueup(&["close", "job.yaml", "--period", "2026-03"]).fails_with(2, &["no stored billing period"]);
 }
+
+/// What is on a bill and in no window: a minimum that was raised, and a fee that a late event does not change.
+#[test]
+fn bills_of_closed_periods_are_adjusted_too() {
+    let workspace = world();
+    workspace.run(&[]);
+    workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]);
+    let before = tables(&workspace);
+    // c2 used 3 and paid the minimum of 5: what is late costs nothing more.
+    send(&workspace, "late", &[("e", "x2", "2026-01-11", 1)]);
+    let run = workspace.run(&[]);
+    assert_eq!((&run["rows"]["adjusted"], &run["periods"]["adjusted"]), (&json!(1), &json!(1)), "{run}");
+    let amounts = |run: &serde_json::Value| run["periods"]["adjusted_amounts"].clone();
+    assert_eq!(amounts(&run), json!([{"currency": "USD", "amount_before": "5", "amount_after": "5"}]));
+    workspace.edit("prices.yaml", "minimum_amount: \"5\"", "minimum_amount: \"7\"");
+    let plan = workspace.trueup(&["plan", "job.yaml"]).stdout;
+    assert!(plan.contains("closed       1 bill of closed periods, recorded as adjustments"), "{plan}");
+    let run = workspace.run(&["--yes"]);
+    assert_eq!(amounts(&run), json!([{"currency": "USD", "amount_before": "5", "amount_after": "7"}]));
+    let audit = workspace.trueup(&["audit", "job.yaml"]).stdout;
+    assert!(audit.contains("1 bill of closed periods") && audit.contains("USD 5 -> 7  +2"), "{audit}");
+    for range in [&[][..], &["--month", "2026-01"], &["--incremental"]] {
+        let run = workspace.run(range);
+        assert_eq!((&run["rows"]["adjusted"], &run["periods"]["adjusted"]), (&json!(0), &json!(0)), "{run}");
+        assert_eq!(workspace.trueup(&[&["verify", "job.yaml"], &range[..range.len() / 2 * 2]].concat()).code, 0);
+    }
+    let explained =
+        workspace.trueup(&["explain", "job.yaml", "--subscription", "s2", "--meter", "calls", "--period", "2026-01-05"]);
+    assert!(explained.stdout.contains("adjust"), "{}", explained.stdout);
+    // Closed again without a run in between, it is not recorded again.
+    workspace.trueup(&["close", "job.yaml", "--period", "2026-01", "--reopen"]);
+    workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]);
+    assert_eq!(workspace.run(&[])["periods"]["adjusted"], 0);
+    // Right again: taken back.
+    workspace.edit("prices.yaml", "minimum_amount: \"7\"", "minimum_amount: \"5\"");
+    std::fs::remove_file(workspace.path("events/late.ndjson")).unwrap();
+    let run = workspace.run(&["--yes"]);
+    assert_eq!(
+        (&run["rows"]["adjusted"], amounts(&run)),
+        (&json!(1), json!([{"currency": "USD", "amount_before": "7", "amount_after": "5"}]))
+    );
+    let without_time = |mut rows: Vec<crate::support::Row>| {
+        rows.iter_mut().for_each(|row| {
+            row.remove("closed_at");
+        });
+        rows
+    };
+    assert_eq!(tables(&workspace).map(without_time), before.map(without_time));
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+}

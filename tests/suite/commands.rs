@@ -167,7 +167,16 @@ fn a_run_as_json() {
       "periods": {
         "written": 5,
         "removed": 0,
-        "unchanged": 0
+        "unchanged": 0,
+        "amounts": [
+          {
+            "currency": "USD",
+            "amount_before": "0",
+            "amount_after": "0.01"
+          }
+        ],
+        "adjusted": 0,
+        "adjusted_amounts": []
       },
       "totals": [
         {

@@ -596,6 +596,7 @@ fn no_column_can_be_altered_unseen() {
             | "cost_before"
             | "cost_after" => "'17.5'".to_owned(),
             "reason" => "'price_not_found'".to_owned(),
+            "kind" if table == "period_corrections" => "'adjust'".to_owned(),
             "kind" => "iif(kind = 'insert', 'update', 'insert')".to_owned(),
             "mode" => "iif(mode = 'run', 'apply', 'run')".to_owned(),
             "counts" => "json_set(counts, '$.rows.inserted', 17)".to_owned(),

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::model::aggregate::{Correction, PeriodCorrection, PeriodKey, PeriodRow, Values, WindowKey, WindowRow};
-use crate::model::run::{CorrectionDigests, RunRecord, causes_json, period_json, replaced_json, row_digest};
+use crate::model::run::{CorrectionDigests, RunRecord, causes_json, period_json, period_texts, replaced_json, row_digest};
 use crate::store::{Publication, StoredDeadLetter, letters};
 
 /// Columns that hold whole numbers, in any table.
@@ -133,7 +133,8 @@ pub fn period_correction(run: &RunRecord, sequence: usize, correction: &PeriodCo
         "run_id": run.run_id,
         "row_before": before,
         "row_after": after,
-        "row_digest": row_digest(&[&before, &after]),
+        "row_digest": row_digest(&period_texts(correction.kind(), &before, &after)),
+        "kind": correction.kind(),
         "recorded_at": run.finished_at,
     });
     with_key(fields, &run.job, &correction.key).to_string()

@@ -9,7 +9,7 @@ use super::bind::{NewRows, Rows, insert};
 use super::digests::Numbers;
 use super::fill;
 use crate::model::aggregate::{Correction, PeriodCorrection, PeriodKey, PeriodRow, WindowKey, WindowRow};
-use crate::model::run::{CorrectionDigests, RunRecord, period_json, replaced_json, row_digest, write_causes};
+use crate::model::run::{CorrectionDigests, RunRecord, period_json, period_texts, replaced_json, row_digest, write_causes};
 use crate::store::reader::{PeriodReader, WindowReader};
 use crate::store::{Publication, letters};
 
@@ -288,6 +288,7 @@ fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publica
         "row_after",
         "row_digest",
         "recorded_at",
+        "kind",
     ];
     let give = |rows: &mut Rows<'_>, sequence: u64, correction: &PeriodCorrection| {
         rows.text(&format!("{}-{sequence:09}", run.run_id))?;
@@ -297,8 +298,9 @@ fn write_period_corrections(transaction: &Transaction<'_>, publication: &Publica
         let (before, after) = (period_json(correction.before.as_ref()), period_json(correction.after.as_ref()));
         rows.text(&before)?;
         rows.text(&after)?;
-        rows.integer(row_digest(&[&before, &after]))?;
+        rows.integer(row_digest(&period_texts(correction.kind(), &before, &after)))?;
         rows.instant(run.finished_at)?;
+        rows.text(correction.kind())?;
         rows.write()
     };
     let give = move |rows: &mut Rows<'_>| {
