@@ -1,8 +1,11 @@
 //! Closed periods: what differs is recorded once, whatever a run covers, and what was closed stays closed.
 
-use serde_json::json;
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
 
 use crate::corrections::{send, tables, world};
+use crate::support::{Row, Workspace};
 
 /// A range changes the cost of later windows of its billing period.
 #[test]
@@ -142,4 +145,168 @@ fn bills_of_closed_periods_are_adjusted_too() {
     };
     assert_eq!(tables(&workspace).map(without_time), before.map(without_time));
     assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+}
+
+/// Key columns and what a row says.
+type Said = BTreeMap<String, String>;
+
+const KEY: &str = "subscription_id || ' ' || price_id || ' ' || period_start";
+
+/// What the windows and bills should be as the store has it: the rows, with the adjustments of
+/// those that did not change later.
+fn effective(workspace: &Workspace) -> [Said; 2] {
+    let rows = |sql: &str| {
+        workspace.query(sql).into_iter().map(|mut row| ["key", "kind", "says"].map(|name| row.remove(name).unwrap_or_default()))
+    };
+    let overlay = |table: &str, ledger: &str| {
+        let mut said: Said = rows(table).map(|[key, _, says]| (key, says)).collect();
+        let mut adjusted = Said::new();
+        for [key, kind, says] in rows(ledger) {
+            if kind == "adjust" {
+                adjusted.insert(key, says)
+            } else {
+                adjusted.remove(&key)
+            };
+        }
+        said.extend(adjusted);
+        said.retain(|_, says| !says.is_empty());
+        said
+    };
+    let windows = overlay(
+        &format!(
+            "SELECT {KEY} || ' ' || window_start AS key, customer_id || ' ' || quantity || ' ' || cost || ' ' || event_count AS says FROM usage_windows"
+        ),
+        &format!(
+            "SELECT {KEY} || ' ' || window_start AS key, kind, coalesce(customer_id || ' ' || quantity_after || ' ' || cost_after || ' ' || \
+             event_count_after, '') AS says FROM corrections ORDER BY sequence"
+        ),
+    );
+    let says = |row: &str| {
+        let fields = ["customer_id", "quantity", "cost", "minimum_adjustment", "amount"];
+        fields.map(|field| format!("json_extract({row}, '$.{field}')")).join(" || ' ' || ")
+    };
+    let periods = overlay(
+        &format!(
+            "SELECT {KEY} AS key, customer_id || ' ' || quantity || ' ' || cost || ' ' || minimum_adjustment || ' ' || amount AS says FROM usage_periods"
+        ),
+        &format!(
+            "SELECT {KEY} AS key, kind, coalesce({}, '') AS says FROM period_corrections WHERE kind = 'adjust' OR \
+             coalesce(json_remove(nullif(row_before, ''), '$.closed_at'), '') <> coalesce(json_remove(nullif(row_after, ''), '$.closed_at'), '') \
+             ORDER BY rowid",
+            says("nullif(row_after, '')")
+        ),
+    );
+    [windows, periods]
+}
+
+/// The rows of closed periods.
+fn closed_rows(workspace: &Workspace) -> Vec<Row> {
+    workspace.query(
+        "SELECT w.* FROM usage_windows AS w WHERE EXISTS (SELECT 1 FROM usage_periods AS p WHERE p.subscription_id = w.subscription_id \
+         AND p.period_start = w.period_start AND p.closed_at IS NOT NULL)",
+    )
+}
+
+/// Whatever happens around them, closed periods keep their rows, and what is recorded of them
+/// makes up the difference to what a fresh store has, once.
+#[test]
+fn made_up_histories_of_closed_periods() {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let (first, count) = (number("TRUEUP_TEST_FIRST_HISTORY").unwrap_or(1), number("TRUEUP_TEST_HISTORIES").unwrap_or(12));
+    for seed in first..first + count {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut choose = |among: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state % among
+        };
+        let workspace = world();
+        workspace.run(&["--full"]);
+        let mut said = Vec::new();
+        let with_ranges = seed % 2 == 0;
+        for step in 0..12 {
+            let day = format!("2026-0{}-{:02}", choose(2) + 1, choose(28) + 1);
+            let before = closed_rows(&workspace);
+            let what = choose(11);
+            match what {
+                0..=2 => {
+                    let (id, customer) = (format!("n{step}"), ["x1", "x2"][usize::from(choose(2) == 0)]);
+                    send(&workspace, &id, &[(&id, customer, &day, i64::try_from(choose(9)).unwrap() - 1)]);
+                }
+                3 => {
+                    let id = ["a", "b", "c", "d"][usize::try_from(choose(4)).unwrap()];
+                    workspace.write(&format!("events/void{step}.ndjson"), format!("{{\"tenant_id\":\"t\",\"id\":\"{id}\",\"deleted\":true}}\n"));
+                }
+                4 => workspace.write(
+                    "prices.yaml",
+                    format!(
+                        "prices: [{{price_id: p{}, plan_id: pro, meter_id: calls, currency: USD, model: graduated, minimum_amount: \"{}\", \
+                         tiers: [{{up_to: \"10\", unit_amount: \"{}\"}}, {{up_to: null, unit_amount: \"0.5\"}}]}}]\n",
+                        choose(2),
+                        choose(3) * 4,
+                        choose(3)
+                    ),
+                ),
+                5 => {
+                    let owner = ["c2", "c3"][usize::from(choose(2) == 0)];
+                    workspace.write("customers.csv", format!("tenant_id,customer_id,external_customer_id\nt,c1,x1\nt,{owner},x2\n"));
+                    workspace.write(
+                        "subscriptions.csv",
+                        format!(
+                            "tenant_id,subscription_id,customer_id,plan_id,currency,billing_period,started_at\n\
+                             t,s1,c1,pro,USD,month,2025-01-01\nt,s2,{owner},pro,USD,month,2025-01-01\n"
+                        ),
+                    );
+                }
+                6 | 7 => {
+                    workspace.trueup(&["close", "job.yaml", "--period", &day[..7]]);
+                }
+                8 => {
+                    workspace.trueup(&["close", "job.yaml", "--period", &day[..7], "--reopen"]);
+                }
+                _ => {
+                    let runs = workspace.query("SELECT run_id FROM runs ORDER BY version DESC");
+                    let run = &runs[usize::try_from(choose(runs.len().min(4) as u64)).unwrap()]["run_id"];
+                    let reverted = workspace.trueup(&["revert", "job.yaml", "--run", run]);
+                    assert!([0, 2, 8].contains(&reverted.code), "{reverted:?}");
+                    let bills = "SELECT p.cost AS bill, CAST(total(w.cost) AS TEXT) AS windows FROM usage_periods AS p LEFT JOIN usage_windows AS w \
+                                 USING (job, subscription_id, price_id, period_start) GROUP BY p.subscription_id, p.price_id, p.period_start";
+                    // A range prices whole periods, but stores its own windows alone.
+                    for row in workspace.query(bills).iter().filter(|_| !with_ranges) {
+                        let [bill, windows] = ["bill", "windows"].map(|name| row[name].parse::<f64>().unwrap());
+                        assert!((bill - windows).abs() < 1e-9, "seed {seed}: {said:#?}: {row:?}");
+                    }
+                    let verified: Value = serde_json::from_str(&workspace.trueup(&["verify", "job.yaml", "--output", "json"]).stdout).unwrap();
+                    assert_eq!(verified["ledger"], json!([]), "seed {seed}: {said:#?}");
+                }
+            }
+            let mode: &[&str] = match choose(5) {
+                0 => &["--full", "--yes"],
+                1 => &["--incremental", "--yes"],
+                2 if with_ranges => &["--day", &day, "--yes"],
+                3 if with_ranges => &["--month", &day[..7], "--yes"],
+                _ => &["--customer", "c1", "--yes"],
+            };
+            said.push(format!("{what} {day} {mode:?}"));
+            workspace.run(mode);
+            if what < 8 {
+                let after = closed_rows(&workspace);
+                assert!(before.iter().all(|row| after.contains(row)), "seed {seed}: {said:#?}");
+            }
+            let again = workspace.run(mode);
+            let changes = ["inserted", "updated", "retracted", "adjusted"].map(|name| again["rows"][name].as_u64().unwrap());
+            assert_eq!((changes, again["periods"]["adjusted"].as_u64()), ([0; 4], Some(0)), "seed {seed}: {said:#?}");
+            if choose(3) == 0 {
+                workspace.run(&["--full", "--yes"]);
+                let fresh = Workspace::new();
+                fresh.overlay(&workspace.path(""));
+                std::fs::remove_file(fresh.path("trueup.db")).unwrap();
+                fresh.run(&["--full"]);
+                assert_eq!(effective(&workspace), effective(&fresh), "seed {seed}: {said:#?}");
+                let verified = workspace.trueup(&["verify", "job.yaml"]);
+                assert_eq!(verified.code, 0, "seed {seed}: {said:#?}: {}", verified.stdout);
+            }
+        }
+    }
 }
