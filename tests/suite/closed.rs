@@ -226,7 +226,8 @@ fn made_up_histories_of_closed_periods() {
         let mut said = Vec::new();
         let with_ranges = seed % 2 == 0;
         for step in 0..12 {
-            let day = format!("2026-0{}-{:02}", choose(2) + 1, choose(28) + 1);
+            let month = format!("2026-0{}", choose(2) + 1);
+            let day = format!("{month}-{:02}", choose(28) + 1);
             let before = closed_rows(&workspace);
             let what = choose(11);
             match what {
@@ -260,10 +261,10 @@ fn made_up_histories_of_closed_periods() {
                     );
                 }
                 6 | 7 => {
-                    workspace.trueup(&["close", "job.yaml", "--period", &day[..7]]);
+                    workspace.trueup(&["close", "job.yaml", "--period", &month]);
                 }
                 8 => {
-                    workspace.trueup(&["close", "job.yaml", "--period", &day[..7], "--reopen"]);
+                    workspace.trueup(&["close", "job.yaml", "--period", &month, "--reopen"]);
                 }
                 _ => {
                     let runs = workspace.query("SELECT run_id FROM runs ORDER BY version DESC");
@@ -285,7 +286,7 @@ fn made_up_histories_of_closed_periods() {
                 0 => &["--full", "--yes"],
                 1 => &["--incremental", "--yes"],
                 2 if with_ranges => &["--day", &day, "--yes"],
-                3 if with_ranges => &["--month", &day[..7], "--yes"],
+                3 if with_ranges => &["--month", &month, "--yes"],
                 _ => &["--customer", "c1", "--yes"],
             };
             said.push(format!("{what} {day} {mode:?}"));

@@ -22,6 +22,7 @@ mod kafka;
 mod kafka_topic;
 mod kept_matches;
 mod lateness;
+mod lease;
 mod parts;
 mod promises;
 mod reference;

@@ -1,5 +1,6 @@
 //! Aggregates in ClickHouse, published in an order that survives a crash at any point.
 
+mod lease;
 mod publish;
 mod rows;
 
@@ -18,8 +19,11 @@ use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 
 /// `sql/clickhouse/NNNN_name.sql`; the version of a store is how many of them it has.
-const MIGRATIONS: [&str; 2] =
-    [include_str!("../../../sql/clickhouse/0001_initial.sql"), include_str!("../../../sql/clickhouse/0002_ledger.sql")];
+const MIGRATIONS: [&str; 3] = [
+    include_str!("../../../sql/clickhouse/0001_initial.sql"),
+    include_str!("../../../sql/clickhouse/0002_ledger.sql"),
+    include_str!("../../../sql/clickhouse/0003_lease.sql"),
+];
 
 /// A database with the tables of the contract.
 pub struct ClickHouseStore {
@@ -31,7 +35,8 @@ impl ClickHouseStore {
     /// back what a run of `job` left unfinished when it was killed.
     ///
     /// # Errors
-    /// Where the server cannot be reached, or the store was written by a newer version.
+    /// Where the server cannot be reached, or the store was written by a newer version; a lock
+    /// fault (exit code 6) where somebody else writes the job's rows.
     pub fn open(connection: &ClickHouseConnection, job: &str) -> Result<Self> {
         let database = Database::connect(connection)?;
         database.create_if_missing()?;
@@ -47,7 +52,10 @@ impl ClickHouseStore {
             }
             store.database.execute(&format!("INSERT INTO trueup_schema (version) VALUES ({number})"))?;
         }
-        publish::recover(&store.database, job)?;
+        lease::check(&store.database, job)?;
+        if publish::is_pending(&store.database, job)? {
+            lease::hold(&store.database, job, "finishing what was interrupted", publish::recover)?;
+        }
         Ok(store)
     }
 
@@ -256,10 +264,17 @@ impl AggregateStore for ClickHouseStore {
     }
 
     fn publish(&mut self, publication: &Publication) -> Result<RunRecord> {
-        if self.runs(&publication.run.job)?.last().map(|run| &run.run_id) != publication.previous_run_id.as_ref() {
-            bail!("another run of job {} published meanwhile: run again", publication.run.job);
-        }
-        let known = self.dead_letters(&publication.run.job)?;
-        publish::publish(&self.database, publication, &known)
+        let run = &publication.run;
+        lease::hold(&self.database, &run.job, &format!("publishing run {}", run.run_id), |lease| {
+            // Of somebody who was killed since the store was opened.
+            if publish::is_pending(&self.database, &run.job)? {
+                publish::recover(lease)?;
+            }
+            if self.runs(&run.job)?.last().map(|run| &run.run_id) != publication.previous_run_id.as_ref() {
+                bail!("another run of job {} published meanwhile: run again", run.job);
+            }
+            let known = self.dead_letters(&run.job)?;
+            publish::publish(lease, publication, &known)
+        })
     }
 }

@@ -7,11 +7,13 @@
 //! The ledger is written first. Once the run is marked as publishing, ledger and
 //! write-ahead rows are whole: whoever comes next finishes the work from them. A
 //! run without the mark has changed no aggregate: its rows are taken away. Every
-//! insert carries a token, so that repeating one does nothing.
+//! insert carries a token, so that repeating one does nothing. All of it is for the
+//! holder of the job's lease, who looks before each insert whether it is to be renewed.
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
 
+use super::lease::Lease;
 use super::rows;
 use crate::clickhouse_client::{Database, literal};
 use crate::fault::{FaultKind, fault};
@@ -25,15 +27,19 @@ const CHUNK: usize = 50_000;
 const TARGETS: [&str; 4] = ["usage_windows", "usage_periods", "dead_letters", "job_state"];
 
 /// Returns the run as it was recorded.
-pub(super) fn publish(database: &Database, publication: &Publication, known: &[StoredDeadLetter]) -> Result<RunRecord> {
+///
+/// # Errors
+/// Where the store cannot be written or somebody else has taken the lease over: a fault of a partial
+/// publication (exit code 5) where the run is marked as publishing.
+pub(super) fn publish(lease: &mut Lease<'_>, publication: &Publication, known: &[StoredDeadLetter]) -> Result<RunRecord> {
     let ledger = publication.ledger();
     let run = &publication.run.in_ledger(ledger.chain);
     let corrections = (1usize..).zip(publication.corrections.iter().zip(&ledger.rows));
     let corrections = corrections.map(|(at, (correction, digests))| rows::correction(run, at, correction, *digests));
-    insert(database, "corrections", &run.run_id, corrections)?;
+    insert(lease, "corrections", &run.run_id, corrections)?;
     let periods = (1usize..).zip(&publication.period_corrections);
     let periods = periods.map(|(at, correction)| rows::period_correction(run, at, correction));
-    insert(database, "period_corrections", &run.run_id, periods)?;
+    insert(lease, "period_corrections", &run.run_id, periods)?;
 
     let letters = rows::dead_letters(publication, known);
     for target in TARGETS {
@@ -41,17 +47,19 @@ pub(super) fn publish(database: &Database, publication: &Publication, known: &[S
             serde_json::json!({"job": run.job, "run_id": run.run_id, "target": target, "sequence": sequence, "row": row})
                 .to_string()
         });
-        insert(database, "write_ahead", &format!("{}:{target}", run.run_id), ahead)?;
+        insert(lease, "write_ahead", &format!("{}:{target}", run.run_id), ahead)?;
     }
-    insert(database, "runs", &format!("{}:1", run.run_id), [rows::run(run, 1)])?;
+    // Who took the lease over took the ledger's rows for those of a killed run.
+    lease.confirm().with_context(|| format!("run {} is not published: run again", run.run_id))?;
+    insert(lease, "runs", &format!("{}:1", run.run_id), [rows::run(run, 1)])?;
 
     // From here on the run will be published, by this process or by the next one.
-    let finish = || {
+    let mut finish = || {
         for target in TARGETS {
-            insert(database, target, &run.run_id, lines(publication, &letters, target))?;
+            insert(lease, target, &run.run_id, lines(publication, &letters, target))?;
         }
-        insert(database, "runs", &format!("{}:2", run.run_id), [rows::run(run, 2)])?;
-        forget(database, &run.job)
+        insert(lease, "runs", &format!("{}:2", run.run_id), [rows::run(run, 2)])?;
+        forget(lease, Some(&run.run_id))
     };
     finish().map_err(|error| {
         let message = format!("run {} is partly published: {error:#}; `trueup resume JOB` finishes it", run.run_id);
@@ -60,9 +68,30 @@ pub(super) fn publish(database: &Database, publication: &Publication, known: &[S
     Ok(run.clone())
 }
 
+/// Whether a killed run, or one that publishes now, left anything to finish or to take back.
+///
+/// # Errors
+/// Where the store cannot be read.
+pub(super) fn is_pending(database: &Database, job: &str) -> Result<bool> {
+    let job = literal(job);
+    let orphans = |ledger| {
+        format!("SELECT 1 FROM {ledger} WHERE job = {job} AND run_id NOT IN (SELECT run_id FROM runs WHERE job = {job})")
+    };
+    let sql = format!(
+        "SELECT 1 FROM (SELECT max(stage) AS last FROM runs WHERE job = {job} GROUP BY run_id) WHERE last = 1 LIMIT 1 \
+         UNION ALL {} LIMIT 1 UNION ALL {} LIMIT 1 UNION ALL SELECT 1 FROM write_ahead WHERE job = {job} LIMIT 1",
+        orphans("corrections"),
+        orphans("period_corrections")
+    );
+    Ok(!first_column(database, &sql)?.is_empty())
+}
+
 /// Finishes or takes back what a killed run left.
-pub(super) fn recover(database: &Database, job: &str) -> Result<()> {
-    let job_literal = literal(job);
+///
+/// # Errors
+/// Where the store cannot be written, or somebody else has taken the lease over.
+pub(super) fn recover(lease: &mut Lease<'_>) -> Result<()> {
+    let (database, job_literal) = (lease.database, literal(lease.job));
     let marked = format!("SELECT run_id FROM runs FINAL WHERE job = {job_literal} AND stage = 1 ORDER BY version");
     for run in first_column(database, &marked)? {
         tracing::warn!(run, "finishing the publication of a run that was interrupted");
@@ -80,7 +109,7 @@ pub(super) fn recover(database: &Database, job: &str) -> Result<()> {
                 if rows.is_empty() {
                     break;
                 }
-                insert_chunk(database, target, &run, at, &mut rows.into_iter())?;
+                insert_chunk(lease, target, &run, at, &mut rows.into_iter())?;
             }
         }
         database
@@ -95,22 +124,25 @@ pub(super) fn recover(database: &Database, job: &str) -> Result<()> {
         let orphans = format!("SELECT DISTINCT run_id FROM {ledger} WHERE job = {job_literal} AND run_id NOT IN ({published})");
         for run in first_column(database, &orphans)? {
             tracing::warn!(run, "taking back the ledger rows of a run that was interrupted before it published");
+            lease.keep()?;
             database.execute(&format!(
                 "DELETE FROM {ledger} WHERE job = {job_literal} AND run_id = {} SETTINGS lightweight_deletes_sync = 2",
                 literal(&run)
             ))?;
         }
     }
-    forget(database, job)
+    forget(lease, None)
 }
 
-/// Write-ahead rows are of use only while their run publishes.
-fn forget(database: &Database, job: &str) -> Result<()> {
-    let left = format!("SELECT 1 FROM write_ahead WHERE job = {} LIMIT 1", literal(job));
-    if first_column(database, &left)?.is_empty() {
+/// Write-ahead rows, of a run or of all, are of use only while their run publishes.
+fn forget(lease: &mut Lease<'_>, run_id: Option<&str>) -> Result<()> {
+    let run = run_id.map(|run_id| format!(" AND run_id = {}", literal(run_id))).unwrap_or_default();
+    let left = format!("write_ahead WHERE job = {}{run}", literal(lease.job));
+    if first_column(lease.database, &format!("SELECT 1 FROM {left} LIMIT 1"))?.is_empty() {
         return Ok(());
     }
-    database.execute(&format!("DELETE FROM write_ahead WHERE job = {} SETTINGS lightweight_deletes_sync = 2", literal(job)))
+    lease.keep()?;
+    lease.database.execute(&format!("DELETE FROM {left} SETTINGS lightweight_deletes_sync = 2"))
 }
 
 fn first_column(database: &Database, sql: &str) -> Result<Vec<String>> {
@@ -136,10 +168,10 @@ fn lines<'p>(publication: &'p Publication, letters: &'p [String], target: &str) 
 }
 
 /// Inserts lines of JSON in chunks. `token` and the chunk's place name each of them.
-fn insert(database: &Database, table: &str, token: &str, lines: impl IntoIterator<Item = String>) -> Result<()> {
+fn insert(lease: &mut Lease<'_>, table: &str, token: &str, lines: impl IntoIterator<Item = String>) -> Result<()> {
     let mut lines = lines.into_iter();
     let mut at = 0;
-    while insert_chunk(database, table, token, at, &mut lines)? {
+    while insert_chunk(lease, table, token, at, &mut lines)? {
         at += 1;
     }
     Ok(())
@@ -147,7 +179,7 @@ fn insert(database: &Database, table: &str, token: &str, lines: impl IntoIterato
 
 /// Inserts the next rows; whether there were any.
 fn insert_chunk(
-    database: &Database,
+    lease: &mut Lease<'_>,
     table: &str,
     token: &str,
     at: usize,
@@ -162,6 +194,10 @@ fn insert_chunk(
         return Ok(false);
     }
     let sql = format!("INSERT INTO {table} FORMAT JSONEachRow");
-    database.insert(&sql, &format!("{token}:{table}:{at}"), &Bytes::from(data)).with_context(|| format!("writing {table}"))?;
+    lease.keep()?;
+    lease
+        .database
+        .insert(&sql, &format!("{token}:{table}:{at}"), &Bytes::from(data))
+        .with_context(|| format!("writing {table}"))?;
     Ok(true)
 }
