@@ -311,6 +311,11 @@ pub fn window_digest(row: &WindowRow, buffer: &mut Vec<u8>) -> i64 {
     i64::from_le_bytes(xxh3_64(buffer).to_le_bytes())
 }
 
+/// [`window_digest`] of the row that a correction writes, if it writes one.
+pub fn after_digest(correction: &Correction, buffer: &mut Vec<u8>) -> Option<i64> {
+    correction.written().map(|row| window_digest(row, buffer))
+}
+
 /// The lines of corrections in memory, one after the other.
 #[derive(Default)]
 pub struct LedgerLines {
@@ -322,10 +327,8 @@ pub struct LedgerLines {
 }
 
 impl LedgerLines {
-    /// The line, and [`window_digest`] of the row that was written.
-    pub fn of(&mut self, correction: &Correction) -> (&mut LedgerText, Option<i64>) {
+    pub fn of(&mut self, correction: &Correction) -> &mut LedgerText {
         let key = &correction.key;
-        let after_digest = correction.written().map(|row| window_digest(row, &mut self.row));
         self.causes.clear();
         write_causes(&correction.causes, &mut self.causes);
         self.text.set(&LedgerLine {
@@ -345,9 +348,9 @@ impl LedgerLines {
             ],
             before: correction.values_before(),
             after: correction.values_after(),
-            after_digest,
+            after_digest: after_digest(correction, &mut self.row),
         });
-        (&mut self.text, after_digest)
+        &mut self.text
     }
 }
 
@@ -396,16 +399,7 @@ pub struct LedgerDigests {
     /// Of everything so far.
     pub chain: String,
     /// Of the row of each of the run's corrections.
-    pub rows: Vec<CorrectionDigests>,
-}
-
-/// What a correction keeps so that nothing is altered unseen.
-#[derive(Debug, Clone, Copy)]
-pub struct CorrectionDigests {
-    /// Of the correction.
-    pub row: i64,
-    /// [`window_digest`] of the row that it wrote.
-    pub after: Option<i64>,
+    pub rows: Vec<i64>,
 }
 
 impl LedgerDigests {
@@ -436,15 +430,15 @@ impl LedgerDigests {
 }
 
 /// The digests of blocks of corrections, and of their rows.
-fn block_digests(corrections: &[Correction]) -> (Vec<sha2::digest::Output<Sha256>>, Vec<CorrectionDigests>) {
+fn block_digests(corrections: &[Correction]) -> (Vec<sha2::digest::Output<Sha256>>, Vec<i64>) {
     let mut lines = LedgerLines::default();
     let mut rows = Vec::with_capacity(corrections.len());
     let block = |corrections: &[Correction]| {
         let mut block = Sha256::new();
         for correction in corrections {
-            let (line, after) = lines.of(correction);
+            let line = lines.of(correction);
             block.update(line.line.as_bytes());
-            rows.push(CorrectionDigests { row: line.row_digest(), after });
+            rows.push(line.row_digest());
         }
         block.finalize()
     };

@@ -35,7 +35,7 @@ pub(super) fn publish(lease: &mut Lease<'_>, publication: &Publication, known: &
     let ledger = publication.ledger();
     let run = &publication.run.in_ledger(ledger.chain);
     let corrections = (1usize..).zip(publication.corrections.iter().zip(&ledger.rows));
-    let corrections = corrections.map(|(at, (correction, digests))| rows::correction(run, at, correction, *digests));
+    let corrections = corrections.map(|(at, (correction, digest))| rows::correction(run, at, correction, *digest));
     insert(lease, "corrections", &run.run_id, corrections)?;
     let periods = (1usize..).zip(&publication.period_corrections);
     let periods = periods.map(|(at, correction)| rows::period_correction(run, at, correction));

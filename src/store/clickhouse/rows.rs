@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::model::aggregate::{Correction, PeriodCorrection, PeriodKey, PeriodRow, Values, WindowKey, WindowRow};
-use crate::model::run::{CorrectionDigests, RunRecord, causes_json, period_json, period_texts, replaced_json, row_digest};
+use crate::model::run::{RunRecord, after_digest, causes_json, period_json, period_texts, replaced_json, row_digest};
 use crate::store::{Publication, StoredDeadLetter, letters};
 
 /// Columns that hold whole numbers, in any table.
@@ -98,7 +98,7 @@ pub fn removed_period(run: &RunRecord, key: &PeriodKey) -> String {
     with_key(fields, &run.job, key).to_string()
 }
 
-pub fn correction(run: &RunRecord, sequence: usize, correction: &Correction, digests: CorrectionDigests) -> String {
+pub fn correction(run: &RunRecord, sequence: usize, correction: &Correction, digest: i64) -> String {
     let Correction { key, customer_id, currency, kind, causes, .. } = correction;
     let (before, after) = (&correction.values_before(), &correction.values_after());
     let quantity = |values: &Option<Values>| values.map(|values| values.quantity);
@@ -119,8 +119,8 @@ pub fn correction(run: &RunRecord, sequence: usize, correction: &Correction, dig
         "event_count_before": event_count(before),
         "event_count_after": event_count(after),
         "replaced": replaced_json(correction),
-        "row_digest": digests.row,
-        "after_digest": digests.after,
+        "row_digest": digest,
+        "after_digest": after_digest(correction, &mut Vec::new()),
         "recorded_at": run.finished_at,
     });
     with_key(fields, &run.job, &key.period).to_string()

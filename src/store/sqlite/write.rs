@@ -9,7 +9,7 @@ use super::bind::{NewRows, Rows, insert};
 use super::digests::Numbers;
 use super::fill;
 use crate::model::aggregate::{Correction, PeriodCorrection, PeriodKey, PeriodRow, WindowKey, WindowRow};
-use crate::model::run::{CorrectionDigests, RunRecord, period_json, period_texts, replaced_json, row_digest, write_causes};
+use crate::model::run::{RunRecord, after_digest, period_json, period_texts, replaced_json, row_digest, write_causes};
 use crate::store::reader::{PeriodReader, WindowReader};
 use crate::store::{Publication, letters};
 
@@ -171,7 +171,7 @@ fn write_periods(transaction: &Transaction<'_>, publication: &Publication) -> Re
 }
 
 /// `first` is the sequence of the first one.
-fn corrections<'p>(publication: &'p Publication, (first, digests): (i64, &'p [CorrectionDigests])) -> NewRows<'p> {
+fn corrections<'p>(publication: &'p Publication, (first, digests): (i64, &'p [i64])) -> NewRows<'p> {
     let run = &publication.run;
     let columns = vec![
         "sequence",
@@ -200,9 +200,9 @@ fn corrections<'p>(publication: &'p Publication, (first, digests): (i64, &'p [Co
         "recorded_at",
         "after_digest",
     ];
-    let mut causes_json = String::new();
+    let (mut causes_json, mut buffer) = (String::new(), Vec::new());
     let mut last: Option<&Correction> = None;
-    let mut give = move |rows: &mut Rows<'_>, number: i64, correction: &'p Correction, digests: CorrectionDigests| {
+    let mut give = move |rows: &mut Rows<'_>, number: i64, correction: &'p Correction, digest: i64| {
         let Correction { key, customer_id, currency, kind, causes, .. } = correction;
         let (old, new) = (correction.values_before(), correction.values_after());
         rows.integer(first - 1 + number)?;
@@ -236,14 +236,14 @@ fn corrections<'p>(publication: &'p Publication, (first, digests): (i64, &'p [Co
             rows.optional(values.map(|values| values.event_count), Rows::count)?;
         }
         rows.text(&replaced_json(correction))?;
-        rows.integer(digests.row)?;
+        rows.integer(digest)?;
         rows.instant(run.finished_at)?;
-        rows.optional(digests.after, Rows::integer)?;
+        rows.optional(after_digest(correction, &mut buffer), Rows::integer)?;
         rows.write()
     };
     let give = move |rows: &mut Rows<'_>| {
         let mut corrections = (1..).zip(publication.corrections.iter().zip(digests));
-        corrections.try_for_each(|(number, (correction, digests))| give(rows, number, correction, *digests))
+        corrections.try_for_each(|(number, (correction, digest))| give(rows, number, correction, *digest))
     };
     NewRows { table: "corrections", columns, give: Box::new(give) }
 }
