@@ -23,7 +23,11 @@ pub fn write(path: &Path, give: impl FnOnce(&mut dyn Write) -> io::Result<()>) -
         return give_all(File::create(path)?, give);
     }
     // A link stays one, to the new file.
-    let target = if before.is_some() { fs::canonicalize(path)? } else { path.to_owned() };
+    let target = match (&before, fs::read_link(path)) {
+        (Some(_), _) => fs::canonicalize(path)?,
+        (None, Ok(target)) => path.parent().unwrap_or(Path::new(".")).join(target),
+        (None, Err(_)) => path.to_owned(),
+    };
     let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
     let partial = builder.prefix("trueup-").suffix(".partial").permissions(Permissions::from_mode(0o666)).tempfile_in(folder)?;

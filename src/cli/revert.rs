@@ -9,10 +9,15 @@ use serde::Serialize;
 
 use super::output::{Style, counted, emit, emit_json};
 use super::{Format, Session};
+use crate::clock::now;
 use crate::ends;
+use crate::model::aggregate::PeriodRow;
 use crate::model::counts::RowCounts;
-use crate::model::run::{Origin, Override};
+use crate::model::run::{Origin, Override, RunRecord};
+use crate::pipeline::closed::ClosedPeriods;
 use crate::pipeline::revert::{self, Allowed};
+use crate::pipeline::{Horizon, Lateness, Request};
+use crate::reference::Reference;
 
 #[derive(Debug, Args)]
 pub struct RevertArguments {
@@ -27,7 +32,7 @@ pub struct RevertArguments {
     #[arg(long)]
     force: bool,
 
-    /// Also in closed periods.
+    /// Also in closed periods, and beyond the job's horizon.
     #[arg(long)]
     allow_closed: bool,
 }
@@ -48,8 +53,15 @@ pub fn execute(session: &Session, arguments: &RevertArguments) -> Result<u8> {
     let allowed = Allowed { later: arguments.force, closed: arguments.allow_closed };
     let overrides = Override::list(&[(arguments.force, Override::LaterRuns), (arguments.allow_closed, Override::ClosedPeriods)]);
     let origin = Origin { started_by: ends::started_by("revert"), overrides };
-    let done =
-        ends::by_hand(&job, &origin, |store, runs| revert::revert(store, &job.name, runs, &arguments.run, allowed).map(Some))?;
+    let horizon = Lateness::of(&job, &Request::default(), now()).horizon;
+    let closed = |periods: &[PeriodRow], runs: &[RunRecord]| {
+        let closed = ClosedPeriods::of(periods);
+        let Some(until) = horizon else { return Ok(closed) };
+        Ok(closed.with_horizon(Horizon::new(until, runs), &Reference::load(&job)?, periods))
+    };
+    let done = ends::by_hand(&job, &origin, |store, runs| {
+        revert::revert(store, &job.name, runs, &arguments.run, allowed, closed).map(Some)
+    })?;
     let Some((run, reverted)) = done else { return Ok(0) };
     if session.format == Format::Json {
         emit_json(&Document {

@@ -34,18 +34,31 @@ pub struct Adjustment(Option<Said>);
 impl Reconciliation {
     /// Records the differences in closed periods that the ledger does not know yet.
     /// `recorded` has the last adjustment of each window that has one; `is_computed` says
-    /// whether a window that was neither found nor computed would have been.
-    pub fn adjust_closed(&mut self, mut recorded: BTreeMap<WindowKey, Adjustment>, is_computed: impl Fn(&WindowKey) -> bool) {
+    /// whether a window that was neither found nor computed would have been, and `in_scope`
+    /// whether the usage of a customer would.
+    pub fn adjust_closed(
+        &mut self,
+        mut recorded: BTreeMap<WindowKey, Adjustment>,
+        is_computed: impl Fn(&WindowKey) -> bool,
+        in_scope: impl Fn(&str) -> bool,
+    ) {
+        let is_of_others = |said: &Option<Said>| said.as_ref().is_some_and(|said| !in_scope(&said.customer_id));
+        std::mem::take(&mut self.closed_and_stale).iter().for_each(|key| drop(recorded.remove(key)));
         for difference in std::mem::take(&mut self.closed) {
             let Some(row) = difference.row() else { continue };
             let stored = difference.before.as_ref().map(Said::from);
             let after = difference.after.as_ref().map(Said::from);
             let before = recorded.remove(&row.key).map_or(stored, |adjustment| adjustment.0);
-            self.adjust(&row.key, &difference.causes, before.as_ref(), after.as_ref());
+            // What is another's by now, a run of one customer cannot judge.
+            if after.is_some() || !is_of_others(&before) {
+                self.adjust(&row.key, &difference.causes, before.as_ref(), after.as_ref());
+            }
         }
         // Neither stored nor computed any more: an adjustment that is taken back.
-        for (key, adjustment) in recorded.into_iter().filter(|(key, _)| is_computed(key)) {
-            self.adjust(&key, &Causes::new(), adjustment.0.as_ref(), None);
+        for (key, Adjustment(said)) in recorded.into_iter().filter(|(key, _)| is_computed(key)) {
+            if !is_of_others(&said) {
+                self.adjust(&key, &Causes::new(), said.as_ref(), None);
+            }
         }
         // Stable: a session that was rebuilt is retracted before it is inserted.
         self.corrections.sort_by(|a, b| a.key.cmp(&b.key));
@@ -89,19 +102,19 @@ impl Reconciliation {
     }
 }
 
-/// The last adjustment of each window that `wants` is about, unless an ordinary
-/// correction came later.
+/// The last adjustment of each window of the periods that `wants` holds, whoever it is of,
+/// unless an ordinary correction came later.
 ///
 /// # Errors
 /// Where the ledger cannot be read.
 pub fn recorded(
     store: &dyn AggregateStore,
     job: &str,
-    wants: impl Fn(&WindowKey, &str) -> bool,
+    wants: impl Fn(&PeriodKey) -> bool,
 ) -> Result<BTreeMap<WindowKey, Adjustment>> {
     let mut last = BTreeMap::new();
     store.ledger(job, &mut |entry| {
-        if !wants(&entry.key, &entry.customer_id) {
+        if !wants(&entry.key.period) {
             return Ok(());
         }
         if entry.kind == CorrectionKind::Adjust.name() {
@@ -118,18 +131,27 @@ pub fn recorded(
 impl PeriodChanges {
     /// Records what the bills of closed periods should be, as far as the ledger does not know it
     /// yet. `recorded` has the last adjustment of each row that has one; `is_known` says whether
-    /// all of a period was computed.
-    pub fn adjust_closed(&mut self, mut recorded: BTreeMap<PeriodKey, Option<PeriodRow>>, is_known: impl Fn(&PeriodRow) -> bool) {
+    /// all of a period was computed, and `in_scope` whether the usage of a customer was.
+    pub fn adjust_closed(
+        &mut self,
+        mut recorded: BTreeMap<PeriodKey, Option<PeriodRow>>,
+        is_known: impl Fn(&PeriodRow) -> bool,
+        in_scope: impl Fn(&str) -> bool,
+    ) {
+        let is_of_others = |row: &Option<PeriodRow>| row.as_ref().is_some_and(|row| !in_scope(&row.customer_id));
         for (key, (stored, computed)) in std::mem::take(&mut self.closed) {
             let recorded = recorded.remove(&key);
             if !computed.iter().chain(&stored).all(&is_known) {
                 continue;
             }
             let closed_at = stored.as_ref().and_then(|row| row.closed_at);
-            self.adjust(key, recorded.unwrap_or(stored), computed.map(|row| PeriodRow { closed_at, ..row }));
+            let before = recorded.unwrap_or(stored);
+            if computed.is_some() || !is_of_others(&before) {
+                self.adjust(key, before, computed.map(|row| PeriodRow { closed_at, ..row }));
+            }
         }
         for (key, before) in recorded {
-            if before.as_ref().is_some_and(&is_known) {
+            if before.as_ref().is_some_and(&is_known) && !is_of_others(&before) {
                 self.adjust(key, before, None);
             }
         }
@@ -147,27 +169,25 @@ impl PeriodChanges {
     }
 }
 
-/// The last adjustment of each row of `usage_periods` that `wants` is about, unless the row
-/// changed later.
+/// The last adjustment of each row of `usage_periods` of the periods that `wants` holds, unless
+/// the row changed later.
 ///
 /// # Errors
 /// Where the ledger cannot be read.
 pub fn recorded_periods(
     store: &dyn AggregateStore,
     job: &str,
-    wants: impl Fn(&PeriodKey, &PeriodRow) -> bool,
+    wants: impl Fn(&PeriodKey) -> bool,
 ) -> Result<BTreeMap<PeriodKey, Option<PeriodRow>>> {
     let mut last = BTreeMap::new();
     store.period_ledger(job, &mut |entry| {
-        if !entry.is_adjustment() && !last.contains_key(&entry.key) {
+        if !wants(&entry.key) || (!entry.is_adjustment() && !last.contains_key(&entry.key)) {
             return Ok(());
         }
         let [before, after] = entry.rows()?;
         let closes = before.as_ref().zip(after.as_ref()).is_some_and(|(before, after)| before.says_the_same(after));
         if entry.is_adjustment() {
-            if after.as_ref().or(before.as_ref()).is_some_and(|row| wants(&entry.key, row)) {
-                last.insert(entry.key, after);
-            }
+            last.insert(entry.key, after);
         } else if !closes {
             last.remove(&entry.key);
         }

@@ -8,7 +8,7 @@ use rustc_hash::FxHashMap;
 use super::lateness::Horizon;
 use crate::model::aggregate::{Causes, PeriodKey, PeriodRow, Text, WindowRow};
 use crate::model::timestamp::Timestamp;
-use crate::model::window::BillingCycle;
+use crate::model::window::{BillingCycle, Span};
 use crate::reference::{Reference, Subscription};
 
 /// Billing periods whose rows stay as they are: those that are closed, and those beyond
@@ -20,6 +20,8 @@ pub struct ClosedPeriods {
     horizon: Option<Horizon>,
     /// By tenant and id, where there is a horizon.
     cycles: FxHashMap<(Text, Text), BillingCycle>,
+    /// The ends of stored periods of subscriptions that are gone, where there is a horizon.
+    ends: FxHashMap<(Text, Text, Timestamp), Timestamp>,
 }
 
 impl ClosedPeriods {
@@ -41,9 +43,15 @@ impl ClosedPeriods {
 
     /// Also those beyond a horizon.
     #[must_use]
-    pub fn with_horizon(self, horizon: Horizon, reference: &Reference) -> ClosedPeriods {
+    pub fn with_horizon(self, horizon: Horizon, reference: &Reference, stored: &[PeriodRow]) -> ClosedPeriods {
         let cycle = |row: &Subscription| ((Arc::from(row.tenant_id.as_str()), Arc::from(row.id.as_str())), row.cycle);
-        ClosedPeriods { horizon: Some(horizon), cycles: reference.subscriptions.iter().map(cycle).collect(), ..self }
+        let cycles: FxHashMap<_, _> = reference.subscriptions.iter().map(cycle).collect();
+        let is_gone = |row: &&PeriodRow| !cycles.contains_key(&(row.key.tenant_id.clone(), row.key.subscription_id.clone()));
+        let end = |row: &PeriodRow| {
+            ((row.key.tenant_id.clone(), row.key.subscription_id.clone(), row.key.period_start), row.period_end)
+        };
+        let ends = stored.iter().filter(is_gone).map(end).collect();
+        ClosedPeriods { horizon: Some(horizon), cycles, ends, ..self }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -60,11 +68,13 @@ impl ClosedPeriods {
             return false;
         }
         let subscription = (tenant.clone(), subscription.clone());
-        let is_beyond = || {
-            let cycle = self.cycles.get(&subscription);
-            self.horizon.as_ref().zip(cycle).is_some_and(|(horizon, cycle)| horizon.holds(cycle.period(period_start)))
+        let key = (subscription.0.clone(), subscription.1.clone(), period_start);
+        let period = || match self.cycles.get(&subscription) {
+            Some(cycle) => Some(cycle.period(period_start)),
+            None => self.ends.get(&key).map(|end| Span { start: period_start, end: *end }),
         };
-        is_beyond() || self.closed.contains_key(&(subscription.0.clone(), subscription.1.clone(), period_start))
+        let is_beyond = || self.horizon.as_ref().is_some_and(|horizon| period().is_some_and(|period| horizon.holds(period)));
+        is_beyond() || self.closed.contains_key(&key)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use rustc_hash::FxHashSet;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::reconcile::{PeriodChanges, Reconciliation};
 use crate::config::{Guard, Limit};
@@ -29,37 +29,96 @@ pub fn check(guard: &Guard, stored: &Base, changes: &Reconciliation, periods: &P
     check_periods(guard, &stored.periods, changes, periods)
 }
 
-/// Billing periods whose windows stay as they are can cost something else all the same: by a
-/// minimum, a commitment, or a fixed amount.
+/// By how much new usage may change a bill, at most, as a multiple of its cost: overage beyond a
+/// commitment costs more than the usage itself.
+const MOST_OVERAGE: u64 = 3;
+
+/// Bills change by more than what their windows cost: by a minimum, a commitment, or a fixed amount.
+/// First computations do not count: usage that is new may change a bill by nothing, where a minimum
+/// covers it, or by more than it costs.
 fn check_periods(guard: &Guard, stored: &[PeriodRow], changes: &Reconciliation, periods: &PeriodChanges) -> Result<()> {
     let Some(limit) = guard.max_cost_change.filter(|_| !periods.corrections.is_empty()) else { return Ok(()) };
-    let mut rows = Vec::new();
-    let moved: FxHashSet<&PeriodKey> = changes.corrections.iter().map(|correction| &*correction.key.period).collect();
+    let windows = Explained::of(changes)?;
+    let subscription = |key: &PeriodKey| (key.tenant_id.clone(), key.subscription_id.clone(), key.period_start);
+    let computed: FxHashSet<_> = stored.iter().map(|row| subscription(&row.key)).collect();
     let mut by_customer: BTreeMap<(&Text, &Text, &Text), Decimal> = BTreeMap::new();
+    let mut rows = Vec::new();
     for PeriodCorrection { key, before, after, .. } in periods.corrections.iter().filter(|correction| !correction.is_adjustment) {
-        let Some(before) = before.as_ref().filter(|_| !moved.contains(key)) else { continue };
-        rows.push((&before.currency, &*before.customer_id));
-        let net = by_customer.entry((&before.currency, &key.tenant_id, &before.customer_id)).or_default();
-        *net = net.checked_sub(before.amount)?;
-        let Some(after) = after else { continue };
-        let net = by_customer.entry((&after.currency, &key.tenant_id, &after.customer_id)).or_default();
-        *net = net.checked_add(after.amount)?;
+        // A bill of a period that had none.
+        let Some(row) = before.as_ref().or(after.as_ref()).filter(|_| computed.contains(&subscription(key))) else { continue };
+        let total = |row: &Option<PeriodRow>| row.as_ref().map_or(Ok(Decimal::ZERO), due);
+        let owner = after.as_ref().unwrap_or(row);
+        let is_moved = (&row.currency, &row.customer_id) != (&owner.currency, &owner.customer_id);
+        let explained = windows.get(key).copied().unwrap_or_default();
+        let unexplained = match is_moved {
+            true => Decimal::ZERO,
+            false => explained.rest(total(after)?.checked_sub(total(before)?)?)?,
+        };
+        if !unexplained.is_zero() {
+            let net = by_customer.entry((&row.currency, &key.tenant_id, &row.customer_id)).or_default();
+            *net = net.checked_add(unexplained)?;
+            rows.push((&row.currency, &*row.customer_id));
+        }
     }
     for (currency, moved) in without_signs(&by_customer)? {
-        let amounts = stored.iter().filter(|row| row.currency == currency).map(|row| row.amount.abs());
-        let base = amounts.into_iter().try_fold(Decimal::ZERO, Decimal::checked_add)?;
+        let amounts = stored.iter().filter(|row| row.currency == currency).map(|row| Ok(due(row)?.abs()));
+        let base =
+            amounts.into_iter().try_fold(Decimal::ZERO, |sum, amount: Result<_, DecimalError>| sum.checked_add(amount?))?;
         if exceeds(moved, base, limit)? {
             let customers = rows.iter().filter(|(of, _)| **of == currency).map(|(_, customer)| *customer);
             return Err(refused(
                 &format!(
-                    "{moved} {currency} of {base} {currency} stored would move in billing periods whose windows stay the same \
-                     (minimums, commitments, fixed amounts), more than max_cost_change {limit}"
+                    "{moved} {currency} of {base} {currency} on stored bills would move beyond what windows cost (minimums, \
+                     commitments, fixed amounts), more than max_cost_change {limit}"
                 ),
                 customers,
             ));
         }
     }
     Ok(())
+}
+
+/// What a bill is for, before it is rounded.
+fn due(row: &PeriodRow) -> Result<Decimal, DecimalError> {
+    row.cost.checked_add(row.minimum_adjustment)?.checked_add(row.commitment_adjustment)
+}
+
+/// What the windows of a billing period explain of a change of its bill.
+#[derive(Debug, Clone, Copy, Default)]
+struct Explained {
+    /// The change of their cost.
+    known: Decimal,
+    /// What windows cost that are computed for the first time.
+    new: Decimal,
+}
+
+impl Explained {
+    fn of(changes: &Reconciliation) -> Result<FxHashMap<&PeriodKey, Explained>, DecimalError> {
+        let mut windows: FxHashMap<&PeriodKey, Explained> = FxHashMap::default();
+        for correction in changes.corrections.iter().filter(|correction| correction.kind != CorrectionKind::Adjust) {
+            let cost = |values: Option<Values>| values.map_or(Decimal::ZERO, |values| values.cost);
+            let change = cost(correction.values_after()).checked_sub(cost(correction.values_before()))?;
+            let of = windows.entry(&correction.key.period).or_default();
+            let part = if correction.causes.hold(Cause::FirstComputation) { &mut of.new } else { &mut of.known };
+            *part = part.checked_add(change)?;
+        }
+        Ok(windows)
+    }
+
+    /// What of the change of a bill is not explained.
+    fn rest(self, change: Decimal) -> Result<Decimal, DecimalError> {
+        let rest = change.checked_sub(self.known)?;
+        let (least, most) = (self.new.min(Decimal::ZERO), self.new.max(Decimal::ZERO));
+        let factor = Decimal::from_u64(MOST_OVERAGE);
+        let (least, most) = (least.checked_mul(factor)?, most.checked_mul(factor)?);
+        if rest < least {
+            rest.checked_sub(least)
+        } else if rest > most {
+            rest.checked_sub(most)
+        } else {
+            Ok(Decimal::ZERO)
+        }
+    }
 }
 
 fn check_windows(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliation) -> Result<()> {

@@ -74,7 +74,7 @@ use incremental::snapshot::{STATE, Snapshot};
 use incremental::values::ListKeeper;
 use incremental::{Again, Coverage, Marked, Mode, Passes, Retreat, stored_windows};
 pub use key_cache::KeyCache;
-pub use lateness::Lateness;
+pub use lateness::{Horizon, Lateness};
 use matches::Partitioning;
 use names::Names;
 use past::{Past, ledger_rows};
@@ -405,16 +405,21 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let stored_periods = if job.guard.max_cost_change.is_some() { stored.periods.clone() } else { Vec::new() };
     let mut periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods), &closed, &invoiced);
     if let Some(store) = store.filter(|_| !closed.is_empty()) {
-        let wants = |period: &PeriodKey, customer: &str| {
+        let all = Scope { customer: None, ..request.scope.clone() };
+        let wants = |period: &PeriodKey| {
             closed.hold(period)
                 && marks.is_none_or(|marks| marks.hold_key(period, reference))
-                && request.scope.holds(&period.tenant_id, customer, &period.meter_id)
+                && all.holds(&period.tenant_id, "", &period.meter_id)
         };
-        let recorded = adjustments::recorded(store, &job.name, |key, customer| wants(&key.period, customer))?;
-        changes.adjust_closed(recorded, |key| range.contains(key.window_start));
-        let recorded = adjustments::recorded_periods(store, &job.name, |key, row| wants(key, &row.customer_id))?;
-        let is_known = |row: &PeriodRow| request.range.is_none() || range.covers(row.period());
-        periods.adjust_closed(recorded, is_known);
+        let in_scope = |customer: &str| request.scope.customer.as_deref().is_none_or(|wanted| wanted == customer);
+        let recorded = adjustments::recorded(store, &job.name, wants)?;
+        changes.adjust_closed(recorded, |key| range.contains(key.window_start), in_scope);
+        let recorded = adjustments::recorded_periods(store, &job.name, wants)?;
+        let is_known = |row: &PeriodRow| {
+            let is_settled = lateness.settled_until.is_none_or(|until| row.period_end <= until);
+            is_settled && (request.range.is_none() || range.covers(row.period()))
+        };
+        periods.adjust_closed(recorded, is_known, in_scope);
     }
     changes.add_carried(&priced.carried);
     changes.check_totals()?;

@@ -236,7 +236,7 @@ impl Past {
         let invoiced = ClosedPeriods::of(&periods);
         let closed = match lateness.horizon {
             _ if request.allow_closed => ClosedPeriods::default(),
-            Some(until) => invoiced.clone().with_horizon(Horizon::new(until, &self.runs), reference),
+            Some(until) => invoiced.clone().with_horizon(Horizon::new(until, &self.runs), reference, &periods),
             None => invoiced.clone(),
         };
         Ok(Stored { windows, periods, closed, invoiced })

@@ -39,6 +39,8 @@ pub struct Reconciliation {
     unproved: Vec<usize>,
     /// Differences in closed periods, before it is known which of them are recorded.
     pub(super) closed: Vec<ClosedDifference>,
+    /// Windows of closed periods among those of `stale_outside`.
+    pub(super) closed_and_stale: Vec<WindowKey>,
 }
 
 /// Cost of the rows that the run covers, before and after.
@@ -157,6 +159,7 @@ impl Reconciliation {
         let same_usage = before.zip(after).is_some_and(|(before, after)| before.same_usage(after));
         if !range.covers(row.window()) && !same_usage {
             self.stale_outside += 1;
+            self.closed_and_stale.push(row.key.clone());
         } else {
             let copy = |row: Option<&Arc<WindowRow>>| row.map(|row| WindowRow::clone(row));
             let (before, after) = (copy(before), copy(after));

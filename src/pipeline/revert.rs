@@ -11,7 +11,7 @@ use crate::audit::{describe, describe_period};
 use crate::clock::now;
 use crate::fault::{FaultKind, configuration, fault};
 use crate::model::aggregate::{
-    Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, Recorded, StoredWindow, WindowKey,
+    Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, Recorded, StoredWindow, Text, WindowKey,
     WindowRow,
 };
 use crate::model::counts::RowCounts;
@@ -51,15 +51,21 @@ struct WindowChange {
 struct PeriodChange {
     before: Option<PeriodRow>,
     after: Option<PeriodRow>,
+    /// A run that changed later what the row says.
     later: Option<String>,
+    /// A run that closed or opened the period later.
+    later_closing: Option<String>,
 }
 
 type Windows = BTreeMap<WindowKey, Arc<WindowRow>>;
+type Periods = BTreeMap<PeriodKey, PeriodChange>;
 
 /// Takes back what a run changed.
 ///
 /// The row of a billing period that later runs changed through other windows loses only what the
 /// run did to it, where its windows tell what is left.
+///
+/// `closed` gives the periods that stay as they are.
 ///
 /// # Errors
 /// Where there is no such run, its changes cannot be taken back, or it changed rows that are not
@@ -70,6 +76,7 @@ pub fn revert(
     runs: &[RunRecord],
     run_id: &str,
     allowed: Allowed,
+    closed: impl FnOnce(&[PeriodRow], &[RunRecord]) -> Result<ClosedPeriods>,
 ) -> Result<(Draft, Reverted)> {
     let run = runs.iter().find(|run| run.run_id == run_id);
     let run = run.ok_or_else(|| configuration(format!("--run {run_id}: job {job} has no such run: `trueup runs` lists them")))?;
@@ -80,7 +87,7 @@ pub fn revert(
     }
     let everything = Span { start: Timestamp::MIN, end: Timestamp::MAX };
     let stored_periods = store.periods(job, everything)?;
-    let closed = ClosedPeriods::of(&stored_periods);
+    let closed = closed(&stored_periods, runs)?;
     let mut touched = windows.keys().map(|key| &*key.period).chain(periods.keys());
     if let Some(key) = touched.find(|key| closed.hold(key) && !allowed.closed) {
         return Err(fault(
@@ -97,26 +104,47 @@ pub fn revert(
     let mut reverted = Reverted::default();
     let rows = windows.len() + periods.len();
     let mut later: Vec<(String, String)> = Vec::new();
+    let mut stored_periods: BTreeMap<PeriodKey, PeriodRow> =
+        stored_periods.into_iter().map(|row| (row.key.clone(), row)).collect();
+    let (closings, mut periods): (Periods, Periods) = periods.into_iter().partition(|(_, change)| change.is_closing());
+    if allowed.later {
+        // What the run did not change of a bill, later runs may have.
+        let of_windows = windows.keys().map(|key| &key.period).filter(|key| stored_periods.contains_key(&***key));
+        let unchanged: Vec<_> =
+            of_windows.filter(|key| !periods.contains_key(&***key)).map(|key| PeriodKey::clone(key)).collect();
+        periods.extend(unchanged.into_iter().map(|key| (key, PeriodChange::NONE)));
+    }
     let sums_now: BTreeMap<PeriodKey, _> = periods.keys().map(|key| (key.clone(), Sums::of(&stored, key))).collect();
     for (key, change) in windows {
         later.extend(change.later.clone().map(|by| (describe(&key), by)));
         restore_window(&mut draft, &mut reverted.rows, &mut stored, &key, &change).with_context(|| describe(&key))?;
     }
-    let mut stored_periods: BTreeMap<PeriodKey, PeriodRow> =
-        stored_periods.into_iter().map(|row| (row.key.clone(), row)).collect();
     for (key, change) in periods {
-        let current = stored_periods.remove(&key);
+        let current = stored_periods.get(&key).cloned();
         let sums = [sums_now.get(&key).copied().unwrap_or_default(), Sums::of(&stored, &key)];
-        let restored = if run.mode == RunMode::Close {
-            change.opened_or_closed(current.as_ref())
-        } else {
-            change.restored(current.as_ref(), sums).with_context(|| describe_period(&key))?
-        };
-        let restored = restored.unwrap_or_else(|by| {
-            later.push((describe_period(&key), by));
-            change.before_as_closed_as(current.as_ref())
-        });
+        let (restored, conflict) =
+            change.restored(current.as_ref(), sums).with_context(|| format!("the bill of {}", describe_period(&key)))?;
+        later.extend(conflict.map(|by| (describe_period(&key), by)));
+        // Whether it is closed, only closing says.
+        let closed_at = closed.closed_at(&key);
+        let restored = restored.map(|row| PeriodRow { closed_at, ..row });
         reverted.periods += u64::from(restore_period(&mut draft, current, key, restored));
+    }
+    // A period is closed and opened as a whole, whatever rows it has by now.
+    let mut opened_or_closed = BTreeMap::new();
+    for (key, change) in closings {
+        later.extend(change.later_closing.clone().map(|by| (describe_period(&key), by)));
+        let closed_at = change.before.as_ref().and_then(|row| row.closed_at);
+        opened_or_closed.insert((key.tenant_id, key.subscription_id, key.period_start), closed_at);
+    }
+    for PeriodCorrection { key, .. } in &draft.period_corrections {
+        stored_periods.remove(key);
+    }
+    for (key, row) in stored_periods {
+        let of = (key.tenant_id.clone(), key.subscription_id.clone(), key.period_start);
+        let Some(closed_at) = opened_or_closed.get(&of) else { continue };
+        let restored = PeriodRow { closed_at: *closed_at, ..row.clone() };
+        reverted.periods += u64::from(restore_period(&mut draft, Some(row), key, Some(restored)));
     }
     if let Some((row, by)) = later.first().filter(|_| !allowed.later) {
         return Err(fault(
@@ -160,29 +188,32 @@ fn window_changes(store: &dyn AggregateStore, job: &str, run_id: &str) -> Result
 }
 
 /// What a run did to rows of `usage_periods`.
-fn period_changes(store: &dyn AggregateStore, job: &str, run_id: &str) -> Result<BTreeMap<PeriodKey, PeriodChange>> {
-    let mut changes: BTreeMap<PeriodKey, PeriodChange> = BTreeMap::new();
+fn period_changes(store: &dyn AggregateStore, job: &str, run_id: &str) -> Result<Periods> {
+    let mut changes = Periods::new();
+    // Periods as wholes: they are closed and opened so.
+    let mut closings: BTreeMap<(Text, Text, Timestamp), String> = BTreeMap::new();
     store.period_ledger(job, &mut |entry| {
         if entry.is_adjustment() || (entry.run_id != run_id && changes.is_empty()) {
             return Ok(());
         }
         let [before, after] = entry.rows()?;
         let Some(key) = before.as_ref().or(after.as_ref()).map(|row| row.key.clone()) else { return Ok(()) };
-        match changes.get_mut(&key) {
-            Some(change) if entry.run_id == run_id => change.after = after,
-            Some(change) => {
-                let same = before.as_ref().zip(after.as_ref()).is_some_and(|(before, after)| before.says_the_same(after));
-                if !same {
-                    change.later = Some(entry.run_id);
-                }
+        let same = before.as_ref().zip(after.as_ref()).is_some_and(|(before, after)| before.says_the_same(after));
+        if entry.run_id == run_id {
+            match changes.get_mut(&key) {
+                Some(change) => change.after = after,
+                None => drop(changes.insert(key, PeriodChange { before, after, ..PeriodChange::NONE })),
             }
-            None if entry.run_id == run_id => {
-                changes.insert(key, PeriodChange { before, after, later: None });
-            }
-            None => {}
+        } else if same {
+            closings.insert((key.tenant_id, key.subscription_id, key.period_start), entry.run_id);
+        } else if let Some(change) = changes.get_mut(&key) {
+            change.later = Some(entry.run_id);
         }
         Ok(())
     })?;
+    for (key, change) in &mut changes {
+        change.later_closing = closings.get(&(key.tenant_id.clone(), key.subscription_id.clone(), key.period_start)).cloned();
+    }
     Ok(changes)
 }
 
@@ -213,52 +244,59 @@ impl Sums {
 }
 
 impl PeriodChange {
-    /// The row without what the run did to it; the run that changed it later where that cannot
-    /// be told. `sums` are those of its windows, now and once they are restored.
-    fn restored(&self, current: Option<&PeriodRow>, sums: [Sums; 2]) -> Result<Result<Option<PeriodRow>, String>> {
-        let Some(later) = &self.later else { return Ok(Ok(self.before_as_closed_as(current))) };
-        let known = current.map(|current| self.without(current, sums)).transpose()?.flatten();
-        Ok(known.map(Some).ok_or_else(|| later.clone()))
+    const NONE: PeriodChange = PeriodChange { before: None, after: None, later: None, later_closing: None };
+
+    /// Whether the run closed or opened the period, and nothing else.
+    fn is_closing(&self) -> bool {
+        self.before.as_ref().zip(self.after.as_ref()).is_some_and(|(before, after)| before.says_the_same(after))
     }
 
-    /// What a row is now, less what the run added to it, if that is what its windows say.
-    fn without(&self, current: &PeriodRow, [now, then]: [Sums; 2]) -> Result<Option<PeriodRow>, DecimalError> {
-        let is_plain = |row: &PeriodRow| {
-            row.minimum_adjustment.is_zero()
-                && row.commitment_adjustment.is_zero()
-                && row.customer_id == current.customer_id
-                && row.currency == current.currency
-                && row.period_end == current.period_end
+    /// The row without what the run did to it; and the run that changed it later, where that is
+    /// not known. Then it adds up to its windows, if anything tells that it does. `sums` are
+    /// those of its windows, now and once they are restored.
+    fn restored(&self, current: Option<&PeriodRow>, sums: [Sums; 2]) -> Result<(Option<PeriodRow>, Option<String>)> {
+        let added_up = current.map(|row| with_sums(row, sums)).transpose()?.flatten();
+        let Some(later) = &self.later else {
+            let is_changed = self.before.is_some() || self.after.is_some();
+            return Ok((if is_changed { self.before.clone() } else { added_up.or_else(|| current.cloned()) }, None));
         };
-        let rows = [self.before.as_ref(), self.after.as_ref(), Some(current)];
-        if !rows.into_iter().flatten().all(is_plain) || then.windows == 0 {
-            return Ok(None);
+        if let (Some(row), Some(current)) = (&added_up, current)
+            && self.leaves(row, current)?
+        {
+            return Ok((added_up, None));
         }
+        Ok((added_up.or_else(|| self.before.clone()), Some(later.clone())))
+    }
+
+    /// Whether a row is what is left of the current one without what the run added to it. Only
+    /// where every unit costs the same does a bill not depend on what else is on it.
+    fn leaves(&self, row: &PeriodRow, current: &PeriodRow) -> Result<bool, DecimalError> {
         let of = |row: &Option<PeriodRow>| row.as_ref().map_or((Decimal::ZERO, Decimal::ZERO), |row| (row.quantity, row.cost));
         let (before, after) = (of(&self.before), of(&self.after));
         let quantity = current.quantity.checked_sub(after.0)?.checked_add(before.0)?;
         let cost = current.cost.checked_sub(after.1)?.checked_add(before.1)?;
-        if !now.are(current.quantity, current.cost)? || !then.are(quantity, cost)? {
-            return Ok(None);
+        let mut is_left = (row.quantity, row.cost) == (quantity, cost);
+        for known in [self.before.as_ref(), self.after.as_ref(), Some(current)].into_iter().flatten() {
+            let is_proportional = known.cost.checked_mul(quantity)? == cost.checked_mul(known.quantity)?;
+            let is_same = (&known.customer_id, &known.currency) == (&row.customer_id, &row.currency);
+            is_left &= is_proportional && is_same && has_no_adjustment(known);
         }
-        let minor_digits = Currency::from_code(&current.currency).map_or(0, |currency| currency.minor_digits);
-        Ok(Some(PeriodRow { quantity, cost, amount: cost.round(minor_digits)?, ..current.clone() }))
+        Ok(is_left)
     }
+}
 
-    /// The row as it is, closed or open as it was before the run.
-    fn opened_or_closed(&self, current: Option<&PeriodRow>) -> Result<Option<PeriodRow>, String> {
-        let closed_at = self.before.as_ref().and_then(|row| row.closed_at);
-        match (current, &self.later) {
-            (None, Some(later)) => Err(later.clone()),
-            (current, _) => Ok(current.map(|row| PeriodRow { closed_at, ..row.clone() })),
-        }
-    }
+fn has_no_adjustment(row: &PeriodRow) -> bool {
+    row.minimum_adjustment.is_zero() && row.commitment_adjustment.is_zero()
+}
 
-    /// The row as it was; whether it is closed is not for a run to say that computes.
-    fn before_as_closed_as(&self, current: Option<&PeriodRow>) -> Option<PeriodRow> {
-        let row = self.before.clone()?;
-        Some(PeriodRow { closed_at: current.map_or(row.closed_at, |current| current.closed_at), ..row })
+/// A bill once its windows are restored, where it is what they add up to.
+fn with_sums(row: &PeriodRow, [now, then]: [Sums; 2]) -> Result<Option<PeriodRow>, DecimalError> {
+    if !has_no_adjustment(row) || then.windows == 0 || !now.are(row.quantity, row.cost)? {
+        return Ok(None);
     }
+    let (quantity, cost) = (then.quantity.total()?, then.cost.total()?);
+    let minor_digits = Currency::from_code(&row.currency).map_or(0, |currency| currency.minor_digits);
+    Ok(Some(PeriodRow { quantity, cost, amount: cost.round(minor_digits)?, ..row.clone() }))
 }
 
 fn restore_window(
@@ -278,6 +316,10 @@ fn restore_window(
         ),
     };
     let Some(row) = restored.as_ref().or(current.as_ref()) else { return Ok(()) };
+    if restored == current {
+        stored.extend(current.map(|row| (key.clone(), row)));
+        return Ok(());
+    }
     stored.extend(restored.as_ref().map(|row| (key.clone(), Arc::clone(row))));
     let kind = match (&current, &restored) {
         (None, Some(_)) => CorrectionKind::Insert,

@@ -222,6 +222,7 @@ fn made_up_histories_of_closed_periods() {
             state % among
         };
         let workspace = world();
+        workspace.write("customers.csv", "tenant_id,customer_id,external_customer_id\nt,c1,x1\nt,c2,x2\nt,c3,y\n");
         workspace.run(&["--full"]);
         let mut said = Vec::new();
         let with_ranges = seed % 2 == 0;
@@ -250,8 +251,11 @@ fn made_up_histories_of_closed_periods() {
                     ),
                 ),
                 5 => {
-                    let owner = ["c2", "c3"][usize::from(choose(2) == 0)];
-                    workspace.write("customers.csv", format!("tenant_id,customer_id,external_customer_id\nt,c1,x1\nt,{owner},x2\n"));
+                    let (owner, other) = if choose(2) == 0 { ("c2", "c3") } else { ("c3", "c2") };
+                    workspace.write(
+                        "customers.csv",
+                        format!("tenant_id,customer_id,external_customer_id\nt,c1,x1\nt,{owner},x2\nt,{other},y\n"),
+                    );
                     workspace.write(
                         "subscriptions.csv",
                         format!(
@@ -287,7 +291,7 @@ fn made_up_histories_of_closed_periods() {
                 1 => &["--incremental", "--yes"],
                 2 if with_ranges => &["--day", &day, "--yes"],
                 3 if with_ranges => &["--month", &month, "--yes"],
-                _ => &["--customer", "c1", "--yes"],
+                _ => &["--customer", ["c1", "c2", "c3"][usize::try_from(choose(3)).unwrap()], "--yes"],
             };
             said.push(format!("{what} {day} {mode:?}"));
             workspace.run(mode);
@@ -310,4 +314,45 @@ fn made_up_histories_of_closed_periods() {
             }
         }
     }
+}
+
+/// What a run of one customer records of usage that moved, later runs know, whoever they are of.
+#[test]
+fn runs_of_one_customer_do_not_record_twice_what_moved() {
+    let workspace = world();
+    workspace.write("customers.csv", "tenant_id,customer_id,external_customer_id\nt,c1,x1\nt,c2,x2\nt,c3,y\n");
+    workspace.run(&[]);
+    workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]);
+    send(&workspace, "late", &[("e", "x2", "2026-01-15", 4)]);
+    workspace.run(&[]);
+    workspace.write("customers.csv", "tenant_id,customer_id,external_customer_id\nt,c1,x1\nt,c2,y\nt,c3,x2\n");
+    workspace.edit("subscriptions.csv", "t,s2,c2", "t,s2,c3");
+    let adjusted = |customer: &str| {
+        let run = if customer.is_empty() { workspace.run(&["--yes"]) } else { workspace.run(&["--customer", customer, "--yes"]) };
+        (run["rows"]["adjusted"].as_u64().unwrap(), run["periods"]["adjusted"].as_u64().unwrap())
+    };
+    assert_eq!(["c3", "", "c2", "", "c3"].map(adjusted), [(4, 1), (0, 0), (0, 0), (0, 0), (0, 0)]);
+    let sums = "SELECT customer_id, CAST(total(cost_after) - total(cost_before) AS TEXT) AS sum FROM corrections WHERE kind = 'adjust' GROUP BY 1";
+    let sums: Vec<_> = workspace.query(sums).iter().map(|row| (row["customer_id"].clone(), row["sum"].clone())).collect();
+    assert_eq!(sums, [("c2".to_owned(), "-3.0".to_owned()), ("c3".to_owned(), "7.0".to_owned())]);
+}
+
+/// A window that has not settled is not taken back from a closed period.
+#[test]
+fn what_has_not_settled_is_adjusted_once() {
+    let workspace = world();
+    workspace.edit("job.yaml", "window: day", "window: hour\nlateness: {settle: 15m}");
+    workspace.edit("meters.yaml", "aggregation: sum", "window: day, aggregation: sum");
+    let today = chrono::Utc::now().format("%Y-%m-%d").to_string();
+    send(&workspace, "today", &[("t1", "x2", &format!("{}-01", &today.rsplit_once('-').unwrap().0), 1)]);
+    workspace.run(&["--full"]);
+    workspace.trueup(&["close", "job.yaml", "--period", &today]);
+    let line = json!({"tenant_id": "t", "id": "now", "event_name": "call", "external_customer_id": "x1",
+        "timestamp": format!("{today}T00:00:01Z"), "properties": {"n": 4}});
+    workspace.write("events/now.ndjson", line.to_string());
+    let mut adjusted = Vec::new();
+    for mode in [&["--day", &today][..], &[], &["--day", &today], &[]] {
+        adjusted.push(workspace.run(mode)["rows"]["adjusted"].as_u64().unwrap());
+    }
+    assert!(adjusted.iter().sum::<u64>() <= 1, "{adjusted:?}");
 }

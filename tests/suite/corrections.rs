@@ -539,7 +539,7 @@ fn bills_whose_windows_stay_are_guarded_too() {
     let before = workspace.dump();
     workspace
         .trueup(&["run", "job.yaml"])
-        .fails_with(8, &["1973 USD of 27 USD", "whose windows stay the same", "c1 (2 rows), c2 (2 rows)"]);
+        .fails_with(8, &["1973 USD of 27 USD", "beyond what windows cost", "c1 (2 rows), c2 (2 rows)"]);
     assert_eq!(workspace.dump(), before);
     workspace.run(&["--yes"]);
     let audit = workspace.trueup(&["audit", "job.yaml"]).stdout;
@@ -632,4 +632,34 @@ fn no_column_can_be_altered_unseen() {
         }
     }
     assert!(unseen.is_empty(), "{}", unseen.join("\n\n"));
+}
+
+/// New usage does not hide what else moves a bill; a bill that takes another's place is no money that moves.
+#[test]
+fn bills_are_guarded_beside_new_usage() {
+    let guarded = || {
+        let workspace = world();
+        workspace.edit("job.yaml", "window: day", "window: day\nguard: {max_cost_change: \"20%\"}");
+        workspace.run(&[]);
+        workspace
+    };
+    let workspace = guarded();
+    workspace.edit("prices.yaml", "minimum_amount: \"5\"", "minimum_amount: \"5000\"");
+    let events =
+        [("e", "x1", "2026-01-08", 0), ("f", "x2", "2026-01-08", 1), ("g", "x1", "2026-02-08", 1), ("h", "x2", "2026-02-08", 1)];
+    send(&workspace, "more", &events);
+    workspace.trueup(&["run", "job.yaml"]).fails_with(8, &["beyond what windows cost"]);
+    // A fee that nobody paid before.
+    let workspace = guarded();
+    let fee =
+        "prices: [{price_id: fee, plan_id: pro, meter_id: calls, currency: USD, model: flat, amount: \"1000\", match: {}}, ";
+    workspace.edit("prices.yaml", "prices: [", fee);
+    let with_fee = workspace.trueup(&["run", "job.yaml"]);
+    assert_ne!(with_fee.code, 0, "{with_fee:?}");
+    // New usage beneath a minimum, a new month, and a price under another name are no surprise.
+    let workspace = guarded();
+    send(&workspace, "more", &[("f", "x2", "2026-01-12", 1), ("g", "x1", "2026-03-08", 1)]);
+    workspace.edit("prices.yaml", "price_id: p", "price_id: q");
+    workspace.run(&[]);
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
 }

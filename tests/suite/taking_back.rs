@@ -125,6 +125,92 @@ fn opening_again_is_taken_back_without_what_happened_since() {
     assert_ne!(january[0]["closed_at"], "");
     assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
     // Taken back already.
-    let again = revert(&workspace, &opened, &["--allow-closed"]);
-    again.fails_with(2, &["is as it was before it already"]);
+    revert(&workspace, &opened, &["--allow-closed"]).fails_with(8, &["changed by later runs"]);
+    revert(&workspace, &opened, &["--allow-closed", "--force"]).fails_with(2, &["is as it was before it already"]);
+}
+
+/// With tiers, free units or a maximum, a bill is not the sum of what runs added to it.
+#[test]
+fn a_bill_that_is_not_linear_is_a_conflict() {
+    for price in [
+        "model: graduated, tiers: [{up_to: \"10\", unit_amount: \"1\"}, {up_to: null, unit_amount: \"0.5\"}]",
+        "model: per_unit, unit_amount: \"1\", free_units: \"10\"",
+        "model: per_unit, unit_amount: \"1\", maximum_amount: \"10\"",
+    ] {
+        let workspace = plain_world();
+        workspace
+            .write("prices.yaml", format!("prices: [{{price_id: p, plan_id: pro, meter_id: calls, currency: USD, {price}}}]\n"));
+        std::fs::remove_file(workspace.path("events/first.ndjson")).unwrap();
+        for (id, day, n) in [("a", "2026-01-05", 8), ("b", "2026-01-06", 4), ("c", "2026-01-07", 2)] {
+            send(&workspace, id, &[(id, "x1", day, n)]);
+            workspace.run(&[]);
+        }
+        let runs = workspace.query("SELECT run_id FROM runs ORDER BY version");
+        revert(&workspace, &runs[1]["run_id"], &[]).fails_with(8, &["changed by later runs"]);
+        assert_eq!(revert(&workspace, &runs[1]["run_id"], &["--force"]).code, 0, "{price}");
+        let sums = "SELECT p.quantity AS bill, CAST(sum(w.quantity) AS TEXT) AS windows, p.cost AS costs, CAST(sum(w.cost) AS TEXT) AS cost \
+                    FROM usage_periods AS p JOIN usage_windows AS w USING (subscription_id, period_start)";
+        let number = |name: &str| workspace.query(sums)[0][name].parse::<f64>().unwrap();
+        assert_eq!((number("bill"), number("costs")), (number("windows"), number("cost")), "{price}");
+        workspace.run(&["--yes"]);
+        assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+    }
+}
+
+#[test]
+fn what_lies_beyond_the_horizon_is_not_taken_back_unless_told() {
+    let workspace = plain_world();
+    workspace.edit("job.yaml", "window: day", "window: day\nlateness: {horizon: 1d}");
+    workspace.run(&[]);
+    let run = last_run(&workspace);
+    revert(&workspace, &run, &[]).fails_with(8, &["is closed", "--allow-closed"]);
+    assert_eq!(revert(&workspace, &run, &["--allow-closed"]).code, 0);
+}
+
+/// A period is closed as a whole, and so it is opened, whatever became of its rows.
+#[test]
+fn closing_is_taken_back_as_a_whole() {
+    let workspace = plain_world();
+    workspace.run(&[]);
+    workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]);
+    let closing = last_run(&workspace);
+    workspace.edit("prices.yaml", "price_id: p", "price_id: q");
+    workspace.run(&["--allow-closed", "--yes"]);
+    // The rows that were closed are gone: those in their place are of the same periods.
+    assert_eq!(revert(&workspace, &closing, &["--allow-closed"]).code, 0);
+    let rows = "SELECT price_id, count(*) AS rows, count(closed_at) AS closed FROM usage_periods WHERE period_start LIKE '2026-01%' GROUP BY 1";
+    let found: Vec<_> =
+        workspace.query(rows).iter().map(|row| [&row["price_id"], &row["rows"], &row["closed"]].map(String::clone)).collect();
+    assert_eq!(found, [["q", "2", "0"]]);
+    adds_up(&workspace);
+    // Taken back in turn, they are closed again.
+    let opening = last_run(&workspace);
+    assert_eq!(revert(&workspace, &opening, &[]).code, 0);
+    assert_eq!(workspace.query(rows)[0]["closed"], "2");
+    // Who closed once more in between is asked.
+    workspace.trueup(&["close", "job.yaml", "--period", "2026-01", "--reopen"]);
+    workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]);
+    let twice = last_run(&workspace);
+    revert(&workspace, &closing, &["--allow-closed"]).fails_with(8, &["changed by later runs"]);
+    assert_eq!(revert(&workspace, &twice, &["--allow-closed"]).code, 0);
+    assert_eq!(workspace.query(rows)[0]["closed"], "0");
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+}
+
+/// A row that comes back is open where its period is by now.
+#[test]
+fn what_comes_back_is_closed_as_its_period_is() {
+    let workspace = plain_world();
+    workspace.run(&[]);
+    workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]);
+    workspace.edit("prices.yaml", "price_id: p", "price_id: q");
+    workspace.run(&["--allow-closed", "--yes"]);
+    let run = last_run(&workspace);
+    workspace.trueup(&["close", "job.yaml", "--period", "2026-01", "--reopen"]);
+    assert_eq!(revert(&workspace, &run, &["--force"]).code, 0);
+    let rows = "SELECT price_id, count(closed_at) AS closed FROM usage_periods WHERE period_start LIKE '2026-01%' GROUP BY 1";
+    assert_eq!(
+        workspace.query(rows)[0],
+        crate::support::Row::from([("price_id".into(), "p".into()), ("closed".into(), "0".into())])
+    );
 }
