@@ -25,7 +25,9 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
 /// # Errors
 /// As [`read`].
 pub fn parse<T: DeserializeOwned>(text: &str, path: &Path) -> Result<T> {
-    serde_saphyr::from_str(text).map_err(|error| configuration(located(path, &error)))
+    // `match: {country: NO}` is no boolean.
+    let options = serde_saphyr::options! { strict_booleans: true };
+    serde_saphyr::from_str_with_options(text, options).map_err(|error| configuration(located(path, &error)))
 }
 
 /// `file:line:column: what is wrong`, then the excerpt under the file's own name.

@@ -38,10 +38,11 @@ pub(super) fn add_months(date: NaiveDate, months: i64) -> Option<NaiveDate> {
     if months < 0 { date.checked_sub_months(count) } else { date.checked_add_months(count) }
 }
 
-/// A wall-clock grid: boundaries at midnight, or every six hours from it.
+/// A wall-clock grid: boundaries at midnight, or every so many minutes from it.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Step {
-    SixHours,
+    /// Divides a day.
+    Minutes(u32),
     Days(i64),
     Week,
     /// Divides a year: 1, 3, 12.
@@ -52,7 +53,10 @@ impl Step {
     fn floor(self, wall: NaiveDateTime) -> NaiveDateTime {
         let date = wall.date();
         match self {
-            Step::SixHours => date.and_time(NaiveTime::MIN) + Duration::hours(i64::from(wall.hour() / 6 * 6)),
+            Step::Minutes(minutes) => {
+                let minute = (wall.hour() * 60 + wall.minute()) / minutes * minutes;
+                date.and_time(NaiveTime::MIN) + Duration::minutes(minute.into())
+            }
             Step::Days(_) => date.and_time(NaiveTime::MIN),
             Step::Week => (date - Duration::days(i64::from(date.weekday().num_days_from_monday()))).and_time(NaiveTime::MIN),
             Step::Months(months) => {
@@ -64,7 +68,7 @@ impl Step {
 
     fn next(self, boundary: NaiveDateTime, count: i64) -> NaiveDateTime {
         match self {
-            Step::SixHours => boundary + Duration::hours(6 * count),
+            Step::Minutes(minutes) => boundary + Duration::minutes(i64::from(minutes) * count),
             Step::Days(days) => boundary + Duration::days(days * count),
             Step::Week => boundary + Duration::days(7 * count),
             Step::Months(months) => {
@@ -76,6 +80,13 @@ impl Step {
 
 /// The span of a wall-clock grid that holds `t`.
 pub(super) fn calendar_span(t: Timestamp, tz: Tz, step: Step) -> Span {
+    let start = calendar_start(t, tz, step);
+    Span { start: instant_of(start, tz), end: instant_of(step.next(start, 1), tz) }
+}
+
+/// What clocks show, or would without a change, where the span of a wall-clock grid begins that
+/// holds `t`.
+pub(super) fn calendar_start(t: Timestamp, tz: Tz, step: Step) -> NaiveDateTime {
     let mut start = step.floor(local_time(t, tz));
     // A clock that goes back over midnight can put `t` before its own date's first
     // midnight, or after the next one's.
@@ -85,7 +96,7 @@ pub(super) fn calendar_span(t: Timestamp, tz: Tz, step: Step) -> Span {
     while instant_of(step.next(start, 1), tz) <= t {
         start = step.next(start, 1);
     }
-    Span { start: instant_of(start, tz), end: instant_of(step.next(start, 1), tz) }
+    start
 }
 
 /// A window of fixed length, aligned to the wall clock in force at `t`. Where a
@@ -115,7 +126,7 @@ fn change_between(from: Timestamp, to: Timestamp, tz: Tz) -> Timestamp {
     Timestamp::from_nanos(high * SECOND)
 }
 
-fn offset_nanos(t: Timestamp, tz: Tz) -> i64 {
+pub(super) fn offset_nanos(t: Timestamp, tz: Tz) -> i64 {
     if tz == Tz::UTC {
         return 0;
     }

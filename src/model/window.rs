@@ -9,7 +9,7 @@ use chrono::{Datelike, Duration, NaiveDate, NaiveTime};
 use chrono_tz::Tz;
 
 pub use super::calendar::{Span, instant_of, local_time};
-use super::calendar::{Step, add_months, calendar_span, fixed_window};
+use super::calendar::{Step, add_months, calendar_span, calendar_start, fixed_window, offset_nanos};
 use super::timestamp::{MINUTE, SECOND, Timestamp};
 
 /// The size of a tumbling window.
@@ -55,7 +55,7 @@ impl WindowSize {
     pub fn window(self, t: Timestamp, tz: Tz) -> Span {
         match self {
             WindowSize::Minutes(minutes) => fixed_window(t, tz, i64::from(minutes) * MINUTE),
-            WindowSize::SixHours => calendar_span(t, tz, Step::SixHours),
+            WindowSize::SixHours => calendar_span(t, tz, Step::Minutes(6 * 60)),
             WindowSize::Day => calendar_span(t, tz, Step::Days(1)),
             WindowSize::Week => calendar_span(t, tz, Step::Week),
             WindowSize::Month => calendar_span(t, tz, Step::Months(1)),
@@ -192,9 +192,21 @@ impl Length {
         }
     }
 
+    /// The wall-clock grid of what lasts longer than an hour: as for windows of `6h`, where clocks
+    /// change it lasts longer or shorter. Up to an hour, each hour that clocks repeat has its own.
+    fn wall_step(self) -> Option<Step> {
+        match self {
+            Length::Minutes(minutes) if minutes > 60 => Some(Step::Minutes(minutes)),
+            Length::Minutes(_) | Length::Days(_) => None,
+        }
+    }
+
     /// The span of a grid of this length that holds `t`: minutes from local midnight,
     /// days from 1970-01-01.
     fn span(self, t: Timestamp, tz: Tz) -> Span {
+        if let Some(step) = self.wall_step() {
+            return calendar_span(t, tz, step);
+        }
         match self {
             Length::Minutes(minutes) => fixed_window(t, tz, i64::from(minutes) * MINUTE),
             Length::Days(days) => {
@@ -272,10 +284,27 @@ impl Hopping {
         self.pane_length().span(t, tz)
     }
 
-    /// The windows that hold a pane, the latest first. A window ends with its last
-    /// pane, also where a clock change has cut that.
+    /// The windows that hold a pane, the latest first. Those that begin more than an hour apart
+    /// begin and end by the clocks on the wall; others end with their last pane, also where a clock
+    /// change has cut that.
     pub fn windows(self, pane: Span, tz: Tz) -> Vec<Span> {
-        let mut windows = Vec::new();
+        let mut windows: Vec<Span> = Vec::new();
+        if let (Some(step), Length::Minutes(size), Length::Minutes(advance)) = (self.advance.wall_step(), self.size, self.advance)
+        {
+            let mut start = calendar_start(pane.start, tz, step);
+            loop {
+                let end = start + Duration::minutes(size.into());
+                let window = Span { start: instant_of(start, tz), end: instant_of(end, tz) };
+                if !window.contains(pane.start) {
+                    return windows;
+                }
+                // Where clocks skip a whole window, the next one begins at the same time.
+                if windows.last().is_none_or(|last| last.start != window.start) {
+                    windows.push(window);
+                }
+                start -= Duration::minutes(advance.into());
+            }
+        }
         let mut start = self.advance.span(pane.start, tz).start;
         loop {
             let window = Span { start, end: self.end(start, tz) };
@@ -290,8 +319,13 @@ impl Hopping {
     fn end(self, start: Timestamp, tz: Tz) -> Timestamp {
         match self.size {
             Length::Minutes(_) => {
-                let last = start.nanos().saturating_add(self.size.nominal_nanos() - 1);
-                self.pane(Timestamp::from_nanos(last), tz).end
+                let last = Timestamp::from_nanos(start.nanos().saturating_add(self.size.nominal_nanos() - 1));
+                let (size, advance) = (self.size.nominal_nanos(), self.advance.nominal_nanos());
+                if size % advance == 0 && offset_nanos(start, tz) != offset_nanos(last, tz) {
+                    // A change may have cut one of them.
+                    return (0..size / advance).fold(start, |start, _| self.advance.span(start, tz).end);
+                }
+                self.pane(last, tz).end
             }
             Length::Days(days) => {
                 let date = local_time(start, tz).date().checked_add_signed(Duration::days(days.into()));
@@ -466,6 +500,13 @@ mod tests {
             windows("2d", "1d", "2026-03-29T12:00:00Z", berlin),
             ["2026-03-28T23:00:00Z 2026-03-30T22:00:00Z", "2026-03-27T23:00:00Z 2026-03-29T22:00:00Z"]
         );
+        // Clocks go on from 02:00 to 03:00, and back from 03:00 to 02:00.
+        assert_eq!(windows("6h", "6h", "2026-03-29T02:30:00Z", berlin), ["2026-03-28T23:00:00Z 2026-03-29T04:00:00Z"]);
+        assert_eq!(windows("2h", "2h", "2026-10-25T01:30:00Z", berlin), ["2026-10-25T00:00:00Z 2026-10-25T03:00:00Z"]);
+        assert_eq!(
+            windows("24h", "12h", "2026-03-29T02:30:00Z", berlin),
+            ["2026-03-28T23:00:00Z 2026-03-29T22:00:00Z", "2026-03-28T11:00:00Z 2026-03-29T10:00:00Z"]
+        );
         let widened =
             hopping("1h", "30m").unwrap().widen(Span { start: t("2026-01-01T10:00:00Z"), end: t("2026-01-01T11:00:00Z") }, utc);
         assert_eq!(shown(widened), "2026-01-01T09:30:00Z 2026-01-01T11:30:00Z");
@@ -521,6 +562,23 @@ mod tests {
             for window in windows {
                 prop_assert!(window.covers(pane), "{} {} {}", tz, shown(window), shown(pane));
             }
+        }
+
+        /// Windows that do not overlap partition time, around clock changes too.
+        #[test]
+        fn windows_that_hop_by_their_size_partition_time(around in 0usize..4, minutes in -4000i64..4000, zone in 0usize..7, kind in 0usize..7) {
+            let size = ["30m", "1h", "90m", "2h", "6h", "12h", "24h"][kind];
+            let changes = ["2026-03-29T01:00:00Z", "2026-10-25T01:00:00Z", "2026-04-04T15:00:00Z", "2011-12-30T10:00:00Z"];
+            let (tz, hopping) = (ZONES[zone], hopping(size, size).unwrap());
+            let window = |t: Timestamp| {
+                let windows = hopping.windows(hopping.pane(t, tz), tz);
+                prop_assert_eq!(windows.len(), 1, "{} {} at {}: {:?}", size, tz, t, windows.into_iter().map(shown).collect::<Vec<_>>());
+                Ok(windows[0])
+            };
+            let found = window(Timestamp::from_nanos(t(changes[around]).nanos() + minutes * MINUTE))?;
+            prop_assert_eq!(window(found.start)?, found);
+            prop_assert_eq!(window(Timestamp::from_nanos(found.end.nanos() - 1))?, found);
+            prop_assert_eq!(window(found.end)?.start, found.end);
         }
 
         #[test]
