@@ -123,6 +123,10 @@ pub(super) fn of_period(states: &[(StateKey, WindowState)], parts: Parts<'_>, ro
         let says = format!("{} windows, each priced on its own", states.len());
         let lines = vec![Line::fixed(Step::Windows, says, row.cost)];
         let events = states.iter().map(|(_, state)| state.event_count).sum();
+        // Allowances begin anew with each window.
+        for window in states {
+            steps.charges.extend(charges(price, std::slice::from_ref(window))?);
+        }
         steps.after = Some(PriceStep { quantity: row.quantity, events, lines, cost: row.cost });
     } else {
         let step = PriceStep::of(&accumulation, price, accumulation.usage()?)?;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
+use serde_json::value::RawValue;
 
 use super::context::Context;
 use super::deduplicate::{Copies, Copy, RepeatedKeys, key_hash};
@@ -31,7 +32,7 @@ use super::{Inputs, levels, price, scan, unused};
 use crate::config::Deduplicate;
 use crate::model::aggregate::{PeriodKey, PeriodRow, WindowRow};
 use crate::model::basis::Scope;
-use crate::model::decimal::Decimal;
+use crate::model::decimal::{Decimal, DecimalSum};
 use crate::model::meter::{Aggregation, Meter};
 use crate::model::price::Price;
 use crate::model::property::Property;
@@ -120,8 +121,15 @@ impl<'s> Search<'s> {
             WindowKind::Hopping(hopping) => hopping.windows(slot, timezone),
             WindowKind::Session { .. } => Vec::new(),
         };
+        let first = match meter.window {
+            // A session of an earlier period can last until after its end.
+            WindowKind::Session { gap_nanos } if !question.of_period => {
+                Timestamp::from_nanos(at.nanos().saturating_sub(gap_nanos))
+            }
+            _ => at,
+        };
         // A window that straddles a boundary has a row in each period.
-        let whole = windows.iter().fold(Span { start: at, end: after(at) }, |span, window| span.union(*window));
+        let whole = windows.iter().fold(Span { start: first, end: after(at) }, |span, window| span.union(*window));
         let mut periods = vec![subscription.cycle.period(whole.start)];
         while let Some(next) = periods.last().map(|last| last.end).filter(|end| *end < whole.end) {
             periods.push(subscription.cycle.period(next));
@@ -518,15 +526,31 @@ impl Answer<'_> {
         if quantity.is_zero() {
             return Ok(None);
         }
-        let mut level = crate::model::decimal::DecimalSum::default();
-        let is_earlier = |other: &StateKey| {
-            other.dimensions == key.dimensions
-                && other.window_start <= key.window_start
-                && (other.period_start, other.price) != (key.period_start, key.price)
-        };
-        let earlier = self.states.iter().filter(|(other, _)| is_earlier(other));
-        let changes = earlier.flat_map(|(_, state)| state.accumulator.level_changes());
-        changes.for_each(|change| level.merge(change.level));
-        Ok(Some(CarriedIn { level: level.total()?, quantity }))
+        Ok(Some(CarriedIn { level: self.level_before(row, key)?, quantity }))
+    }
+
+    /// The level that earlier segments leave where one of a row begins; of several, the first
+    /// that gets any.
+    fn level_before(&self, row: &WindowRow, key: &StateKey) -> Result<Decimal> {
+        let Search { question, subscription, reference, .. } = *self.search;
+        let values: BTreeMap<String, &RawValue> = serde_json::from_str(&row.key.period.dimensions).unwrap_or_default();
+        let values: Vec<_> = values.iter().map(|(name, value)| (name.as_str(), value.get().to_owned())).collect();
+        let of_level = self.states.iter().filter(|(other, _)| other.dimensions == key.dimensions);
+        let changes: Vec<_> = of_level.flat_map(|(_, state)| state.accumulator.level_changes()).collect();
+        let (period, window) = (row.period(), row.window());
+        let end = period.end.min(subscription.active.end);
+        let mut at = period.start;
+        while at < end {
+            let price = reference.price_at(subscription, question.meter, at, &values);
+            if window.contains(at) && price.is_some_and(|price| price.map_or(NO_PRICE, index) == key.price) {
+                let mut level = DecimalSum::default();
+                changes.iter().filter(|change| change.until <= at).for_each(|change| level.merge(change.level));
+                if !level.is_zero() {
+                    return Ok(level.total()?);
+                }
+            }
+            at = reference.level_end(subscription, question.meter, at, period, &values);
+        }
+        Ok(Decimal::ZERO)
     }
 }

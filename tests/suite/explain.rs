@@ -429,3 +429,92 @@ fn what_cannot_be_explained_is_a_usage_error() {
         "--dimensions large: no JSON object",
     );
 }
+
+/// The job of `trueup init` with bytes that are metered and priced otherwise, run over events of `(id, time, bytes)`.
+fn of_bytes(meter: &str, prices: &str, events: &[(&str, &str, i64)]) -> Workspace {
+    let workspace = Workspace::of("init");
+    workspace.edit("subscriptions.csv", "2026-01-01T00:00:00Z", "2025-01-01T00:00:00Z");
+    workspace.edit("meters.yaml", "    aggregation: sum\n    property: bytes\n", meter);
+    workspace.edit("prices.yaml", "    model: per_unit\n    unit_amount: \"0.000001\"\n", prices);
+    let lines = events.iter().map(|(id, time, bytes)| event(id, time, time, &json!({"status": 200, "bytes": bytes})));
+    workspace.write("events/2026-01-01.ndjson", lines.collect::<String>());
+    workspace.run(&[]);
+    workspace
+}
+
+/// The rows of the bytes of `sub_1`, none of which differs from what is stored.
+#[track_caller]
+fn rows_of_bytes(workspace: &Workspace, at: [&str; 2]) -> Vec<Value> {
+    let of = ["explain", "job.yaml", "--output", "json", "--subscription", "sub_1", "--meter", "bytes_sent"];
+    let document = workspace.trueup(&[of.as_slice(), at.as_slice()].concat()).json();
+    let rows = document["explanations"][0]["rows"].as_array().unwrap().clone();
+    rows.iter().for_each(|row| assert_eq!(row["differs"], false, "{row}"));
+    rows
+}
+
+fn listed<'r>(row: &'r Value, column: &str) -> Vec<&'r str> {
+    row["events"]["events"].as_array().unwrap().iter().map(|event| event[column].as_str().unwrap()).collect()
+}
+
+/// What is free is free in each window anew, also where the period is asked about.
+#[test]
+fn fees_of_a_period_sum_to_the_cost_of_windows_priced_alone() {
+    let workspace = of_bytes(
+        "    aggregation: sum\n    property: bytes\n    window: day\n    charge_on: window\n",
+        "    model: percentage\n    rate_percent: \"10\"\n    free_events: \"1\"\n",
+        &[("a", "2026-01-01T10:00:00Z", 100), ("b", "2026-01-01T11:00:00Z", 10), ("c", "2026-01-02T10:00:00Z", 50)],
+    );
+    let rows = rows_of_bytes(&workspace, ["--period", "2026-01-01"]);
+    assert_eq!(rows[0]["computed"]["cost"], "1");
+    assert_eq!((listed(&rows[0], "charged"), listed(&rows[0], "fee")), (vec!["0", "10", "0"], vec!["0", "1", "0"]));
+    let rows = rows_of_bytes(&workspace, ["--window", "2026-01-01T10:00"]);
+    assert_eq!(listed(&rows[0], "fee"), ["0", "1"]);
+}
+
+/// A session ends a gap after its last event: that can be in the next period, where another one may have begun.
+#[test]
+fn a_session_that_lasts_into_the_next_period_is_found() {
+    let workspace = of_bytes(
+        "    aggregation: sum\n    property: bytes\n    window: {session: {gap: 30m}}\n",
+        "    model: per_unit\n    unit_amount: \"1\"\n",
+        &[("a", "2026-01-31T23:50:00Z", 7), ("b", "2026-02-01T00:15:00Z", 5)],
+    );
+    let events = |at: &str| {
+        let rows = rows_of_bytes(&workspace, ["--window", at]);
+        rows.iter().map(|row| listed(row, "id").join(" ")).collect::<Vec<_>>()
+    };
+    assert_eq!(events("2026-01-31T23:55:00Z"), ["a"]);
+    assert_eq!(events("2026-02-01T00:10:00Z"), ["a"]);
+    assert_eq!(events("2026-02-01T00:19:59Z"), ["a", "b"]);
+    assert_eq!(events("2026-02-01T00:20:00Z"), ["b"]);
+    assert_eq!(events("2026-02-01T00:45:00Z"), [""; 0]);
+}
+
+/// Events that come later than a price, in the same window, left nothing to it.
+#[test]
+fn a_level_is_carried_in_as_it_was_where_the_price_begins() {
+    let second = "    valid_to: 2026-01-16T12:00:00Z\n  - price_id: later_bytes\n    plan_id: standard\n    meter_id: bytes_sent\n    \
+                  currency: USD\n    model: per_unit\n    unit_amount: \"2\"\n    valid_from: 2026-01-16T12:00:00Z\n";
+    let workspace = of_bytes(
+        "    aggregation: weighted_sum\n    property: bytes\n    window: month\n",
+        &format!("    model: per_unit\n    unit_amount: \"1\"\n{second}"),
+        &[
+            ("a", "2025-12-15T00:00:00Z", 10),
+            ("b", "2026-01-08T18:00:00Z", -4),
+            ("c", "2026-01-24T06:00:00Z", 8),
+            ("d", "2026-02-15T00:00:00Z", 0),
+        ],
+    );
+    let carried = |at: &str| {
+        let rows = rows_of_bytes(&workspace, ["--window", at]);
+        let carried = |row: &Value| {
+            let of = ["level", "quantity"].map(|name| row["carried_in"][name].as_str().unwrap_or("-").to_owned());
+            (row["price_id"].as_str().unwrap().to_owned(), of.join(" "))
+        };
+        rows.iter().map(carried).collect::<std::collections::BTreeMap<_, _>>()
+    };
+    let expected = |of: &[(&str, &str)]| of.iter().map(|(price, of)| ((*price).to_owned(), (*of).to_owned())).collect();
+    assert_eq!(carried("2025-12-20"), expected(&[("standard_bytes", "- -")]));
+    assert_eq!(carried("2026-01-20"), expected(&[("later_bytes", "6 3"), ("standard_bytes", "10 5")]));
+    assert_eq!(carried("2026-02-20"), expected(&[("later_bytes", "14 14")]));
+}
