@@ -13,6 +13,8 @@ pub(super) struct Node {
     pub children: Vec<(String, Node)>,
     /// The slot whose path ends here.
     pub slot: Option<usize>,
+    /// Tells it from the other nodes that have children. Beyond 64 of them, some share theirs.
+    pub bit: u64,
 }
 
 impl Node {
@@ -20,12 +22,25 @@ impl Node {
     pub fn child(&self, key: &str) -> Option<&Node> {
         self.children.iter().find(|(name, _)| name == key).map(|(_, node)| node)
     }
+
+    /// Empties the slots of all that lies below: of a key that repeats, an earlier
+    /// object must leave nothing behind.
+    pub fn clear_below(&self, slots: &mut [Property<'_>]) {
+        for (_, child) in &self.children {
+            if let Some(slot) = child.slot.and_then(|slot| slots.get_mut(slot)) {
+                *slot = Property::Absent;
+            }
+            child.clear_below(slots);
+        }
+    }
 }
 
 pub(super) struct Scanner<'a> {
     text: &'a str,
     bytes: &'a [u8],
     at: usize,
+    /// The bits of the nodes whose key was read.
+    seen: u64,
 }
 
 /// Deeper texts are left to serde_json: one bit a level says what is open.
@@ -33,7 +48,7 @@ const MOST_LEVELS: u32 = 64;
 
 impl<'a> Scanner<'a> {
     pub fn new(text: &'a str) -> Self {
-        Scanner { text, bytes: text.as_bytes(), at: 0 }
+        Scanner { text, bytes: text.as_bytes(), at: 0, seen: 0 }
     }
 
     /// Fills the slots of the object that is the whole text.
@@ -57,7 +72,14 @@ impl<'a> Scanner<'a> {
             let start = self.at;
             let child = node.child(key);
             match child {
-                Some(child) if !child.children.is_empty() && self.peek() == Some(b'{') => self.object(child, slots)?,
+                Some(child) if !child.children.is_empty() => {
+                    // A repeated key, whose earlier object is to be forgotten, is left to serde_json.
+                    if self.seen & child.bit != 0 {
+                        return None;
+                    }
+                    self.seen |= child.bit;
+                    if self.peek() == Some(b'{') { self.object(child, slots)? } else { self.value()? }
+                }
                 _ => self.value()?,
             }
             if let Some(slot) = child.and_then(|child| child.slot) {

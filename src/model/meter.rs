@@ -1,11 +1,12 @@
 //! Meters: which events count, and how.
 
-use std::borrow::Cow;
 use std::cmp::Ordering;
+
+use serde_json::value::RawValue;
 
 use super::decimal::Decimal;
 use super::expression::Expression;
-use super::property::Property;
+use super::property::{Property, is_composite};
 use super::window::WindowKind;
 
 /// How the events of a window become one quantity.
@@ -168,8 +169,14 @@ impl FilterValue {
     fn equals(&self, property: &Property<'_>) -> bool {
         match self {
             FilterValue::Number(number) => property.decimal() == Ok(*number),
-            FilterValue::Text(text) => property.is_present() && property.text() == text.as_str(),
-            FilterValue::Bool(value) => property.text() == if *value { "true" } else { "false" },
+            FilterValue::Text(text) => match property {
+                Property::Composite(raw) => is_composite(raw, text),
+                property => property.is_present() && property.text() == text.as_str(),
+            },
+            FilterValue::Bool(value) => match property {
+                Property::Composite(_) => false,
+                property => property.text() == if *value { "true" } else { "false" },
+            },
         }
     }
 }
@@ -206,19 +213,23 @@ impl FilterTest {
             FilterTest::In(values) => values.iter().any(|value| value.equals(property)),
             FilterTest::NotIn(values) => !values.iter().any(|value| value.equals(property)),
             FilterTest::Exists(wanted) => property.is_present() == *wanted,
-            FilterTest::Compare(comparison, bound) => property.decimal().is_ok_and(|value| comparison.holds(value.cmp(bound))),
+            FilterTest::Compare(comparison, bound) => property.compare(*bound).is_some_and(|ordering| comparison.holds(ordering)),
             FilterTest::Contains(part) => match property {
-                Property::Composite(raw) => serde_json::from_str::<Vec<serde_json::Value>>(raw)
-                    .is_ok_and(|items| items.iter().any(|item| element_text(item) == *part)),
+                Property::Composite(raw) => serde_json::from_str::<Vec<&RawValue>>(raw)
+                    .is_ok_and(|items| items.iter().any(|item| is_element(item.get(), part))),
                 property => property.is_present() && property.text().contains(part.as_str()),
             },
         }
     }
 }
 
-/// An array's element as it would be written in a filter.
-fn element_text(item: &serde_json::Value) -> Cow<'_, str> {
-    item.as_str().map_or_else(|| Cow::Owned(item.to_string()), Cow::Borrowed)
+/// Whether an array's element is what a filter writes as `text`.
+fn is_element(raw: &str, text: &str) -> bool {
+    match Property::from_raw(raw) {
+        Property::Composite(raw) => is_composite(raw, text),
+        Property::Null => text == "null",
+        element => element.text() == text,
+    }
 }
 
 #[cfg(test)]
@@ -239,5 +250,45 @@ mod tests {
         assert!(contains.passes(&Property::Text("neutral".into())) && contains.passes(&Property::Composite(r#"["us","eu"]"#)));
         assert!(!contains.passes(&Property::Composite(r#"["eur"]"#)) && !contains.passes(&Property::Absent));
         assert!(FilterTest::Exists(false).passes(&Property::Null));
+    }
+
+    #[test]
+    fn numbers_of_too_many_digits_are_beyond_every_bound() {
+        use Comparison::{Greater, GreaterOrEqual, Less, LessOrEqual};
+        let passing = |property: &Property<'_>, bound: &str| {
+            [Greater, GreaterOrEqual, Less, LessOrEqual]
+                .map(|comparison| FilterTest::Compare(comparison, bound.parse().unwrap()).passes(property))
+        };
+        for bound in ["0", "99999999999999999999", "-99999999999999999999"] {
+            for large in [Property::Number("1e25"), Property::Text(" 100000000000000000000".into())] {
+                assert_eq!(passing(&large, bound), [true, true, false, false], "{large:?} {bound}");
+            }
+            for small in [Property::Number("-1e25"), Property::Text(" -100000000000000000000".into())] {
+                assert_eq!(passing(&small, bound), [false, false, true, true], "{small:?} {bound}");
+            }
+            assert_eq!(passing(&Property::Text("1e".into()), bound), [false; 4]);
+        }
+    }
+
+    #[test]
+    fn arrays_contain_values_and_keep_every_digit() {
+        let contains = |raw, part: &str| FilterTest::Contains(part.into()).passes(&Property::Composite(raw));
+        let long = "[12345678901234567890123, 0.1234567890123456789]";
+        assert!(contains(long, "12345678901234567890123") && !contains(long, "12345678901234567890124"));
+        assert!(contains(long, "0.123456789012345679") && !contains(long, "0.12345678901234568"));
+        assert!(contains("[1.0, 2]", "1") && contains("[ 10e-1 ]", "1") && !contains("[1.5]", "1"));
+        assert!(contains(r#"["a\u0062", true, null]"#, "ab") && contains("[true]", "true") && contains("[null]", "null"));
+        assert!(contains(r#"[{"b": 1.0, "a": [2]}]"#, r#"{"a":[2],"b":1}"#) && !contains(r#"{"a":1}"#, "1"));
+    }
+
+    #[test]
+    fn composites_are_equal_however_they_are_written() {
+        let is_in = |raw, text: &str| FilterTest::In(vec![FilterValue::Text(text.into())]).passes(&Property::Composite(raw));
+        for raw in [r#"{"a":1,"b":[2]}"#, r#"{ "b": [2.0], "a": 1e0 }"#] {
+            assert!(is_in(raw, r#"{"a":1,"b":[2]}"#) && is_in(raw, r#" {"b": [2], "a": 1}"#));
+            assert!(!is_in(raw, r#"{"a":1}"#) && !is_in(raw, "[2]") && !is_in(raw, "") && !is_in(raw, r#"{"a":1,"b":[2]"#));
+            assert_eq!(Property::Composite(raw).text(), r#"{"a":1,"b":[2]}"#);
+        }
+        assert!(!FilterTest::In(vec![FilterValue::Bool(true)]).passes(&Property::Composite("[true]")));
     }
 }

@@ -18,6 +18,8 @@ use super::property::Property;
 pub struct PropertyPlan {
     paths: Vec<String>,
     root: Node,
+    /// How many nodes have children.
+    parents: u32,
 }
 
 impl PropertyPlan {
@@ -31,6 +33,10 @@ impl PropertyPlan {
         self.paths.push(path.to_owned());
         let mut node = &mut self.root;
         for key in path.split('.') {
+            if node.children.is_empty() {
+                node.bit = 1 << self.parents.min(63);
+                self.parents += 1;
+            }
             let at = node.children.iter().position(|(name, _)| name == key).unwrap_or_else(|| {
                 node.children.push((key.to_owned(), Node::default()));
                 node.children.len() - 1
@@ -96,6 +102,7 @@ impl<'a> Visitor<'a> for Walk<'_, '_, 'a> {
             if let Some(slot) = child.slot.and_then(|slot| self.slots.get_mut(slot)) {
                 *slot = Property::from_raw(raw.get());
             }
+            child.clear_below(self.slots);
             if !child.children.is_empty() && raw.get().starts_with('{') {
                 let inner = Walk { node: child, slots: &mut *self.slots };
                 inner.deserialize(&mut serde_json::Deserializer::from_str(raw.get())).map_err(serde::de::Error::custom)?;
@@ -237,6 +244,44 @@ mod tests {
         assert_eq!(read[2].text(), "a\"b");
         assert_eq!(read[3], Property::Absent);
         assert_eq!(read[4], Property::Composite(r#"{"out": 12}"#));
+    }
+
+    #[test]
+    fn of_a_parent_that_repeats_the_last_counts() {
+        let mut plan = PropertyPlan::default();
+        for path in ["u.o", "u.i.d", "u"] {
+            plan.slot(path);
+        }
+        let object = |raw| Property::Composite(raw);
+        let one = || Property::Number("1");
+        for (text, expected) in [
+            (r#"{"u":{"o":1},"u":{"i":2}}"#, [Property::Absent, Property::Absent, object(r#"{"i":2}"#)]),
+            (r#"{"u":{"o":1,"i":{"d":1}},"u":1}"#, [Property::Absent, Property::Absent, one()]),
+            (r#"{"u":{"o":2,"i":{"d":1},"i":[]},"x":{"o":3}}"#, {
+                [Property::Number("2"), Property::Absent, object(r#"{"o":2,"i":{"d":1},"i":[]}"#)]
+            }),
+            (r#"{"u":{"o":1,"i":{"d":3}},"u":{"o":1,"i":{"x":1}}}"#, [one(), Property::Absent, object(r#"{"o":1,"i":{"x":1}}"#)]),
+            (r#"{"u":null,"u":{"i":{"d":2},"o":2,"i":{"d":1}}}"#, {
+                [Property::Number("2"), one(), object(r#"{"i":{"d":2},"o":2,"i":{"d":1}}"#)]
+            }),
+        ] {
+            let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+            plan.read(Some(text), &mut ours).unwrap();
+            plan.read_with_serde(text, &mut theirs).unwrap();
+            assert_eq!((ours.as_slice(), theirs.as_slice()), (expected.as_slice(), expected.as_slice()), "{text}");
+        }
+        // More parents than have a bit of their own.
+        let mut plan = PropertyPlan::default();
+        let paths: Vec<_> = (0..100).map(|n| format!("p{n}.q")).collect();
+        let objects: Vec<_> = (0..100).map(|n| format!(r#""p{n}":{{"q":{n}}}"#)).collect();
+        for path in &paths {
+            plan.slot(path);
+        }
+        let text = format!(r#"{{{},"p99":{{}},"p7":{{}}}}"#, objects.join(","));
+        let mut slots = Vec::new();
+        plan.read(Some(&text), &mut slots).unwrap();
+        let absent: Vec<_> = (0..100).filter(|n| slots[*n] == Property::Absent).collect();
+        assert_eq!((absent, slots[98].text()), (vec![7, 99], "98".into()));
     }
 
     #[test]

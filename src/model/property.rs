@@ -2,8 +2,11 @@
 //! every digit.
 
 use std::borrow::Cow;
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+
+use serde_json::value::RawValue;
 
 use super::decimal::{Decimal, DecimalError};
 
@@ -52,14 +55,25 @@ impl<'a> Property<'a> {
         }
     }
 
-    /// The value as plain text: text without its quotes, numbers in canonical form.
+    /// How the number relates to a bound; `None` where it is none. A number of too many
+    /// digits lies beyond every bound, on the side of its sign.
+    pub fn compare(&self, bound: Decimal) -> Option<Ordering> {
+        match self.decimal() {
+            Ok(value) => Some(value.cmp(&bound)),
+            Err(DecimalError::Overflow) if self.text().trim_start().starts_with('-') => Some(Ordering::Less),
+            Err(DecimalError::Overflow) => Some(Ordering::Greater),
+            Err(DecimalError::Syntax) => None,
+        }
+    }
+
+    /// The value as plain text: text without its quotes, everything else in canonical form.
     pub fn text(&self) -> Cow<'_, str> {
         match self {
             Property::Absent | Property::Null => Cow::Borrowed(""),
             Property::Text(text) => Cow::Borrowed(text),
             Property::Number(number) => canonical_number(number),
             Property::Bool(value) => Cow::Borrowed(if *value { "true" } else { "false" }),
-            Property::Composite(raw) => Cow::Borrowed(raw),
+            Property::Composite(raw) => Cow::Owned(canonical_composite(raw)),
         }
     }
 
@@ -73,6 +87,19 @@ impl<'a> Property<'a> {
             Property::Composite(raw) => Tree::parse(raw).write(out),
         }
     }
+}
+
+/// An object or array, known to be valid JSON, in canonical form.
+fn canonical_composite(raw: &str) -> String {
+    let mut out = String::new();
+    Tree::parse(raw).write(&mut out);
+    out
+}
+
+/// Whether an object or array is the one that `text` writes, in whatever way.
+pub(super) fn is_composite(raw: &str, text: &str) -> bool {
+    raw.as_bytes().first() == text.trim_start().as_bytes().first()
+        && serde_json::from_str::<&RawValue>(text).is_ok_and(|text| canonical_composite(raw) == canonical_composite(text.get()))
 }
 
 /// Appends `text` as a JSON string.

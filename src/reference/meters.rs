@@ -265,30 +265,74 @@ fn some_value<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Filte
 
 impl<'de> Deserialize<'de> for FilterValue {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Scalar;
-        impl serde::de::Visitor<'_> for Scalar {
-            type Value = FilterValue;
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("a text, a number, or true or false")
-            }
-            fn visit_str<E>(self, text: &str) -> Result<FilterValue, E> {
-                Ok(FilterValue::Text(text.to_owned()))
-            }
-            fn visit_bool<E>(self, value: bool) -> Result<FilterValue, E> {
-                Ok(FilterValue::Bool(value))
-            }
-            fn visit_u64<E>(self, value: u64) -> Result<FilterValue, E> {
-                Ok(FilterValue::Number(Decimal::from_u64(value)))
-            }
-            fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<FilterValue, E> {
-                value.to_string().parse().map(FilterValue::Number).map_err(E::custom)
-            }
-            fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<FilterValue, E> {
-                // The shortest text that reads back as this float is what was written,
-                // for any number of up to 15 digits.
-                value.to_string().parse().map(FilterValue::Number).map_err(E::custom)
-            }
+        deserializer.deserialize_any(Scalar { advice: "quote it, with all its digits and no exponent" })
+    }
+}
+
+/// Reads a text, a number, or true or false.
+pub(super) struct Scalar {
+    /// What to do about a number whose digits may be lost.
+    pub advice: &'static str,
+}
+
+impl serde::de::Visitor<'_> for Scalar {
+    type Value = FilterValue;
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a text, a number, or true or false")
+    }
+    fn visit_str<E>(self, text: &str) -> Result<FilterValue, E> {
+        Ok(FilterValue::Text(text.to_owned()))
+    }
+    fn visit_bool<E>(self, value: bool) -> Result<FilterValue, E> {
+        Ok(FilterValue::Bool(value))
+    }
+    fn visit_u64<E>(self, value: u64) -> Result<FilterValue, E> {
+        Ok(FilterValue::Number(Decimal::from_u64(value)))
+    }
+    fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<FilterValue, E> {
+        value.to_string().parse().map(FilterValue::Number).map_err(E::custom)
+    }
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<FilterValue, E> {
+        let lost = || E::custom(format!("a number near {value:?} is read by its first 15 digits alone: {}", self.advice));
+        exact(value).map(FilterValue::Number).ok_or_else(lost)
+    }
+}
+
+/// What was written, where a float tells: it is below 2^53, and the shortest text that
+/// reads back as this float has up to 15 digits.
+fn exact(value: f64) -> Option<Decimal> {
+    let digits = format!("{value:e}").bytes().take_while(|byte| *byte != b'e').filter(u8::is_ascii_digit).count();
+    let number: Decimal = value.to_string().parse().ok()?;
+    (digits <= 15 && number.abs() < Decimal::from_u64(1 << 53)).then_some(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_keep_every_digit_or_are_refused() {
+        let json = |text: &str| serde_json::from_str::<FilterValue>(text).map_err(|error| error.to_string());
+        let yaml = |text: &str| serde_saphyr::from_str::<FilterValue>(text).map_err(|error| error.to_string());
+        for (text, number) in [
+            ("0.5", "0.5"),
+            ("-0.25", "-0.25"),
+            ("1e3", "1000"),
+            ("12345678.9012345", "12345678.9012345"),
+            ("0.000000000000001", "0.000000000000001"),
+            ("9007199254740993", "9007199254740993"),
+            ("18446744073709551615", "18446744073709551615"),
+            ("-9223372036854775808", "-9223372036854775808"),
+        ] {
+            let expected = FilterValue::Number(number.parse().unwrap());
+            assert_eq!((json(text).as_ref(), yaml(text).as_ref()), (Ok(&expected), Ok(&expected)), "{text}");
         }
-        deserializer.deserialize_any(Scalar)
+        for text in ["20000000000000000001", "-20000000000000000001", "1234567890.123456789", "9007199254740993.0", "1e25"] {
+            for read in [json(text), yaml(text)] {
+                assert!(read.clone().is_err_and(|error| error.contains("quote it")), "{text}: {read:?}");
+            }
+            let quoted = format!("\"{text}\"");
+            assert_eq!((json(&quoted), yaml(&quoted)), (Ok(FilterValue::Text(text.into())), Ok(FilterValue::Text(text.into()))));
+        }
     }
 }

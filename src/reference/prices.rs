@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::definitions::{self, Located};
 use super::is_open_end;
-use super::meters::boolean;
+use super::meters::{Scalar, boolean};
 use crate::config::ReferenceTable;
 use crate::model::decimal::{Decimal, Rounding, SCALE};
 use crate::model::digest::Digest;
@@ -34,7 +34,7 @@ struct RawPrice {
     round: Option<String>,
     rate_percent: Option<Decimal>,
     #[serde(rename = "match", default)]
-    matches: BTreeMap<String, FilterValue>,
+    matches: BTreeMap<String, MatchValue>,
     free_units: Option<Decimal>,
     valid_from: Option<Timestamp>,
     #[serde(default, deserialize_with = "end")]
@@ -53,6 +53,17 @@ struct RawPrice {
     charge_zero_usage: Option<bool>,
     #[serde(default, deserialize_with = "flag")]
     prorate: Option<bool>,
+}
+
+/// A value of a dimension, which is a number or a text, as its events send it.
+#[derive(Debug)]
+struct MatchValue(FilterValue);
+
+impl<'de> Deserialize<'de> for MatchValue {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let advice = "let events send the dimension as text, and quote it here";
+        deserializer.deserialize_any(Scalar { advice }).map(MatchValue)
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -137,7 +148,7 @@ fn validate(row: &Located<RawPrice>, meters: &[Meter]) -> Result<Price> {
         )));
     }
     let mut matches = Vec::new();
-    for (dimension, value) in &raw.matches {
+    for (dimension, MatchValue(value)) in &raw.matches {
         if !meter.dimensions.contains(dimension) {
             return Err(row.error(format!("match names `{dimension}`, which is no dimension of meter `{}`", meter.id)));
         }

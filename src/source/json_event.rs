@@ -4,6 +4,8 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
@@ -13,7 +15,7 @@ use crate::model::timestamp::Timestamp;
 
 /// CloudEvents 1.0 attributes (JSON format) with the field that each one stands for.
 /// Extension attributes are lower-case letters and digits, hence `tenantid`.
-const CLOUD_EVENTS: [(&str, Field); 8] = [
+const CLOUD_EVENTS: [(&str, Field); 9] = [
     ("tenantid", Field::TenantId),
     // The specification makes source + id unique, so the source stands in for a tenant.
     ("source", Field::TenantId),
@@ -21,9 +23,12 @@ const CLOUD_EVENTS: [(&str, Field); 8] = [
     ("subject", Field::ExternalCustomerId),
     ("time", Field::Timestamp),
     ("ingestedat", Field::IngestedAt),
-    ("data", Field::Properties),
-    ("specversion", Field::Id), // a mark only: its value is not used
+    (DATA, Field::Properties),
+    ("data_base64", Field::Properties), // decoded first
+    ("specversion", Field::Id),         // a mark only: its value is not used
 ];
+const DATA: &str = "data";
+const DATA_BASE64: usize = CLOUD_EVENTS.len() - 2;
 const SPECVERSION: usize = CLOUD_EVENTS.len() - 1;
 
 /// What holds for an event that does not say it itself.
@@ -102,7 +107,7 @@ impl<'a> Found<'a> {
         let mut fields: Fields<'a> = Default::default();
         for ((text, raw), field) in fields.iter_mut().zip(self.standard).zip(Field::ALL) {
             let raw = raw.or_else(|| {
-                let attributes = CLOUD_EVENTS.iter().zip(self.cloud_event).take(SPECVERSION);
+                let attributes = CLOUD_EVENTS.iter().zip(self.cloud_event).take(DATA_BASE64);
                 let mut found = attributes.filter(|((_, of), raw)| *of == field && raw.is_some()).map(|(_, raw)| raw);
                 (is_cloud_event && !columns.is_mapped(field)).then(|| found.next().flatten()).flatten()
             });
@@ -111,8 +116,27 @@ impl<'a> Found<'a> {
                 None => None,
             };
         }
+        let encoded = self.cloud_event.get(DATA_BASE64).copied().flatten().filter(|raw| is_cloud_event && raw.get() != "null");
+        if let Some(encoded) = encoded {
+            let [.., properties, _] = &mut fields;
+            let [.., own, _] = self.standard;
+            if columns.name(Field::Properties) == DATA || (own.is_none() && !columns.is_mapped(Field::Properties)) {
+                let json = if properties.is_some() { Err("stands beside `data`: keep one".into()) } else { decoded(encoded) };
+                // What is no object becomes a dead letter where a meter wants the event, and shows this text.
+                let unusable = |problem| serde_json::Value::from(format!("data_base64 {problem}")).to_string();
+                *properties = Some(Cow::Owned(json.unwrap_or_else(unusable)));
+            }
+        }
         Ok(fields)
     }
+}
+
+/// The JSON text in base64.
+fn decoded(raw: &RawValue) -> Result<String, String> {
+    let text = field_text(Field::Id, raw.get())?.unwrap_or_default();
+    let bytes = STANDARD.decode(text.as_bytes()).map_err(|error| format!("is no base64: {error}"))?;
+    let json = String::from_utf8(bytes).ok().filter(|json| json == "null" || json.trim_start().starts_with('{'));
+    json.ok_or_else(|| "holds no JSON object: send the usage as JSON in `data`".to_owned())
 }
 
 /// The text of a field: strings without quotes, numbers as written, properties as JSON.

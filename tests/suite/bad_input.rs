@@ -891,3 +891,58 @@ fn a_change_beyond_the_guard_needs_a_yes() {
     assert_eq!(run["causes"], serde_json::json!({"price_changed": 3}));
     workspace.run(&[]);
 }
+
+#[test]
+fn a_number_of_too_many_digits_passes_the_filters_that_it_is_beyond() {
+    let workspace = healthy();
+    workspace.edit("meters.yaml", "property: bytes", "property: bytes\n    filters: [{property: bytes, op: gt, value: 0}]");
+    let lines = [event("o1", r#"{"bytes":1e25}"#), event("o2", r#"{"bytes":-1e25}"#), event("o3", r#"{"bytes":"x"}"#)];
+    workspace.write("events/overflow.ndjson", lines.join("\n"));
+    one_dead_letter(&workspace, "value_out_of_range", &["property `bytes` is 1e25", "38 digits"]);
+}
+
+#[test]
+fn numbers_whose_digits_may_be_lost_are_to_be_quoted() {
+    let workspace = healthy();
+    let meters = workspace.read("meters.yaml");
+    for number in ["20000000000000000001", "1234567890.123456789", "9007199254740993.0"] {
+        workspace.write("meters.yaml", meters.replace("op: lt, value: 500", &format!("op: eq, value: {number}")));
+        run_refused(&workspace, 2, &["meters.yaml:5:", "a number near", "quote it"]);
+    }
+    workspace.write("meters.yaml", meters.replace("op: lt, value: 500", r#"op: in, values: ["20000000000000000001", 0.5]"#));
+    let statuses = ["20000000000000000001", "20000000000000000000", "0.50"];
+    let lines: Vec<_> = statuses.iter().map(|status| event(status, &format!(r#"{{"status":{status}}}"#))).collect();
+    workspace.write("events/statuses.ndjson", lines.join("\n"));
+    workspace.run(&["--yes"]);
+    let rows = workspace.query("SELECT quantity FROM usage_windows WHERE meter_id = 'api_calls'");
+    assert_eq!(rows, [Row::from([("quantity".to_owned(), "2".to_owned())])]);
+    workspace.edit(
+        "prices.yaml",
+        "    meter_id: api_calls\n",
+        "    meter_id: api_calls\n    match: {status: 1234567890.123456789}\n",
+    );
+    run_refused(&workspace, 2, &["prices.yaml:", "a number near", "let events send the dimension as text"]);
+}
+
+#[test]
+fn cloud_events_whose_binary_data_is_no_json_are_dead_letters_of_the_meters_that_want_them() {
+    let workspace = healthy();
+    for (data, says) in [
+        (r#""data_base64":"AAECAw==""#, "data_base64 holds no JSON object: send the usage as JSON in `data`"),
+        (r#""data_base64":"WzFd""#, "data_base64 holds no JSON object"),
+        (r#""data_base64":"""#, "data_base64 holds no JSON object"),
+        (r#""data_base64":"not base64""#, "data_base64 is no base64: "),
+        (r#""data_base64":{}"#, "data_base64 is an object or array where a text is expected"),
+        (r#""data_base64":"e30=","data":{"bytes":1}"#, "data_base64 stands beside `data`: keep one"),
+        // {"bytes":1,}
+        (r#""data_base64":"eyJieXRlcyI6MSx9""#, "properties are no JSON object: trailing comma"),
+    ] {
+        let event = |id: &str, name: &str| {
+            format!(
+                r#"{{"specversion":"1.0","id":"{id}","source":"demo","type":"{name}","subject":"acme","time":"2026-01-01T12:00:00Z",{data}}}"#
+            )
+        };
+        workspace.write("events/cloud.ndjson", event("ce", "api.call") + "\n" + &event("other", "nobody.knows"));
+        one_dead_letter(&workspace, "malformed_event", &[says]);
+    }
+}

@@ -435,3 +435,91 @@ fn a_yaml_error_names_its_file_once() {
     outcome.fails_with(2, &["error: job.yaml:15:1: unknown field `windoww`", "--> job.yaml:15:1", "windoww: hour"]);
     assert_eq!(outcome.stderr.matches("unknown field").count(), 1, "{}", outcome.stderr);
 }
+
+// --- properties ------------------------------------------------------------------------------
+
+#[test]
+fn unique_objects_do_not_depend_on_how_they_are_written() {
+    let workspace = job();
+    let values = [r#"{"a":1}"#, r#"{"a": 1}"#, r#"{"a":1.0}"#, "[1,2]", "[1.0, 2]", "7", "7.0", r#""7""#];
+    let event = |(at, value)| event(&format!("u{at}"), &format!(r#"{{"user":{value}}}"#)).replace("api.call", "login");
+    let lines: Vec<_> = (1..).zip(values).map(event).collect();
+    workspace.write("events/unique.ndjson", lines.join("\n").replace("2026-01-01", "2026-01-09"));
+    workspace.run(&[]);
+    let rows = workspace.query(
+        "SELECT quantity, event_count FROM usage_windows WHERE meter_id = 'seats' AND window_start = '2026-01-09T00:00:00Z'",
+    );
+    let found: Vec<_> = rows.iter().map(|row| (row["quantity"].as_str(), row["event_count"].as_str())).collect();
+    assert_eq!(found, [("3", "8")]);
+}
+
+#[test]
+fn cloud_events_carry_json_as_base64_too() {
+    let workspace = job();
+    let cloud = |id: &str, data: &str| {
+        format!(
+            r#"{{"specversion":"1.0","id":"{id}","source":"demo","type":"api.call","subject":"acme","time":"2026-01-09T12:00:00Z",{data}}}"#
+        )
+    };
+    // {"bytes":1.5}, {"bytes":20,"x":"???"} with its slash escaped, and nothing.
+    let data = [
+        r#""data_base64":"eyJieXRlcyI6MS41fQ==""#,
+        r#""data":null,"data_base64":"eyJieXRlcyI6MjAsIngiOiI\/Pz8ifQ==""#,
+        r#""data_base64":null"#,
+    ];
+    let lines: Vec<_> = (1..).zip(data).map(|(at, data)| cloud(&format!("ce{at}"), data)).collect();
+    workspace.write("events/cloud.ndjson", lines.join("\n"));
+    for columns in ["", "  columns: {properties: data}\n"] {
+        workspace.edit("job.yaml", "source:\n", &format!("source:\n{columns}"));
+        let run = workspace.run(&["--day", "2026-01-09"]);
+        assert_eq!(run["dead_letters"]["malformed_event"], serde_json::Value::Null, "{run}");
+        let rows = workspace
+            .query("SELECT quantity FROM usage_windows WHERE meter_id = 'bytes_sent' AND window_start = '2026-01-09T12:00:00Z'");
+        assert_eq!(rows, [Row::from([("quantity".to_owned(), "21.5".to_owned())])]);
+    }
+}
+
+#[test]
+fn of_an_object_that_is_named_twice_the_last_counts() {
+    let workspace = job();
+    workspace.edit("meters.yaml", "property: bytes", "property: u.bytes");
+    let lines = [event("r1", r#"{"u":{"bytes":1},"u":{"in":2}}"#), event("r2", r#"{"u":{"bytes":1},"u":{"bytes":8}}"#)];
+    workspace.write("events/twice.ndjson", lines.join("\n"));
+    let run = workspace.run(&[]);
+    assert_eq!(run["usage"]["rejected"], 0, "{run}");
+    let rows = workspace.query("SELECT quantity, event_count FROM usage_windows WHERE meter_id = 'bytes_sent'");
+    let found: Vec<_> = rows.iter().map(|row| (row["quantity"].as_str(), row["event_count"].as_str())).collect();
+    assert_eq!(found, [("8", "1")]);
+}
+
+/// Words that YAML 1.1 takes for booleans are names like any other.
+#[test]
+fn a_country_called_no_is_no_boolean() {
+    let workspace = crate::corrections::world();
+    workspace.write(
+        "prices.yaml",
+        "prices:\n  - {price_id: all, plan_id: pro, meter_id: calls, currency: USD, model: per_unit, unit_amount: \"1\"}\n  \
+         - {price_id: norway, plan_id: pro, meter_id: calls, currency: USD, model: per_unit, unit_amount: \"5\", match: {country: NO}}\n",
+    );
+    workspace.write(
+        "meters.yaml",
+        "meters:\n  - {meter_id: calls, event_name: call, aggregation: sum, property: n, dimensions: [country], \
+         filters: [{property: country, op: in, values: [NO, SE, on]}, {property: answer, op: not_in, values: [no, off]}]}\n",
+    );
+    let event = |id: &str, country: &str, answer: &str| {
+        let event = serde_json::json!({"tenant_id": "t", "id": id, "event_name": "call", "external_customer_id": "x1",
+            "timestamp": "2026-01-05T12:00:00Z", "properties": {"n": 10, "country": country, "answer": answer}});
+        format!("{event}\n")
+    };
+    let events = [("1", "NO", "yes"), ("2", "SE", "y"), ("3", "on", "n"), ("4", "NO", "no"), ("5", "DK", "yes")];
+    workspace.write("events/first.ndjson", events.map(|(id, country, answer)| event(id, country, answer)).concat());
+    workspace.run(&[]);
+    let rows = workspace.query("SELECT dimensions, price_id, cost FROM usage_windows ORDER BY 1");
+    let rows: Vec<_> = rows.iter().map(|row| [&row["dimensions"], &row["price_id"], &row["cost"]].map(String::as_str)).collect();
+    let expected =
+        [[r#"{"country":"NO"}"#, "norway", "50"], [r#"{"country":"SE"}"#, "all", "10"], [r#"{"country":"on"}"#, "all", "10"]];
+    assert_eq!(rows, expected);
+    // Where a boolean is meant, it says so.
+    workspace.edit("meters.yaml", "property: n,", "property: n, unpriced: yes,");
+    workspace.trueup(&["check", "job.yaml"]).fails_with(2, &["meters.yaml:2"]);
+}

@@ -19,7 +19,7 @@ use crate::reference::Reference;
 
 /// Says which segments there are, and of which run.
 pub(super) const MANIFEST: &str = "matches.json";
-pub(super) const VERSION: u32 = 3;
+pub(super) const VERSION: u32 = 4;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Manifest {
