@@ -9,6 +9,7 @@ pub mod counts;
 pub mod decimal;
 pub mod digest;
 pub mod expression;
+mod hopping;
 mod json_scanner;
 pub mod meter;
 pub mod percentage;

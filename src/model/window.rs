@@ -9,7 +9,8 @@ use chrono::{Datelike, Duration, NaiveDate, NaiveTime};
 use chrono_tz::Tz;
 
 pub use super::calendar::{Span, instant_of, local_time};
-use super::calendar::{Step, add_months, calendar_span, calendar_start, fixed_window, offset_nanos};
+use super::calendar::{Step, add_months, calendar_span, fixed_window};
+pub use super::hopping::{Hopping, Length};
 use super::timestamp::{MINUTE, SECOND, Timestamp};
 
 /// The size of a tumbling window.
@@ -150,200 +151,6 @@ impl std::fmt::Display for WindowKind {
             }
         }
     }
-}
-
-/// A length of time: by the clock, or by the calendar.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Length {
-    Minutes(u32),
-    /// Local days, of 23 to 25 hours where clocks change.
-    Days(u32),
-}
-
-/// Ten years: what lasts so long after any event can still be told as an instant.
-const LONGEST_DAYS: u32 = 3660;
-
-impl Length {
-    /// `15m`, `1h`, `7d`, or a name such as `hour`, `day` and `week`.
-    pub fn parse(text: &str) -> Option<Length> {
-        let named =
-            [("minute", Length::Minutes(1)), ("hour", Length::Minutes(60)), ("day", Length::Days(1)), ("week", Length::Days(7))];
-        if let Some((_, length)) = named.iter().find(|(name, _)| *name == text) {
-            return Some(*length);
-        }
-        let unit = text.chars().last()?;
-        let count: u32 = text.strip_suffix(unit)?.parse().ok().filter(|count| *count > 0)?;
-        let (length, most) = match unit {
-            'm' => (Length::Minutes(count), LONGEST_DAYS * 24 * 60),
-            'h' => (Length::Minutes(count.checked_mul(60)?), LONGEST_DAYS * 24 * 60),
-            'd' => (Length::Days(count), LONGEST_DAYS),
-            'w' => (Length::Days(count.checked_mul(7)?), LONGEST_DAYS),
-            _ => return None,
-        };
-        let (Length::Minutes(number) | Length::Days(number)) = length;
-        (number <= most).then_some(length)
-    }
-
-    /// Between clock changes.
-    pub fn nominal_nanos(self) -> i64 {
-        match self {
-            Length::Minutes(minutes) => i64::from(minutes) * MINUTE,
-            Length::Days(days) => i64::from(days) * 24 * 60 * MINUTE,
-        }
-    }
-
-    /// The wall-clock grid of what lasts longer than an hour: as for windows of `6h`, where clocks
-    /// change it lasts longer or shorter. Up to an hour, each hour that clocks repeat has its own.
-    fn wall_step(self) -> Option<Step> {
-        match self {
-            Length::Minutes(minutes) if minutes > 60 => Some(Step::Minutes(minutes)),
-            Length::Minutes(_) | Length::Days(_) => None,
-        }
-    }
-
-    /// The span of a grid of this length that holds `t`: minutes from local midnight,
-    /// days from 1970-01-01.
-    fn span(self, t: Timestamp, tz: Tz) -> Span {
-        if let Some(step) = self.wall_step() {
-            return calendar_span(t, tz, step);
-        }
-        match self {
-            Length::Minutes(minutes) => fixed_window(t, tz, i64::from(minutes) * MINUTE),
-            Length::Days(days) => {
-                let day = calendar_span(t, tz, Step::Days(1));
-                let number = (local_time(day.start, tz).date() - NaiveDate::default()).num_days();
-                let first = number - number.rem_euclid(i64::from(days));
-                let midnight = |number: i64| {
-                    let date = NaiveDate::default().checked_add_signed(Duration::days(number)).unwrap_or(NaiveDate::MAX);
-                    instant_of(date.and_time(NaiveTime::MIN), tz)
-                };
-                Span { start: midnight(first), end: midnight(first + i64::from(days)) }
-            }
-        }
-    }
-}
-
-impl std::fmt::Display for Length {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Length::Minutes(minutes) if minutes % 60 == 0 => write!(f, "{}h", minutes / 60),
-            Length::Minutes(minutes) => write!(f, "{minutes}m"),
-            Length::Days(days) => write!(f, "{days}d"),
-        }
-    }
-}
-
-/// Windows of `size` that begin every `advance`. Events are kept in panes of a length
-/// that divides both; a window is a row of panes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Hopping {
-    size: Length,
-    advance: Length,
-}
-
-/// Windows that may hold one event.
-const MOST_HOPS: i64 = 1000;
-
-impl Hopping {
-    /// # Errors
-    /// What does not fit together.
-    pub fn new(size: Length, advance: Length) -> Result<Hopping, String> {
-        const DAY: u32 = 24 * 60;
-        let size = match (size, advance) {
-            (Length::Days(days), Length::Minutes(_)) => days.checked_mul(DAY).map_or(size, Length::Minutes),
-            _ => size,
-        };
-        match (size, advance) {
-            (Length::Minutes(_), Length::Days(_)) => {
-                return Err("advance is longer than size: events would be left out".to_owned());
-            }
-            (_, Length::Minutes(minutes)) if DAY.checked_rem(minutes) != Some(0) => {
-                return Err(format!("an advance of {minutes} minutes does not divide a day"));
-            }
-            _ => {}
-        }
-        if advance.nominal_nanos() > size.nominal_nanos() {
-            return Err("advance is longer than size: events would be left out".to_owned());
-        }
-        if size.nominal_nanos() / advance.nominal_nanos() > MOST_HOPS {
-            return Err(format!("an event would count in more than {MOST_HOPS} windows"));
-        }
-        Ok(Hopping { size, advance })
-    }
-
-    fn pane_length(self) -> Length {
-        match (self.size, self.advance) {
-            (Length::Days(size), Length::Days(advance)) => Length::Days(greatest_common_divisor(size, advance)),
-            (Length::Minutes(size), Length::Minutes(advance)) => Length::Minutes(greatest_common_divisor(size, advance)),
-            _ => self.advance,
-        }
-    }
-
-    /// The pane that holds `t`.
-    pub fn pane(self, t: Timestamp, tz: Tz) -> Span {
-        self.pane_length().span(t, tz)
-    }
-
-    /// The windows that hold a pane, the latest first. Those that begin more than an hour apart
-    /// begin and end by the clocks on the wall; others end with their last pane, also where a clock
-    /// change has cut that.
-    pub fn windows(self, pane: Span, tz: Tz) -> Vec<Span> {
-        let mut windows: Vec<Span> = Vec::new();
-        if let (Some(step), Length::Minutes(size), Length::Minutes(advance)) = (self.advance.wall_step(), self.size, self.advance)
-        {
-            let mut start = calendar_start(pane.start, tz, step);
-            loop {
-                let end = start + Duration::minutes(size.into());
-                let window = Span { start: instant_of(start, tz), end: instant_of(end, tz) };
-                if !window.contains(pane.start) {
-                    return windows;
-                }
-                // Where clocks skip a whole window, the next one begins at the same time.
-                if windows.last().is_none_or(|last| last.start != window.start) {
-                    windows.push(window);
-                }
-                start -= Duration::minutes(advance.into());
-            }
-        }
-        let mut start = self.advance.span(pane.start, tz).start;
-        loop {
-            let window = Span { start, end: self.end(start, tz) };
-            if !window.contains(pane.start) {
-                return windows;
-            }
-            windows.push(window);
-            start = self.advance.span(Timestamp::from_nanos(start.nanos().saturating_sub(1)), tz).start;
-        }
-    }
-
-    fn end(self, start: Timestamp, tz: Tz) -> Timestamp {
-        match self.size {
-            Length::Minutes(_) => {
-                let last = Timestamp::from_nanos(start.nanos().saturating_add(self.size.nominal_nanos() - 1));
-                let (size, advance) = (self.size.nominal_nanos(), self.advance.nominal_nanos());
-                if size % advance == 0 && offset_nanos(start, tz) != offset_nanos(last, tz) {
-                    // A change may have cut one of them.
-                    return (0..size / advance).fold(start, |start, _| self.advance.span(start, tz).end);
-                }
-                self.pane(last, tz).end
-            }
-            Length::Days(days) => {
-                let date = local_time(start, tz).date().checked_add_signed(Duration::days(days.into()));
-                instant_of(date.unwrap_or(NaiveDate::MAX).and_time(NaiveTime::MIN), tz)
-            }
-        }
-    }
-
-    fn widen(self, span: Span, tz: Tz) -> Span {
-        let last = Timestamp::from_nanos(span.end.nanos().saturating_sub(1));
-        let first = self.windows(self.pane(span.start, tz), tz);
-        let last = self.windows(self.pane(last, tz), tz);
-        first.into_iter().chain(last).fold(span, Span::union)
-    }
-}
-
-fn greatest_common_divisor(a: u32, b: u32) -> u32 {
-    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
 }
 
 /// The length of a billing period.
@@ -534,6 +341,35 @@ mod tests {
         chrono_tz::Pacific::Apia,      // once skipped a whole day
     ];
 
+    /// Windows that do not overlap partition time, around clock changes too.
+    #[test]
+    fn windows_that_hop_by_their_size_partition_time() {
+        let changes = [
+            "2026-03-29T01:00:00Z",
+            "2026-10-25T01:00:00Z",
+            "2026-04-04T15:00:00Z",
+            "2026-10-03T15:30:00Z",
+            "2011-12-30T10:00:00Z",
+        ];
+        for (tz, size) in ZONES.iter().flat_map(|tz| ["30m", "1h", "90m", "2h", "6h", "12h", "24h"].map(|size| (*tz, size))) {
+            let hopping = hopping(size, size).unwrap();
+            let window = |t: Timestamp| {
+                let windows = hopping.windows(hopping.pane(t, tz), tz);
+                let [window] = windows[..] else {
+                    panic!("{size} {tz} at {t}: {:?}", windows.into_iter().map(shown).collect::<Vec<_>>())
+                };
+                window
+            };
+            for t in changes.iter().flat_map(|change| (-2000..2000).step_by(10).map(|minute| t(change).nanos() + minute * MINUTE))
+            {
+                let found = window(Timestamp::from_nanos(t));
+                assert_eq!(window(found.start), found, "{size} {tz}");
+                assert_eq!(window(Timestamp::from_nanos(found.end.nanos() - 1)), found, "{size} {tz}");
+                assert_eq!(window(found.end).start, found.end, "{size} {tz}");
+            }
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(3000))]
         /// Every instant lies in exactly one window, and windows meet end to start.
@@ -562,23 +398,6 @@ mod tests {
             for window in windows {
                 prop_assert!(window.covers(pane), "{} {} {}", tz, shown(window), shown(pane));
             }
-        }
-
-        /// Windows that do not overlap partition time, around clock changes too.
-        #[test]
-        fn windows_that_hop_by_their_size_partition_time(around in 0usize..4, minutes in -4000i64..4000, zone in 0usize..7, kind in 0usize..7) {
-            let size = ["30m", "1h", "90m", "2h", "6h", "12h", "24h"][kind];
-            let changes = ["2026-03-29T01:00:00Z", "2026-10-25T01:00:00Z", "2026-04-04T15:00:00Z", "2011-12-30T10:00:00Z"];
-            let (tz, hopping) = (ZONES[zone], hopping(size, size).unwrap());
-            let window = |t: Timestamp| {
-                let windows = hopping.windows(hopping.pane(t, tz), tz);
-                prop_assert_eq!(windows.len(), 1, "{} {} at {}: {:?}", size, tz, t, windows.into_iter().map(shown).collect::<Vec<_>>());
-                Ok(windows[0])
-            };
-            let found = window(Timestamp::from_nanos(t(changes[around]).nanos() + minutes * MINUTE))?;
-            prop_assert_eq!(window(found.start)?, found);
-            prop_assert_eq!(window(Timestamp::from_nanos(found.end.nanos() - 1))?, found);
-            prop_assert_eq!(window(found.end)?.start, found.end);
         }
 
         #[test]

@@ -359,6 +359,27 @@ fn a_range_starts_by_the_time_of_messages_less_the_margin() {
     assert_eq!(offsets_read(&workspace), ["0..5"]);
 }
 
+/// A range begins at an offset: what lies before it is not read, and not repaired because it is not met.
+#[test]
+fn a_message_that_a_range_does_not_read_is_no_repaired_one() {
+    let Some(broker) = broker() else { return };
+    let topic = Topic::create(&broker, 1, &[]);
+    let workspace = workspace(&topic);
+    topic.produce(&[
+        Message::of("{broken").at("2026-01-03T10:00:00Z"),
+        event("e1", "2026-01-05T10:00:00Z", 1),
+        Message::of("{broken too").at("2026-01-05T11:00:00Z"),
+    ]);
+    let open = |run: serde_json::Value| {
+        let rows = workspace.query("SELECT event_time FROM dead_letters WHERE resolved_run_id IS NULL");
+        (run["dead_letters_resolved"].as_u64(), rows.len())
+    };
+    assert_eq!(open(workspace.run(&["--day", "2026-01-05"])), (Some(0), 1));
+    assert_eq!(open(workspace.run(&[])), (Some(0), 2));
+    assert_eq!(open(workspace.run(&["--day", "2026-01-05"])), (Some(0), 2));
+    assert_eq!(open(workspace.run(&["--full"])), (Some(0), 2));
+}
+
 #[test]
 fn a_snapshot_is_read_again_whatever_came_later() {
     let Some(broker) = broker() else { return };
