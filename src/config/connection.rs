@@ -116,12 +116,12 @@ impl<'p> Connections<'p> {
     pub fn clickhouse(&self) -> Result<ClickHouseConnection> {
         let raw = self.raw.clickhouse.clone().unwrap_or_default();
         let url = raw.url.ok_or_else(|| self.missing("clickhouse", "url", "http://localhost:8123"))?;
-        let settings = raw.settings.iter().map(|(name, value)| Ok((name.clone(), self.expand(value)?)));
+        let settings = raw.settings.iter().map(|(name, value)| Ok((name.clone(), self.expand(name, value)?)));
         Ok(ClickHouseConnection {
-            url: self.expand(&url)?,
-            user: raw.user.as_deref().map(|user| self.expand(user)).transpose()?,
-            password: raw.password.as_deref().map(|password| self.expand(password).map(Secret)).transpose()?,
-            database: self.expand(raw.database.as_deref().unwrap_or("default"))?,
+            url: self.expand("url", &url)?,
+            user: raw.user.as_deref().map(|user| self.expand("user", user)).transpose()?,
+            password: raw.password.as_deref().map(|password| self.expand("password", password).map(Secret)).transpose()?,
+            database: self.expand("database", raw.database.as_deref().unwrap_or("default"))?,
             settings: settings.collect::<Result<_>>()?,
         })
     }
@@ -131,8 +131,8 @@ impl<'p> Connections<'p> {
     pub fn kafka(&self) -> Result<KafkaConnection> {
         let raw = self.raw.kafka.clone().unwrap_or_default();
         let brokers = raw.brokers.ok_or_else(|| self.missing("kafka", "brokers", "localhost:9092"))?;
-        let properties = raw.properties.iter().map(|(name, value)| Ok((name.clone(), Secret(self.expand(value)?))));
-        Ok(KafkaConnection { brokers: self.expand(&brokers)?, properties: properties.collect::<Result<_>>()? })
+        let properties = raw.properties.iter().map(|(name, value)| Ok((name.clone(), Secret(self.expand(name, value)?))));
+        Ok(KafkaConnection { brokers: self.expand("brokers", &brokers)?, properties: properties.collect::<Result<_>>()? })
     }
 
     fn missing(&self, connection: &str, key: &str, example: &str) -> anyhow::Error {
@@ -144,15 +144,16 @@ impl<'p> Connections<'p> {
         ))
     }
 
-    /// Replaces `${env:NAME}`, `${env:NAME:-default}` and `${file:path}`.
+    /// Replaces `${env:NAME}`, `${env:NAME:-default}` and `${file:path}`. What `key` is set to may
+    /// be a secret: errors do not tell it.
     #[allow(clippy::disallowed_methods)]
-    fn expand(&self, text: &str) -> Result<String> {
+    fn expand(&self, key: &str, text: &str) -> Result<String> {
         let mut out = String::new();
         let mut rest = text;
         while let Some((before, after)) = rest.split_once("${") {
-            let (reference, after) = after
-                .split_once('}')
-                .ok_or_else(|| configuration(format!("{}: `{text}` has `${{` without `}}`", self.job.display())))?;
+            let (reference, after) = after.split_once('}').ok_or_else(|| {
+                configuration(format!("{}: `{key}` of a connection has `${{` without `}}`", self.job.display()))
+            })?;
             out.push_str(before);
             out.push_str(&match reference.split_once(':') {
                 Some(("env", name)) => {
@@ -170,7 +171,7 @@ impl<'p> Connections<'p> {
                 }
                 _ => {
                     return Err(configuration(format!(
-                        "{}: `${{{reference}}}` is unknown: use ${{env:NAME}} or ${{file:path}}",
+                        "{}: `{key}` of a connection has an unknown `${{…}}`: use ${{env:NAME}} or ${{file:path}}",
                         self.job.display()
                     )));
                 }

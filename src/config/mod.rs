@@ -232,8 +232,11 @@ impl Validator<'_> {
         }
         let name = &raw.job.value;
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-        if name.is_empty() || !name.chars().all(plain) {
-            return Err(self.error(&raw.job, format!("job `{name}` must be a name of letters, digits, `_`, `-` and `.`")));
+        if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
+            return Err(self.error(
+                &raw.job,
+                format!("job `{name}` must be a name of letters, digits, `_`, `-` and `.`, which does not begin with `.`"),
+            ));
         }
         let timezone = raw.timezone.as_ref().map_or(Ok(Tz::UTC), |zone| self.timezone(zone))?;
         let window = match &raw.window {

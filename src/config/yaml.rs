@@ -27,11 +27,24 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
 pub fn parse<T: DeserializeOwned>(text: &str, path: &Path) -> Result<T> {
     // `match: {country: NO}` is no boolean.
     let options = serde_saphyr::options! { strict_booleans: true };
-    serde_saphyr::from_str_with_options(text, options).map_err(|error| configuration(located(path, &error)))
+    serde_saphyr::from_str_with_options(text, options).map_err(|error| configuration(located(path, text, &error)))
+}
+
+/// The lines, from 1, that may hold secrets: those of `connections`.
+fn secret_lines(text: &str) -> Vec<usize> {
+    let mut is_secret = false;
+    let lines = (1..).zip(text.lines()).filter(|(_, line)| {
+        // A key at the margin begins something else.
+        if line.starts_with(|c: char| !c.is_whitespace() && c != '#') {
+            is_secret = line.starts_with("connections");
+        }
+        is_secret
+    });
+    lines.map(|(number, _)| number).collect()
 }
 
 /// `file:line:column: what is wrong`, then the excerpt under the file's own name.
-fn located(path: &Path, error: &serde_saphyr::Error) -> String {
+fn located(path: &Path, text: &str, error: &serde_saphyr::Error) -> String {
     let rendered = error.render();
     let (first, excerpt) = rendered.trim_end().split_once('\n').unwrap_or((rendered.trim_end(), ""));
     let mut message = first.strip_prefix("error: ").unwrap_or(first);
@@ -43,6 +56,12 @@ fn located(path: &Path, error: &serde_saphyr::Error) -> String {
     }
     // The caret alone: what it says stands in the first line.
     let excerpt = excerpt.lines().map(|line| line.strip_suffix(message).unwrap_or(line).trim_end());
-    let excerpt: String = excerpt.map(|line| format!("\n{}", line.replace("<input>", &path.display().to_string()))).collect();
+    let secrets = secret_lines(text);
+    let is_shown = |line: &&str| {
+        let number = line.split_once('|').and_then(|(number, _)| number.trim().parse().ok());
+        number.is_none_or(|number| !secrets.contains(&number))
+    };
+    let excerpt: String =
+        excerpt.filter(is_shown).map(|line| format!("\n{}", line.replace("<input>", &path.display().to_string()))).collect();
     format!("{place}: {message}{excerpt}")
 }

@@ -311,6 +311,8 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         }),
         _ => enrich_all(inputs, &context, (&splits, &keys.splits), &coverage, &mut timeline),
     }?;
+    // Promise 8: what was read in several passes is of one state.
+    inputs.source.check_unchanged(&splits)?;
     invariants::conservation(&seen.events, &seen.usage)?;
 
     // aggregate -> price

@@ -211,7 +211,7 @@ impl Columns {
     }
 
     fn read_csv(&mut self, path: &Path) -> Result<()> {
-        let input = with_end(File::open(path)?);
+        let (input, lines) = with_end(File::open(path)?);
         let mut reader = csv::ReaderBuilder::new().flexible(true).trim(csv::Trim::All).from_reader(input);
         let header = reader.headers()?.clone();
         let mut records = reader.records().collect::<Result<Vec<_>, _>>()?;
@@ -222,7 +222,7 @@ impl Columns {
             self.name_columns(&header)?;
         }
         for record in records {
-            let line = record.position().map_or(0, csv::Position::line);
+            let line = lines.of(record.position());
             ensure!(record.len() == header.len(), "line {line}: {} fields where the header has {}", record.len(), header.len());
             for (text, column) in record.iter().zip(&mut self.texts) {
                 column.push(Some(text.to_owned()));

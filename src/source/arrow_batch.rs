@@ -197,7 +197,12 @@ fn nanoseconds(
         _ => {
             let texts = plain_texts(array)?;
             let parse = |(row, text): (usize, Option<&str>)| {
-                checked(row, text?.parse().map_err(|error: crate::model::timestamp::TimestampError| error.to_string()))
+                checked(
+                    row,
+                    text.filter(|text| !text.is_empty())?
+                        .parse()
+                        .map_err(|error: crate::model::timestamp::TimestampError| error.to_string()),
+                )
             };
             Ok(texts.iter().enumerate().map(parse).collect())
         }
@@ -209,8 +214,28 @@ fn json_texts(array: &ArrayRef) -> Result<Texts> {
     if array.data_type().is_nested() { Ok(encoded(array)?.into()) } else { texts(array) }
 }
 
+/// Where a nested type holds bytes: nothing says that they are text, and JSON has none.
+fn bytes_in(data_type: &DataType, path: &str) -> Option<String> {
+    let inner = |field: &ArrowField| bytes_in(field.data_type(), &format!("{path}.{}", field.name()));
+    match data_type {
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView | DataType::FixedSizeBinary(_) => Some(path.to_owned()),
+        DataType::Struct(fields) => fields.iter().find_map(|field| inner(field)),
+        DataType::List(field)
+        | DataType::LargeList(field)
+        | DataType::ListView(field)
+        | DataType::LargeListView(field)
+        | DataType::FixedSizeList(field, _)
+        | DataType::Map(field, _) => inner(field),
+        DataType::Dictionary(_, values) => bytes_in(values, path),
+        _ => None,
+    }
+}
+
 /// A nested column as JSON text.
 fn encoded(array: &ArrayRef) -> Result<StringArray> {
+    if let Some(path) = bytes_in(array.data_type(), "it") {
+        bail!("{path} holds bytes: write them as text (UTF-8)");
+    }
     let field = Arc::new(ArrowField::new("properties", array.data_type().clone(), true));
     let options = EncoderOptions::default();
     let mut encoder = make_encoder(&field, array.as_ref(), &options)?;

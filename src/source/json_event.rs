@@ -43,6 +43,8 @@ pub(super) struct JsonEvents<'c> {
     columns: &'c ColumnMap,
     /// The keys to look for, in the order of [`Field::ALL`].
     names: [&'c str; 8],
+    /// Fields, by their places, that have the key of an earlier one: what is read for that is theirs too.
+    shared: Vec<(usize, usize)>,
 }
 
 /// The texts of an event's fields, in the order of [`Field::ALL`].
@@ -50,7 +52,10 @@ type Fields<'a> = [Option<Cow<'a, str>>; 8];
 
 impl<'c> JsonEvents<'c> {
     pub fn new(columns: &'c ColumnMap) -> Self {
-        Self { columns, names: Field::ALL.map(|field| columns.name(field)) }
+        let names = Field::ALL.map(|field| columns.name(field));
+        let first = |(at, name): (usize, &&str)| Some((at, names.iter().position(|other| other == name)?));
+        let shared = names.iter().enumerate().filter_map(first).filter(|(at, first)| first < at).collect();
+        Self { columns, names, shared }
     }
 
     /// Adds the event in `text`. What is no JSON object becomes a problem of its row.
@@ -83,6 +88,10 @@ impl<'c> JsonEvents<'c> {
             .deserialize(&mut reader)
             .and_then(|()| reader.end())
             .map_err(|error| error.to_string())?;
+        for (at, first) in &self.shared {
+            let value = found.standard.get(*first).copied().flatten();
+            found.standard.get_mut(*at).into_iter().for_each(|field| *field = value);
+        }
         found.fields(self.columns)
     }
 }

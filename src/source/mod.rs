@@ -169,6 +169,14 @@ pub trait EventSource: Sync {
         selection.span.is_none()
     }
 
+    /// Whether what was read is still there as it was when `splits` was made.
+    ///
+    /// # Errors
+    /// The first that changed meanwhile.
+    fn check_unchanged(&self, _splits: &[Split]) -> Result<()> {
+        Ok(())
+    }
+
     /// A split in at most so many slices that can be read each on its own; a single one where it
     /// is small or cannot be divided.
     fn slices(&self, split: &Split, _most: usize) -> Vec<Split> {

@@ -946,3 +946,32 @@ fn cloud_events_whose_binary_data_is_no_json_are_dead_letters_of_the_meters_that
         one_dead_letter(&workspace, "malformed_event", &[says]);
     }
 }
+
+/// Errors go to logs.
+#[test]
+fn passwords_are_in_no_error() {
+    for (connections, says) in [
+        ("  clickhouse: {url: \"http://127.0.0.1:1\", password: \"hunter2${x\"}", "`password` of a connection"),
+        ("  clickhouse: {url: \"http://127.0.0.1:1\", password: \"hunter2${x}\"}", "`password` of a connection"),
+        ("  clickhouse:\n    url: \"http://127.0.0.1:1\"\n    password: \"hunter2\"\n    databse: x", "databse"),
+        ("  clickhouse:\n    url: \"http://127.0.0.1:1\"\n    pasword: \"hunter2\"", "pasword"),
+    ] {
+        let workspace = healthy();
+        workspace.edit("job.yaml", "store: {kind: sqlite, path: trueup.db}", "store: {kind: clickhouse}");
+        let job = workspace.read("job.yaml");
+        workspace.write("job.yaml", format!("{job}\nconnections:\n{connections}\n"));
+        let outcome = workspace.trueup(&["check", "job.yaml"]);
+        outcome.fails_with(2, &["job.yaml", says]);
+        assert!(!outcome.stderr.contains("hunter2"), "{}", outcome.stderr);
+    }
+}
+
+/// The name is that of a folder, too.
+#[test]
+fn a_job_is_not_called_like_a_folder_above() {
+    for name in ["..", ".", ".hidden"] {
+        let workspace = healthy();
+        workspace.edit("job.yaml", "job: my_usage", &format!("job: \"{name}\""));
+        workspace.trueup(&["run", "job.yaml"]).fails_with(2, &["job.yaml", "does not begin with `.`"]);
+    }
+}

@@ -523,3 +523,97 @@ fn a_country_called_no_is_no_boolean() {
     workspace.edit("meters.yaml", "property: n,", "property: n, unpriced: yes,");
     workspace.trueup(&["check", "job.yaml"]).fails_with(2, &["meters.yaml:2"]);
 }
+
+/// A file that is replaced between two passes would be read as two: nothing is published then.
+#[test]
+fn a_file_that_changes_while_it_is_read_is_found() {
+    use trueup::model::columns::ColumnMap;
+    use trueup::source::files::{FilePattern, FileSource};
+    use trueup::source::{EventSource as _, Selection};
+
+    let workspace = job();
+    let patterns = vec![FilePattern::new(&workspace.path("events"), "*").unwrap()];
+    let source = FileSource::new(patterns, ColumnMap::default());
+    workspace.write("events/more.ndjson", event("more", "{}") + "\n");
+    let splits = source.splits(&Selection::default()).unwrap();
+    source.check_unchanged(&splits).unwrap();
+    // As many rows, but others.
+    workspace.write("events/other", event("e1", "{}") + "\n\n");
+    fs::rename(workspace.path("events/other"), workspace.path("events/more.ndjson")).unwrap();
+    let error = source.check_unchanged(&splits).unwrap_err().to_string();
+    assert!(error.contains("more.ndjson changed while it was read: run again"), "{error}");
+}
+
+/// Bytes have no JSON: as hexadecimal digits they would be billed.
+#[test]
+fn bytes_inside_of_parquet_properties_are_refused() {
+    use arrow::array::{BinaryArray, StructArray};
+    use arrow::datatypes::{DataType, Field};
+
+    let workspace = job();
+    let bytes: ArrayRef = Arc::new(BinaryArray::from(vec![b"12".as_slice(), b"7"]));
+    let properties = StructArray::from(vec![(Arc::new(Field::new("bytes", DataType::Binary, true)), bytes)]);
+    workspace.write_parquet("events/bytes.parquet", parquet_events(vec![("properties", Arc::new(properties))]));
+    run_refused(&workspace, 1, &["events/bytes.parquet", "`properties`", "it.bytes holds bytes: write them as text"]);
+}
+
+/// A customer may be the tenant.
+#[test]
+fn one_column_can_be_two_fields_in_every_format() {
+    let rows = |name: &str, write: &dyn Fn(&Workspace)| {
+        let workspace = job();
+        fs::remove_file(workspace.path("events/2026-01-01.ndjson")).unwrap();
+        workspace.edit("job.yaml", "  kind: files", "  kind: files\n  columns: {external_customer_id: tenant_id}");
+        workspace.edit("customers.csv", "acme", "demo");
+        write(&workspace);
+        let run = workspace.run(&[]);
+        assert_eq!(run["events"]["metered"], 1, "{name}: {run}");
+        workspace.query("SELECT meter_id, quantity FROM usage_windows ORDER BY 1")
+    };
+    let line = event("a", r#"{"status":200,"bytes":5}"#);
+    let ndjson = rows("ndjson", &|workspace| workspace.write("events/a.ndjson", &line));
+    let csv = rows("csv", &|workspace| {
+        let row = "demo,a,api.call,2026-01-01T12:00:00Z,\"{\"\"status\"\":200,\"\"bytes\"\":5}\"\n";
+        workspace.write("events/a.csv", format!("tenant_id,id,event_name,timestamp,properties\n{row}"));
+    });
+    assert_eq!(ndjson, csv);
+}
+
+#[test]
+fn an_empty_text_is_no_time_in_parquet_too() {
+    let workspace = job();
+    workspace.write_parquet("events/times.parquet", parquet_events(vec![("ingested_at", texts(["", "2026-01-02T00:00:00Z"]))]));
+    assert_eq!(workspace.run(&[])["dead_letters"]["malformed_event"], serde_json::Value::Null);
+}
+
+/// Lines end in one character or two, some are empty, and some lie inside of quotes.
+#[test]
+fn csv_lines_are_counted_as_editors_count_them() {
+    let row = |id: &str, time: &str| format!("demo,{id},api.call,acme,{time},");
+    let (good, bad) = (|id: &str| row(id, "2026-01-01T12:00:00Z"), |id: &str| row(id, "never"));
+    for (name, end) in [("lf", "\n"), ("crlf", "\r\n")] {
+        let quoted = "demo,q,api.call,acme,2026-01-01T12:00:00Z,\"{\n}\"".to_owned();
+        let lines = [
+            HEADER.trim_end().to_owned(),
+            good("a"),
+            bad("b"),
+            String::new(),
+            String::new(),
+            bad("c"),
+            quoted,
+            bad("d"),
+            bad("e"),
+        ];
+        let workspace = job();
+        workspace.write("events/lines.csv", lines.join(end));
+        workspace.run(&[]);
+        let letters = workspace.query("SELECT detail FROM dead_letters WHERE reason = 'malformed_event' ORDER BY event_id");
+        let found: Vec<_> =
+            letters.iter().map(|row| row["detail"].split(": ").next().unwrap().rsplit(' ').next().unwrap()).collect();
+        assert_eq!(found, ["3", "6", "9", "10"], "{name}: {letters:?}");
+        // Tables too.
+        workspace.write("customers.csv", workspace.read("customers.csv").replace('\n', end) + end + end + "demo,cus_9" + end);
+        let line = workspace.read("customers.csv").lines().count();
+        workspace.trueup(&["check", "job.yaml"]).fails_with(2, &[&format!("customers.csv: line {line}: 2 fields")]);
+    }
+}

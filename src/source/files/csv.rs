@@ -1,7 +1,10 @@
 //! CSV with a header; an empty field is null.
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::io::Read;
 use std::path::Path;
+use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
 
@@ -14,9 +17,64 @@ use crate::source::{BatchBuilder, EventBatch};
 /// it: if the last record is another one, the file ends inside quotes.
 pub const END: &str = "\u{1f}trueup: end of file\u{1f}";
 
-/// The file, then [`END`].
-pub fn with_end<R: Read>(input: R) -> impl Read {
-    input.chain(std::io::Cursor::new(format!("\n{END}\n")))
+/// The file, then [`END`]; and its lines.
+pub fn with_end<R: Read>(input: R) -> (impl Read, Lines) {
+    let lines = Lines::default();
+    let input = input.chain(std::io::Cursor::new(format!("\n{END}\n")));
+    (Counted { input, lines: lines.clone() }, lines)
+}
+
+/// Where lines end in what was read so far. The reader of records says where each begins, but
+/// before it has passed over empty lines and the second half of `\r\n`.
+#[derive(Debug, Clone, Default)]
+pub struct Lines(Rc<RefCell<LineEnds>>);
+
+#[derive(Debug, Default)]
+struct LineEnds {
+    /// Bytes read.
+    read: u64,
+    ends_in_return: bool,
+    /// Lines that lie before those of `ends`.
+    passed: u64,
+    /// Where a line's end begins, and where the next line does.
+    ends: VecDeque<(u64, u64)>,
+}
+
+impl Lines {
+    /// The line, from 1, in which a record begins that was found at `position`. Records come one
+    /// after the other.
+    pub fn of(&self, position: Option<&::csv::Position>) -> u64 {
+        let mut lines = self.0.borrow_mut();
+        let mut byte = position.map_or(0, ::csv::Position::byte);
+        while let Some((_, next)) = lines.ends.front().copied().filter(|(end, _)| *end <= byte) {
+            byte = byte.max(next);
+            lines.passed += 1;
+            lines.ends.pop_front();
+        }
+        lines.passed + 1
+    }
+}
+
+/// Notes where lines end.
+struct Counted<R> {
+    input: R,
+    lines: Lines,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.input.read(buffer)?;
+        let bytes = buffer.get(..read).unwrap_or_default();
+        let lines = &mut *self.lines.0.borrow_mut();
+        for at in memchr::memchr_iter(b'\n', bytes) {
+            let before = at.checked_sub(1).map_or(lines.ends_in_return, |before| bytes.get(before) == Some(&b'\r'));
+            let end = lines.read + at as u64;
+            lines.ends.push_back((end.saturating_sub(u64::from(before)), end + 1));
+        }
+        lines.read += read as u64;
+        lines.ends_in_return = bytes.last().map_or(lines.ends_in_return, |last| *last == b'\r');
+        Ok(read)
+    }
 }
 
 /// The message for a file without its [`END`].
@@ -45,7 +103,7 @@ pub(super) fn read(
     columns: &ColumnMap,
     sink: &mut dyn FnMut(&EventBatch) -> Result<()>,
 ) -> Result<()> {
-    let input = with_end(input);
+    let (input, lines) = with_end(input);
     let mut reader = ::csv::ReaderBuilder::new().flexible(true).buffer_capacity(256 * 1024).from_reader(input);
     let header = reader.headers().with_context(|| format!("events file {}: its header", path.display()))?.clone();
     if header.iter().any(|name| name.contains(END)) && !is_end(header.as_byte_record()) {
@@ -63,7 +121,7 @@ pub(super) fn read(
     while more {
         more = advance(&mut next)?;
         if more {
-            let line = record.position().map_or(0, ::csv::Position::line);
+            let line = lines.of(record.position());
             push_record(&mut builder, &record, header.len(), places, || format!("{} line {line}", path.display()));
             std::mem::swap(&mut record, &mut next);
         }
@@ -72,7 +130,7 @@ pub(super) fn read(
         }
     }
     if !is_end(&record) {
-        let line = record.position().map_or(1, ::csv::Position::line);
+        let line = lines.of(record.position());
         bail!("events file {} {UNCLOSED} (the record that begins in line {line})", path.display());
     }
     sink(&builder.finish())

@@ -144,12 +144,10 @@ impl EventSource for FileSource {
         let mut splits = Vec::new();
         for path in self.files()? {
             let (format, compression) = format_of(&path)?;
-            let metadata = path.metadata().with_context(|| format!("events file {}", path.display()))?;
-            let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
             let split = Split {
                 name: path.display().to_string(),
                 identity: path.canonicalize().unwrap_or_else(|_| path.clone()).display().to_string(),
-                fingerprint: format!("{}:{}", metadata.len(), modified.map_or(0, |since| since.as_nanos())),
+                fingerprint: fingerprint(&path)?,
                 evidence: None,
                 announced_rows: None,
                 part: Part::Whole,
@@ -161,6 +159,16 @@ impl EventSource for FileSource {
             }
         }
         Ok(splits)
+    }
+
+    fn check_unchanged(&self, splits: &[Split]) -> Result<()> {
+        // The splits of a file follow each other.
+        for split in splits.chunk_by(|a, b| a.name == b.name).filter_map(<[Split]>::first) {
+            if fingerprint(Path::new(&split.name))? != split.fingerprint {
+                bail!("{} changed while it was read: run again", split.name);
+            }
+        }
+        Ok(())
     }
 
     fn slices(&self, split: &Split, most: usize) -> Vec<Split> {
@@ -189,6 +197,13 @@ impl EventSource for FileSource {
         self.read(split, Wanted::Whole, sink)?;
         Ok(0)
     }
+}
+
+/// Changes when a file does: its length and time.
+fn fingerprint(path: &Path) -> Result<String> {
+    let metadata = path.metadata().with_context(|| format!("events file {}", path.display()))?;
+    let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    Ok(format!("{}:{}", metadata.len(), modified.map_or(0, |since| since.as_nanos())))
 }
 
 /// The text without the byte order mark that some programs write first.
