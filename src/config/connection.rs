@@ -170,8 +170,11 @@ impl<'p> Connections<'p> {
                     content.trim_end_matches(['\r', '\n']).to_owned()
                 }
                 _ => {
+                    // What is a reference as a whole is no secret itself.
+                    let is_reference = reference.contains(':') && text.len() == reference.len() + "${}".len();
+                    let shown = if is_reference { text } else { "${…}" };
                     return Err(configuration(format!(
-                        "{}: `{key}` of a connection has an unknown `${{…}}`: use ${{env:NAME}} or ${{file:path}}",
+                        "{}: `{key}` of a connection: `{shown}` is unknown: use ${{env:NAME}} or ${{file:path}}",
                         self.job.display()
                     )));
                 }
