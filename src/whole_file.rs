@@ -98,4 +98,14 @@ mod tests {
         write(folder.path(), |_| Ok(())).unwrap_err();
         assert_eq!(names(folder.path()), [""; 0]);
     }
+
+    #[test]
+    fn a_link_to_nothing_yet_stays_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink("target", &link).unwrap();
+        write(&link, |out| out.write_all(b"new")).unwrap();
+        assert_eq!(names(folder.path()), ["link", "target"]);
+        assert_eq!(fs::read_link(&link).unwrap(), Path::new("target"));
+    }
 }

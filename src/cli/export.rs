@@ -41,10 +41,6 @@ enum ExportFormat {
     Parquet,
 }
 
-/// Columns that hold whole numbers; the others are text, as decimals must be.
-const INTEGERS: [&str; 7] =
-    ["event_count", "event_count_before", "event_count_after", "version", "occurrences", "row_digest", "after_digest"];
-
 pub fn execute(session: &Session, arguments: &ExportArguments) -> Result<u8> {
     let job = session.job(&arguments.job)?;
     let table = Table::NAMES.iter().find(|(name, _)| *name == arguments.table).map(|(_, table)| *table);
@@ -110,7 +106,7 @@ fn write_parquet(columns: &[String], rows: &[Vec<Cell>], out: &mut Vec<u8>) -> R
     let mut arrays: Vec<ArrayRef> = Vec::new();
     for (at, name) in columns.iter().enumerate() {
         let cells = rows.iter().map(|row| row.get(at).unwrap_or(&Cell::Null));
-        if INTEGERS.contains(&name.as_str()) {
+        if Table::INTEGERS.contains(&name.as_str()) {
             let mut builder = Int64Builder::new();
             cells.for_each(|cell| builder.append_option(if let Cell::Integer(value) = cell { Some(*value) } else { None }));
             fields.push(Field::new(name, DataType::Int64, true));

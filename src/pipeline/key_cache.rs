@@ -21,7 +21,7 @@ pub struct KeyCache {
     pub writes: bool,
 }
 
-/// Changes with how keys are made: 2 since tenant and id are read whatever fields make the key.
+/// Changes when the same rows get other keys: kept ones are of no use then.
 const VERSION: u32 = 2;
 
 /// The hashes that repeat, in a file of their own.

@@ -174,6 +174,10 @@ impl Table {
         ("runs", Table::Runs),
     ];
 
+    /// Columns that hold whole numbers, in any table; the others are text, as decimals must be.
+    pub const INTEGERS: [&str; 7] =
+        ["event_count", "event_count_before", "event_count_after", "version", "occurrences", "row_digest", "after_digest"];
+
     pub fn name(self) -> &'static str {
         Self::NAMES.iter().find(|(_, table)| *table == self).map_or("", |(name, _)| name)
     }

@@ -167,7 +167,7 @@ pub fn period_entry(row: &dyn Cells) -> Result<PeriodEntry> {
         run_id: string(row, "run_id")?,
         key: period_key(row)?,
         recorded_at: parsed(row, "recorded_at")?,
-        // As above.
+        // Nor this one.
         kind: row.cell("kind").ok().flatten().map_or_else(|| PERIOD_CHANGE.to_owned(), Cow::into_owned),
         before: string(row, "row_before")?,
         after: string(row, "row_after")?,

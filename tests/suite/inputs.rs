@@ -524,24 +524,33 @@ fn a_country_called_no_is_no_boolean() {
     workspace.trueup(&["check", "job.yaml"]).fails_with(2, &["meters.yaml:2"]);
 }
 
-/// A file that is replaced between two passes would be read as two: nothing is published then.
+/// Replaces a file once the keys are read.
+struct Replacing<'w>(&'w Workspace);
+
+impl trueup::pipeline::Observer for Replacing<'_> {
+    fn step(&self, name: &'static str, _: Option<u64>) {
+        if name == "enrich" {
+            self.0.write("other", event("e1", "{}") + "\n");
+            fs::rename(self.0.path("other"), self.0.path("events/more.ndjson")).unwrap();
+        }
+    }
+
+    fn rows(&self, _: u64) {}
+}
+
+/// A file that is replaced between two passes would be read as two, and copies of the one and the
+/// other counted both: nothing is published.
 #[test]
 fn a_file_that_changes_while_it_is_read_is_found() {
-    use trueup::model::columns::ColumnMap;
-    use trueup::source::files::{FilePattern, FileSource};
-    use trueup::source::{EventSource as _, Selection};
-
     let workspace = job();
-    let patterns = vec![FilePattern::new(&workspace.path("events"), "*").unwrap()];
-    let source = FileSource::new(patterns, ColumnMap::default());
     workspace.write("events/more.ndjson", event("more", "{}") + "\n");
-    let splits = source.splits(&Selection::default()).unwrap();
-    source.check_unchanged(&splits).unwrap();
-    // As many rows, but others.
-    workspace.write("events/other", event("e1", "{}") + "\n\n");
-    fs::rename(workspace.path("events/other"), workspace.path("events/more.ndjson")).unwrap();
-    let error = source.check_unchanged(&splits).unwrap_err().to_string();
-    assert!(error.contains("more.ndjson changed while it was read: run again"), "{error}");
+    let job = trueup::config::Job::load(&workspace.path("job.yaml")).unwrap();
+    let observer = Replacing(&workspace);
+    let options = trueup::ends::RunOptions { threads: 2, yes: false, started_by: "test", snapshot: None, progress: &observer };
+    let error = trueup::ends::run(&job, &trueup::pipeline::Request::default(), &options).unwrap_err();
+    assert!(error.to_string().contains("more.ndjson changed while it was read: run again"), "{error:#}");
+    assert!(workspace.dump().into_iter().flatten().all(|rows| rows.is_empty()), "something was written");
+    assert_eq!(workspace.run(&[])["events"]["duplicates"], 2);
 }
 
 /// Bytes have no JSON: as hexadecimal digits they would be billed.

@@ -217,3 +217,16 @@ fn what_settles_later_than_a_run_looks_back_is_not_computed() {
     assert_eq!(rows(&workspace.run(&[])), [0; 5]);
     assert_eq!(quantities(&workspace), ["1"]);
 }
+
+/// What is gone from a table does not take history back.
+#[test]
+fn beyond_the_horizon_a_subscription_that_is_gone_keeps_its_rows() {
+    let workspace = workspace("lateness: {horizon: 5d}");
+    call(&workspace, "old", Duration::days(10));
+    call(&workspace, "recent", Duration::days(2));
+    workspace.run(&[]);
+    workspace.edit("subscriptions.csv", "t,s,a,pro,EUR,day,2020-01-01\n", "");
+    assert_eq!(rows(&workspace.run(&["--yes"])), [0, 0, 1, 0, 1]);
+    assert_eq!(quantities(&workspace), ["1"]);
+    assert_eq!(rows(&workspace.run(&["--yes"]))[4], 0);
+}

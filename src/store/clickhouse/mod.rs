@@ -252,7 +252,9 @@ impl AggregateStore for ClickHouseStore {
             let cell = |(name, cell): (&String, Option<String>)| -> Result<Cell> {
                 Ok(match cell {
                     None => Cell::Null,
-                    Some(text) if rows::INTEGERS.contains(&name.as_str()) => text.parse().map_or(Cell::Text(text), Cell::Integer),
+                    Some(text) if Table::INTEGERS.contains(&name.as_str()) => {
+                        text.parse().map_or(Cell::Text(text), Cell::Integer)
+                    }
                     // As every store writes instants: without a fraction of zeros.
                     Some(text) if rows::INSTANTS.contains(&name.as_str()) => Cell::Text(text.parse::<Timestamp>()?.to_string()),
                     Some(text) => Cell::Text(text),

@@ -5,11 +5,6 @@ use serde_json::{Value, json};
 use crate::model::aggregate::{Correction, PeriodCorrection, PeriodKey, PeriodRow, Values, WindowKey, WindowRow};
 use crate::model::run::{RunRecord, after_digest, causes_json, period_json, period_texts, replaced_json, row_digest};
 use crate::store::{Publication, StoredDeadLetter, letters};
-
-/// Columns that hold whole numbers, in any table.
-pub const INTEGERS: [&str; 7] =
-    ["event_count", "event_count_before", "event_count_after", "version", "occurrences", "row_digest", "after_digest"];
-
 /// Columns that hold instants, in any table.
 pub const INSTANTS: [&str; 12] = [
     "window_start",
