@@ -9,7 +9,7 @@ use std::sync::Arc;
 use chrono_tz::Tz;
 use divan::Bencher;
 use divan::counter::ItemsCount;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use trueup::config::{Deduplicate, Keep};
 use trueup::model::aggregate::{Basis, PeriodKey, StoredWindow, WindowKey, WindowRow};
 use trueup::model::decimal::Decimal;
@@ -177,6 +177,7 @@ fn computed(rows: &[Arc<WindowRow>]) -> Vec<PricedWindow> {
 fn compare(stored: &[StoredWindow], computed: &[PricedWindow]) -> Reconciliation {
     let evidence = Evidence {
         runs: &[],
+        taken_back: FxHashSet::default(),
         basis: &RunBasis::default(),
         withdrawn: &FxHashMap::default(),
         sessions: SessionChanges::default(),

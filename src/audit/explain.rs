@@ -340,11 +340,11 @@ impl<'r> Answer<'_, 'r> {
             if self.asked.of_period {
                 // Why a period changed, its windows tell.
                 let changes = history.get_mut(&of_period(entry.key.period)).into_iter().flatten();
-                for change in changes.filter(|change| change.run_id == entry.run_id) {
+                for change in changes.filter(|change| change.run_id == *entry.run_id) {
                     causes.iter().for_each(|(cause, count)| *change.causes.entry(cause.clone()).or_default() += count);
                 }
             } else if self.is_asked(&entry.key.period) && wants(&entry.key, start) {
-                let (run, run_id, kind) = (run(&entry.run_id), entry.run_id, entry.kind);
+                let (run, run_id, kind) = (run(&entry.run_id), entry.run_id.to_string(), entry.kind.to_string());
                 let change = Change { run_id, run, kind, causes, before: entry.before, after: entry.after };
                 history.entry(entry.key).or_default().push(change);
             }

@@ -193,7 +193,7 @@ impl Owner {
     /// Before the correction.
     fn before(entry: &LedgerEntry) -> Result<Owner> {
         match entry.replaced.as_str() {
-            "" => Ok(Owner { customer_id: entry.customer_id.clone(), currency: entry.currency.clone() }),
+            "" => Ok(Owner { customer_id: entry.customer_id.to_string(), currency: entry.currency.to_string() }),
             row => serde_json::from_str(row).with_context(|| entry.correction_id.clone()),
         }
     }
@@ -225,8 +225,8 @@ impl Collector {
         let [before, after] = [entry.before, entry.after].map(|values| values.map(|values| values.cost));
         let change = after.unwrap_or_default().checked_sub(before.unwrap_or_default())?;
         let causes: BTreeMap<String, u64> = serde_json::from_str(&entry.causes).with_context(|| entry.correction_id.clone())?;
-        let currency = entry.currency.clone();
-        if entry.kind == CorrectionKind::Adjust.name() {
+        let currency = entry.currency.to_string();
+        if entry.is_adjustment() {
             self.adjusted.entry(currency).or_default().add(change);
             self.adjustments.push(Changed { entry, causes, change });
             return Ok(());

@@ -168,7 +168,7 @@ impl Writer<'_> {
             let Changed { entry, causes, change } = changed;
             vec![
                 format!("    {}", entry.kind),
-                entry.customer_id.clone(),
+                entry.customer_id.to_string(),
                 describe(&entry.key),
                 quantity(entry.before),
                 quantity(entry.after),

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use rustc_hash::FxHashSet;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use xxhash_rust::xxh3::xxh3_64;
@@ -138,6 +139,24 @@ impl RunRecord {
     pub fn is_of_everything(&self) -> bool {
         let mode = self.counts.get("coverage").and_then(|coverage| coverage.get("mode")).and_then(serde_json::Value::as_str);
         self.mode.computes() && matches!(mode, Some("full" | "incremental"))
+    }
+
+    /// The run that this one took back.
+    pub fn reverted(&self) -> Option<&str> {
+        let run_id = self.counts.get("reverted").filter(|_| self.mode == RunMode::Revert);
+        run_id.and_then(serde_json::Value::as_str)
+    }
+
+    /// Those of `runs`, oldest first, that later ones took back, and nobody restored since.
+    pub fn taken_back(runs: &[RunRecord]) -> FxHashSet<&str> {
+        let mut taken_back = FxHashSet::default();
+        // The last one stands: whether one before it does is known when it comes up.
+        for run in runs.iter().rev().filter(|run| run.mode == RunMode::Revert) {
+            if let Some(reverted) = run.reverted().filter(|_| !taken_back.contains(run.run_id.as_str())) {
+                taken_back.insert(reverted);
+            }
+        }
+        taken_back
     }
 }
 

@@ -2,7 +2,6 @@
 //! no stored row.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use anyhow::Result;
 
@@ -117,9 +116,9 @@ pub fn recorded(
         if !wants(&entry.key.period) {
             return Ok(());
         }
-        if entry.kind == CorrectionKind::Adjust.name() {
-            let (customer_id, currency) = (Arc::from(entry.customer_id), Arc::from(entry.currency));
-            last.insert(entry.key, Adjustment(entry.after.map(|values| Said { customer_id, currency, values })));
+        if entry.is_adjustment() {
+            let said = |values| Said { customer_id: entry.customer_id, currency: entry.currency, values };
+            last.insert(entry.key, Adjustment(entry.after.map(said)));
         } else {
             last.remove(&entry.key);
         }

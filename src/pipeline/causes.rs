@@ -18,6 +18,8 @@ use crate::reference::Reference;
 /// What earlier runs and definitions say about causes.
 pub struct Evidence<'e> {
     pub runs: &'e [RunRecord],
+    /// As [`RunRecord::taken_back`].
+    pub taken_back: FxHashSet<&'e str>,
     pub basis: &'e RunBasis,
     /// News of windows that lost events.
     pub withdrawn: &'e FxHashMap<WindowKey, News>,
@@ -124,7 +126,7 @@ impl Judge<'_> {
             }
         };
         // A digest on the row can be old news: the last run that computed it tells.
-        let then = self.covering_run(is).map(|run| &run.basis.reference);
+        let then = self.covering_run(before).map(|run| &run.basis.reference);
         let now = &self.evidence.basis.reference;
         let since = |table: fn(&ReferenceDigests) -> &String| then.is_none_or(|then| table(then) != table(now));
         let price_changed = was.cost != is.cost && was.basis.price != is.basis.price && since(|tables| &tables.prices);
@@ -167,7 +169,9 @@ impl Judge<'_> {
     /// The causes, and whether they are proved.
     pub fn insert(&self, after: &PricedWindow) -> (Causes, bool) {
         let key = &after.row.key;
-        let Some(run) = self.covering_run(&after.row) else {
+        // Of a row that is not there, what was taken back tells nothing.
+        let stands = |run: &RunRecord| !self.evidence.taken_back.contains(run.run_id.as_str());
+        let Some(run) = self.last_covering(&after.row, self.evidence.runs, stands) else {
             return (Causes::from([(Cause::FirstComputation, after.row.event_count)]), true);
         };
         let mut causes = self.news(key, after.news.all());
@@ -216,7 +220,7 @@ impl Judge<'_> {
         };
         // A digest on the row can be old news: the last run that computed it tells. What was
         // found then and left as it was, in a closed period, is told by the run that wrote the row.
-        let computed = self.covering_run(&before.row).map(|run| &run.basis);
+        let computed = self.covering_run(before).map(|run| &run.basis);
         let bases = [computed, self.basis_of(&before.run_id)].into_iter().flatten();
         causes.extend(bases.map(since).find(|causes| !causes.is_empty()).unwrap_or_default());
         let proved = !causes.is_empty();
@@ -267,9 +271,24 @@ impl Judge<'_> {
         self.evidence.runs.iter().find(|run| run.run_id == run_id).map(|run| &run.basis)
     }
 
-    /// The last run that computed this row's window: it covers the window, was about
+    /// The last run that computed the window of a stored row as it is. Where the row was restored,
+    /// that was before the run that was taken back.
+    fn covering_run(&self, stored: &StoredWindow) -> Option<&RunRecord> {
+        let runs = self.evidence.runs;
+        let at = |run_id: &str| runs.iter().position(|run| run.run_id == run_id);
+        let reverted = at(&stored.run_id).and_then(|by| runs.get(by)?.reverted()).and_then(at);
+        let until = reverted.unwrap_or(runs.len());
+        self.last_covering(&stored.row, runs.get(..until).unwrap_or_default(), |_| true)
+    }
+
+    /// The last of some runs that computed this row's window: it covers the window, was about
     /// this part of the job, and came after the window began.
-    fn covering_run(&self, row: &WindowRow) -> Option<&RunRecord> {
+    fn last_covering<'r>(
+        &self,
+        row: &WindowRow,
+        runs: &'r [RunRecord],
+        wants: impl Fn(&RunRecord) -> bool,
+    ) -> Option<&'r RunRecord> {
         let covers = |run: &&RunRecord| {
             let period = &row.key.period;
             let began = |until: Option<Timestamp>| until.is_none_or(|until| row.key.window_start <= until);
@@ -277,8 +296,9 @@ impl Judge<'_> {
                 && run.basis.scope.holds(&period.tenant_id, &row.customer_id, &period.meter_id)
                 && began(run.input.events_until)
                 && began(run.input.ingested_until)
+                && wants(run)
         };
-        self.evidence.runs.iter().rev().find(covers)
+        runs.iter().rev().find(covers)
     }
 }
 

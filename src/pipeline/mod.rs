@@ -387,6 +387,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         let is_session = |key: &PeriodKey| session_meters.contains(&*key.meter_id);
         let evidence = Evidence {
             runs: &past.runs,
+            taken_back: RunRecord::taken_back(&past.runs),
             basis: &basis,
             withdrawn: &withdrawn,
             sessions: SessionChanges::find(&stored.windows, &priced.windows, &withdrawn, is_session),

@@ -13,7 +13,7 @@ use super::letters::{OpenDeadLetters, VisitedLetters};
 use super::price::{Priced, PricedWindow};
 use super::{Inputs, Request};
 use crate::config::Job;
-use crate::model::aggregate::{CorrectionKind, DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, WindowKey};
+use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, WindowKey};
 use crate::model::basis::Scope;
 use crate::model::run::{InputFile, RunBasis, RunRecord};
 use crate::model::timestamp::Timestamp;
@@ -122,7 +122,10 @@ impl Past {
     /// (in a run of a part of the job) what belongs to others.
     pub fn coverage(&self, reach: Span) -> Vec<Coverage<'_>> {
         let mut coverage: Vec<Coverage<'_>> = Vec::new();
-        for run in self.runs.iter().rev().filter(|run| run.basis.scope.is_whole()) {
+        // What a run found that was taken back is news again.
+        let taken_back = RunRecord::taken_back(&self.runs);
+        let stands = |run: &&RunRecord| run.basis.scope.is_whole() && !taken_back.contains(run.run_id.as_str());
+        for run in self.runs.iter().rev().filter(stands) {
             let Some(range) = run.range.filter(|range| range.overlaps(reach)) else { continue };
             if coverage.iter().any(|later| later.range.covers(range)) {
                 continue;
@@ -309,7 +312,7 @@ impl Stored {
 pub fn ledger_rows(store: &dyn AggregateStore, job: &str) -> Result<FxHashSet<WindowKey>> {
     let mut rows = FxHashSet::default();
     store.ledger(job, &mut |entry| {
-        if entry.kind == CorrectionKind::Adjust.name() {
+        if entry.is_adjustment() {
             return Ok(());
         }
         if entry.after.is_some() {

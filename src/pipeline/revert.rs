@@ -171,12 +171,12 @@ pub fn revert(
 fn window_changes(store: &dyn AggregateStore, job: &str, run_id: &str) -> Result<BTreeMap<WindowKey, WindowChange>> {
     let mut changes: BTreeMap<WindowKey, WindowChange> = BTreeMap::new();
     store.ledger(job, &mut |entry| {
-        if entry.kind == CorrectionKind::Adjust.name() {
+        if entry.is_adjustment() {
             return Ok(());
         }
         match changes.get_mut(&entry.key) {
-            Some(change) if entry.run_id != run_id => change.later = Some(entry.run_id),
-            None if entry.run_id == run_id => {
+            Some(change) if *entry.run_id != *run_id => change.later = Some(entry.run_id.to_string()),
+            None if *entry.run_id == *run_id => {
                 let before = entry.before.map(|_| entry.replaced);
                 changes.insert(entry.key, WindowChange { before, later: None });
             }

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::model::aggregate::{
-    Correction, CorrectionKind, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Values,
+    Correction, CorrectionKind, DeadLetter, DeadLetterKey, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Text, Values,
     WindowKey, WindowRow,
 };
 use crate::model::run::{LedgerDigests, RunRecord};
@@ -65,13 +65,13 @@ pub struct StoredDeadLetter {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LedgerEntry {
     pub correction_id: String,
-    pub run_id: String,
+    pub run_id: Text,
     pub key: WindowKey,
-    pub customer_id: String,
-    pub currency: String,
-    pub kind: String,
+    pub customer_id: Text,
+    pub currency: Text,
+    pub kind: Text,
     /// JSON, as written.
-    pub causes: String,
+    pub causes: Text,
     pub before: Option<Values>,
     pub after: Option<Values>,
     /// JSON of the row that was replaced, as written; empty where there was none.
@@ -95,6 +95,13 @@ pub struct PeriodEntry {
     pub before: String,
     pub after: String,
     pub row_digest: i64,
+}
+
+impl LedgerEntry {
+    /// Whether it changes no row: what one of a closed period should be.
+    pub fn is_adjustment(&self) -> bool {
+        *self.kind == *CorrectionKind::Adjust.name()
+    }
 }
 
 impl PeriodEntry {
@@ -147,7 +154,7 @@ impl Corrections<'_> {
             Corrections::OfMeter { tenant_id, subscription_id, meter_id } => {
                 *period.tenant_id == *tenant_id && *period.subscription_id == *subscription_id && *period.meter_id == *meter_id
             }
-            Corrections::OfRun(run_id) => entry.run_id == run_id,
+            Corrections::OfRun(run_id) => *entry.run_id == *run_id,
         }
     }
 }
@@ -267,6 +274,9 @@ pub trait AggregateStore {
 
     /// Aggregates whose window touches `span`, sorted by key.
     fn windows(&self, job: &str, span: Span) -> Result<Vec<StoredWindow>>;
+
+    /// All aggregates, in any order; none is kept.
+    fn each_window(&self, job: &str, each: &mut dyn FnMut(StoredWindow) -> Result<()>) -> Result<()>;
 
     /// Period rows whose period touches `span`, sorted by key.
     fn periods(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>>;

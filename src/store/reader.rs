@@ -1,5 +1,5 @@
-//! Readers of the aggregates' tables. There are many rows: cells are found by their place, and
-//! what repeats is shared.
+//! Readers of the aggregates' tables and of their ledger. There are many rows: cells are found by
+//! their place, and what repeats is shared.
 
 use std::borrow::Cow;
 use std::str::FromStr;
@@ -8,8 +8,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use rustc_hash::FxHashSet;
 
+use super::LedgerEntry;
 use super::rows::Cells;
-use crate::model::aggregate::{Basis, PeriodKey, PeriodRow, StoredWindow, Text, WindowKey, WindowRow};
+use crate::model::aggregate::{Basis, PeriodKey, PeriodRow, StoredWindow, Text, Values, WindowKey, WindowRow};
 use crate::model::digest::SetDigest;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
@@ -141,6 +142,117 @@ impl PeriodReader {
     }
 }
 
+/// Reads rows of `corrections`.
+#[derive(Debug, Default)]
+pub struct LedgerReader {
+    texts: FxHashSet<Text>,
+    last: Option<LastEntry>,
+    /// Where the columns stand, once a row was seen: a store that an older version wrote last
+    /// lacks some.
+    places: Option<[Option<usize>; LedgerReader::COLUMNS.len()]>,
+}
+
+/// What the next correction mostly has too.
+#[derive(Debug)]
+struct LastEntry {
+    run_id: Text,
+    period: Arc<PeriodKey>,
+    customer_id: Text,
+    currency: Text,
+    kind: Text,
+    causes: Text,
+}
+
+impl LedgerReader {
+    /// In the order in which they are read.
+    const COLUMNS: [&str; 23] = [
+        "correction_id",
+        "run_id",
+        "tenant_id",
+        "subscription_id",
+        "meter_id",
+        "price_id",
+        "dimensions",
+        "period_start",
+        "window_start",
+        "customer_id",
+        "currency",
+        "kind",
+        "causes",
+        "quantity_before",
+        "cost_before",
+        "event_count_before",
+        "quantity_after",
+        "cost_after",
+        "event_count_after",
+        "replaced",
+        "row_digest",
+        "recorded_at",
+        "after_digest",
+    ];
+
+    /// All rows must have their columns in the same order, whichever that is.
+    pub fn read(&mut self, row: &dyn Cells) -> Result<LedgerEntry> {
+        let places = *self.places.get_or_insert_with(|| LedgerReader::COLUMNS.map(|column| row.place(column)));
+        let row = &Placed { row, places: &places };
+        let correction_id = row.cell_at(0)?.context("column correction_id is NULL")?.into_owned();
+        self.read_of(row, &correction_id).with_context(|| correction_id)
+    }
+
+    fn read_of(&mut self, row: &dyn Cells, correction_id: &str) -> Result<LedgerEntry> {
+        let mut cells = NextCells { row, columns: &LedgerReader::COLUMNS, place: 1, texts: &mut self.texts };
+        let last = self.last.as_ref();
+        let run_id = cells.text(last.map(|last| &last.run_id))?;
+        let last_period = last.map(|last| &last.period);
+        let period = cells.period_key(last_period.map(|period| &**period))?;
+        let period = last_period.filter(|last| ***last == period).map_or_else(|| Arc::new(period), Arc::clone);
+        let read = LedgerEntry {
+            correction_id: correction_id.to_owned(),
+            run_id,
+            key: WindowKey { period, window_start: cells.parsed()? },
+            customer_id: cells.text(last.map(|last| &last.customer_id))?,
+            currency: cells.text(last.map(|last| &last.currency))?,
+            kind: cells.text(last.map(|last| &last.kind))?,
+            causes: cells.text(last.map(|last| &last.causes))?,
+            before: cells.values()?,
+            after: cells.values()?,
+            replaced: cells.next()?.into_owned(),
+            row_digest: cells.integer()?,
+            recorded_at: cells.parsed()?,
+            after_digest: cells.optional()?,
+        };
+        self.last = Some(LastEntry {
+            run_id: Text::clone(&read.run_id),
+            period: Arc::clone(&read.key.period),
+            customer_id: Text::clone(&read.customer_id),
+            currency: Text::clone(&read.currency),
+            kind: Text::clone(&read.kind),
+            causes: Text::clone(&read.causes),
+        });
+        Ok(read)
+    }
+}
+
+/// A row whose columns stand in another order, or not at all.
+struct Placed<'r> {
+    row: &'r dyn Cells,
+    places: &'r [Option<usize>],
+}
+
+impl Cells for Placed<'_> {
+    fn place(&self, column: &str) -> Option<usize> {
+        self.row.place(column)
+    }
+
+    fn cell_at(&self, place: usize) -> Result<Option<Cow<'_, str>>> {
+        self.places.get(place).copied().flatten().map_or(Ok(None), |place| self.row.cell_at(place))
+    }
+
+    fn integer_at(&self, place: usize) -> Result<Option<i64>> {
+        self.places.get(place).copied().flatten().map_or(Ok(None), |place| self.row.integer_at(place))
+    }
+}
+
 /// The cells of a row, one after the other.
 struct NextCells<'r> {
     row: &'r dyn Cells,
@@ -232,6 +344,19 @@ impl<'r> NextCells<'r> {
     {
         let cell = self.next()?;
         cell.parse().with_context(|| format!("column {} holds `{cell}`", self.column()))
+    }
+
+    /// Who altered one of them alone altered the row: its digest tells.
+    fn values(&mut self) -> Result<Option<Values>> {
+        let (quantity, cost, event_count) = (self.optional()?, self.optional()?, self.optional()?);
+        if quantity.is_none() && cost.is_none() && event_count.is_none() {
+            return Ok(None);
+        }
+        Ok(Some(Values {
+            quantity: quantity.unwrap_or_default(),
+            cost: cost.unwrap_or_default(),
+            event_count: event_count.unwrap_or_default(),
+        }))
     }
 
     fn optional<T: FromStr>(&mut self) -> Result<Option<T>>

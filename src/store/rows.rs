@@ -7,17 +7,24 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use super::{LedgerEntry, PeriodEntry, Stamp, StoredDeadLetter};
-use crate::model::aggregate::{DeadLetter, DeadLetterKey, PERIOD_CHANGE, PeriodKey, Reason, Text, Values, WindowKey};
+use super::{PeriodEntry, Stamp, StoredDeadLetter};
+use crate::model::aggregate::{DeadLetter, DeadLetterKey, PERIOD_CHANGE, PeriodKey, Reason, Text, WindowKey};
 use crate::model::run::{Origin, RunMode, RunRecord};
 use crate::model::window::Span;
 
 /// A row whose cells are found by the name of their column, or by its place.
 pub trait Cells {
-    /// The text of a cell; `None` for NULL.
-    fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>>;
+    /// The place of a column; `None` where there is none of that name.
+    fn place(&self, column: &str) -> Option<usize>;
 
+    /// The text of a cell; `None` for NULL.
     fn cell_at(&self, place: usize) -> Result<Option<Cow<'_, str>>>;
+
+    /// As [`Cells::cell_at`], by the column's name.
+    fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>> {
+        let place = self.place(column).with_context(|| format!("column {column} is missing"))?;
+        self.cell_at(place).with_context(|| format!("column {column}"))
+    }
 
     /// The number of a cell that the store keeps as one; otherwise its text tells.
     fn integer_at(&self, _place: usize) -> Result<Option<i64>> {
@@ -110,41 +117,6 @@ pub fn dead_letter(row: &dyn Cells) -> Result<StoredDeadLetter> {
         last_run_id: string(row, "last_run_id")?,
         resolved_run_id: row.cell("resolved_run_id")?.map(Cow::into_owned),
         row_digest: parsed(row, "row_digest")?,
-    })
-}
-
-/// A row of `corrections`.
-pub fn ledger_entry(row: &dyn Cells) -> Result<LedgerEntry> {
-    let correction_id = string(row, "correction_id")?;
-    // Who altered one of them alone altered the row: its digest tells.
-    let values = |suffix: &str| -> Result<Option<Values>> {
-        let quantity = optional(row, &format!("quantity_{suffix}")).with_context(|| correction_id.clone())?;
-        let cost = optional(row, &format!("cost_{suffix}")).with_context(|| correction_id.clone())?;
-        let event_count = optional(row, &format!("event_count_{suffix}")).with_context(|| correction_id.clone())?;
-        if quantity.is_none() && cost.is_none() && event_count.is_none() {
-            return Ok(None);
-        }
-        Ok(Some(Values {
-            quantity: quantity.unwrap_or_default(),
-            cost: cost.unwrap_or_default(),
-            event_count: event_count.unwrap_or_default(),
-        }))
-    };
-    Ok(LedgerEntry {
-        correction_id: correction_id.clone(),
-        run_id: string(row, "run_id")?,
-        key: window_key(row)?,
-        customer_id: string(row, "customer_id")?,
-        currency: string(row, "currency")?,
-        kind: string(row, "kind")?,
-        causes: string(row, "causes")?,
-        before: values("before")?,
-        after: values("after")?,
-        replaced: row.cell("replaced")?.unwrap_or_default().into_owned(),
-        row_digest: parsed(row, "row_digest")?,
-        // A store that an older version wrote last has no such column.
-        after_digest: row.cell("after_digest").ok().flatten().map(|text| text.parse()).transpose().context("after_digest")?,
-        recorded_at: parsed(row, "recorded_at")?,
     })
 }
 

@@ -214,3 +214,45 @@ fn what_comes_back_is_closed_as_its_period_is() {
         crate::support::Row::from([("price_id".into(), "p".into()), ("closed".into(), "0".into())])
     );
 }
+
+/// What a run that was taken back had found is found again, for the same reasons.
+#[test]
+fn causes_are_those_of_before() {
+    let workspace = plain_world();
+    let causes = || {
+        let sql = format!(
+            "SELECT kind, causes, count(*) AS n FROM corrections WHERE run_id = '{}' GROUP BY 1, 2 ORDER BY 1, 2",
+            last_run(&workspace)
+        );
+        workspace.query(&sql).iter().map(|row| format!("{} {} {}", row["n"], row["kind"], row["causes"])).collect::<Vec<_>>()
+    };
+    let again = || {
+        let (run, before) = (last_run(&workspace), causes());
+        assert_eq!(revert(&workspace, &run, &[]).code, 0);
+        workspace.run(&["--yes"]);
+        assert_eq!(causes(), before);
+        assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+        // Restored and taken back again, it is as if nobody had restored it.
+        let (run, before) = (last_run(&workspace), tables(&workspace));
+        assert_eq!(revert(&workspace, &run, &[]).code, 0);
+        assert_eq!(revert(&workspace, &last_run(&workspace), &[]).code, 0);
+        assert_eq!(tables(&workspace), before);
+        assert_eq!(workspace.run(&[])["rows"]["updated"], 0);
+    };
+    workspace.run(&[]);
+    assert_eq!(causes(), ["4 insert {\"first_computation\":1}"]);
+    again();
+    workspace.edit("prices.yaml", "unit_amount: \"1.5\"", "unit_amount: \"2\"");
+    workspace.run(&["--yes"]);
+    assert_eq!(causes(), ["4 update {\"price_changed\":1}"]);
+    again();
+    send(&workspace, "late", &[("e", "x1", "2026-01-06", 1), ("f", "x2", "2026-01-20", 7)]);
+    workspace.run(&["--yes"]);
+    assert_eq!(causes(), ["1 insert {\"late_event\":1}", "1 update {\"late_event\":1}"]);
+    again();
+    workspace.edit("subscriptions.csv", "t,s2,c2,pro,USD,month,2025-01-01\n", "");
+    workspace.run(&["--yes"]);
+    let gone = causes();
+    assert!(gone.iter().all(|cause| cause.contains("retract {\"subscription_changed\":1}")), "{gone:?}");
+    again();
+}

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 
 use anyhow::{Context, Result, bail};
 
-use super::reader::{PeriodReader, WindowReader};
+use super::reader::{LedgerReader, PeriodReader, WindowReader};
 use super::rows as read;
 use super::{AggregateStore, Cell, Corrections, LedgerEntry, PeriodEntry, Publication, RowSink, Stamp, StoredDeadLetter, Table};
 use crate::clickhouse_client::{Database, literal};
@@ -115,9 +115,8 @@ struct TextRow<'r> {
 }
 
 impl read::Cells for TextRow<'_> {
-    fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>> {
-        let place = self.names.iter().position(|name| name == column);
-        self.cell_at(place.with_context(|| format!("column {column} is missing"))?)
+    fn place(&self, column: &str) -> Option<usize> {
+        self.names.iter().position(|name| name == column)
     }
 
     fn cell_at(&self, place: usize) -> Result<Option<Cow<'_, str>>> {
@@ -176,6 +175,13 @@ impl AggregateStore for ClickHouseStore {
         Ok(windows)
     }
 
+    fn each_window(&self, job: &str, each: &mut dyn FnMut(StoredWindow) -> Result<()>) -> Result<()> {
+        let columns = WindowReader::COLUMNS.join(", ");
+        let sql = format!("SELECT {columns} FROM usage_windows FINAL WHERE job = {}", literal(job));
+        let mut reader = WindowReader::default();
+        self.each(&sql, &mut |row| each(reader.read(row)?)).context("reading usage_windows")
+    }
+
     fn periods(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
         let sql = format!(
             "SELECT {} FROM usage_periods FINAL WHERE job = {} AND period_start < {} AND period_end > {}",
@@ -222,7 +228,8 @@ impl AggregateStore for ClickHouseStore {
 
     fn ledger(&self, job: &str, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
         let sql = format!("SELECT * FROM corrections_current WHERE job = {} ORDER BY correction_id", literal(job));
-        self.each(&sql, &mut |row| each(read::ledger_entry(row)?)).context("reading corrections")
+        let mut reader = LedgerReader::default();
+        self.each(&sql, &mut |row| each(reader.read(row)?)).context("reading corrections")
     }
 
     fn corrections(&self, job: &str, of: Corrections<'_>, each: &mut dyn FnMut(LedgerEntry) -> Result<()>) -> Result<()> {
@@ -234,7 +241,8 @@ impl AggregateStore for ClickHouseStore {
             Corrections::OfRun(run_id) => format!("run_id = {}", literal(run_id)),
         };
         let sql = format!("SELECT * FROM corrections_current WHERE job = {} AND {wanted} ORDER BY correction_id", literal(job));
-        self.query(&sql, read::ledger_entry).context("reading corrections")?.into_iter().try_for_each(each)
+        let mut reader = LedgerReader::default();
+        self.query(&sql, |row| reader.read(row)).context("reading corrections")?.into_iter().try_for_each(each)
     }
 
     fn period_ledger(&self, job: &str, each: &mut dyn FnMut(PeriodEntry) -> Result<()>) -> Result<()> {

@@ -38,8 +38,8 @@ pub(super) struct WindowCells<'r> {
 }
 
 impl Cells for WindowCells<'_> {
-    fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>> {
-        self.row.cell(column)
+    fn place(&self, column: &str) -> Option<usize> {
+        self.row.place(column)
     }
 
     fn cell_at(&self, place: usize) -> Result<Option<Cow<'_, str>>> {

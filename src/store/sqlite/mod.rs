@@ -163,6 +163,10 @@ impl AggregateStore for SqliteStore {
         read::windows(&self.connection, job, span).context("reading usage_windows")
     }
 
+    fn each_window(&self, job: &str, each: &mut dyn FnMut(StoredWindow) -> Result<()>) -> Result<()> {
+        read::each_window(&self.connection, job, each).context("reading usage_windows")
+    }
+
     fn periods(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
         read::periods(&self.connection, job, span).context("reading usage_periods")
     }

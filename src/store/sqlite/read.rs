@@ -11,15 +11,15 @@ use crate::model::aggregate::{PeriodKey, PeriodRow, StoredWindow, WindowKey};
 use crate::model::run::RunRecord;
 use crate::model::timestamp::{SECOND, Timestamp};
 use crate::model::window::Span;
-use crate::store::reader::{PeriodReader, WindowReader};
+use crate::store::reader::{LedgerReader, PeriodReader, WindowReader};
 use crate::store::rows::{self, Cells};
 use crate::store::{
     Cell, Corrections, LedgerEntry, PeriodEntry, RowSink, Stamp, StoredDeadLetter, SubscriptionKey, Table, WindowChoice,
 };
 
 impl Cells for Row<'_> {
-    fn cell(&self, column: &str) -> Result<Option<Cow<'_, str>>> {
-        text_of(self.get_ref(column)?).with_context(|| format!("column {column}"))
+    fn place(&self, column: &str) -> Option<usize> {
+        self.as_ref().column_index(column).ok()
     }
 
     fn cell_at(&self, place: usize) -> Result<Option<Cow<'_, str>>> {
@@ -97,6 +97,19 @@ pub(super) fn windows(connection: &Connection, job: &str, span: Span) -> Result<
     windows.retain(|stored| stored.row.window().overlaps(span));
     windows.sort_unstable_by(|a, b| a.row.key.cmp(&b.row.key));
     Ok(windows)
+}
+
+pub(super) fn each_window(connection: &Connection, job: &str, each: &mut dyn FnMut(StoredWindow) -> Result<()>) -> Result<()> {
+    // Digests and rows are of one state, whoever publishes meanwhile.
+    let connection = &*connection.unchecked_transaction()?;
+    let (mut reader, digests) = (WindowReader::default(), Digests::load(connection)?);
+    let sql = format!("SELECT {} FROM usage_windows WHERE job = ?1", WindowReader::COLUMNS.join(", "));
+    let mut statement = connection.prepare(&sql)?;
+    let mut found = statement.query([job])?;
+    while let Some(row) = found.next()? {
+        each(reader.read(&WindowCells { row, digests: &digests })?)?;
+    }
+    Ok(())
 }
 
 /// Rows of `usage_periods` whose period touches a span.
@@ -248,8 +261,9 @@ fn entries(
 ) -> Result<()> {
     let mut statement = connection.prepare(sql)?;
     let mut found = statement.query(parameters)?;
+    let mut reader = LedgerReader::default();
     while let Some(row) = found.next()? {
-        each(rows::ledger_entry(row)?)?;
+        each(reader.read(row)?)?;
     }
     Ok(())
 }
