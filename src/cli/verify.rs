@@ -14,6 +14,7 @@ use super::{Format, Session};
 use crate::audit::{Finding, check_ledger, describe};
 use crate::config::Job;
 use crate::ends;
+use crate::model::aggregate::{Correction, WindowKey};
 use crate::model::counts::RowCounts;
 use crate::pipeline::{Completeness, Plan, Request};
 
@@ -43,51 +44,69 @@ pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
     let progress = Progress::new(session.quiet);
     let (plan, store) = ends::preview(&job, &request, session.threads, &progress, false)?;
     drop(progress);
+    // What was compared is large: the ledger needs the room.
+    let (foreign, drift) = Drift::of(plan);
     let mut findings = store.as_deref().map_or(Ok(Vec::new()), |store| check_ledger(store, &job.name))?;
-    findings.extend(plan.foreign_definitions.iter().map(|key| Finding {
+    findings.extend(foreign.iter().map(|key| Finding {
         table: "usage_windows",
         row: describe(key),
         problem: "names definitions that it was not computed with".to_owned(),
     }));
-    let periods_differing = plan.periods.changed() + plan.periods.adjusted;
-    let sound = plan.changes.rows.changed() == 0 && periods_differing == 0 && findings.is_empty();
+    let sound = drift.rows.changed() == 0 && drift.periods == 0 && findings.is_empty();
     match session.format {
         Format::Json => emit_json(&Document {
             schema: "trueup.verify/1",
             job: &job.name,
             status: if sound { "sound" } else { "drift" },
-            rows: plan.changes.rows,
-            periods_differing,
+            rows: drift.rows,
+            periods_differing: drift.periods,
             ledger: &findings,
         })?,
-        Format::Text => emit(&text(&job, &plan, periods_differing, &findings)?)?,
+        Format::Text => emit(&text(&job, &drift, &findings)?)?,
     }
     Ok(if sound { 0 } else { 3 })
 }
 
-fn text(job: &Job, plan: &Plan, periods_differing: u64, findings: &[Finding]) -> Result<String> {
+/// What a run would change.
+struct Drift {
+    rows: RowCounts,
+    corrections: Vec<Correction>,
+    /// Rows of `usage_periods`.
+    periods: u64,
+}
+
+impl Drift {
+    /// With rows that name definitions which they were not computed with.
+    fn of(plan: Plan) -> (Vec<WindowKey>, Drift) {
+        let Plan { changes, periods, foreign_definitions, .. } = plan;
+        let periods = periods.changed() + periods.adjusted;
+        (foreign_definitions, Drift { rows: changes.rows, corrections: changes.corrections, periods })
+    }
+}
+
+fn text(job: &Job, drift: &Drift, findings: &[Finding]) -> Result<String> {
     const SHOWN: usize = 20;
     let style = Style::for_stdout();
-    let rows = plan.changes.rows;
+    let Drift { rows, corrections, periods } = drift;
     let mut out = String::new();
-    if rows.changed() == 0 && periods_differing == 0 && findings.is_empty() {
+    if rows.changed() == 0 && *periods == 0 && findings.is_empty() {
         let sound =
             format!("{} recomputed and equal, the ledger is whole and gives the stored table", counted(rows.unchanged, "window"));
         writeln!(out, "{} {}", style.bold(&format!("trueup verify {}:", job.name)), style.green(&sound))?;
         return Ok(out);
     }
-    let drift = format!(
+    let differing = format!(
         "{} {} from the events ({} missing, {} wrong, {} too many), {} wrong, {} in the ledger",
         counted(rows.changed(), "window"),
         if rows.changed() == 1 { "differs" } else { "differ" },
         rows.inserted,
         rows.updated,
         rows.retracted,
-        counted(periods_differing, "period"),
+        counted(*periods, "period"),
         counted(findings.len() as u64, "finding")
     );
-    writeln!(out, "{} {}", style.bold(&format!("trueup verify {}:", job.name)), style.red(&drift))?;
-    for correction in plan.changes.corrections.iter().take(SHOWN) {
+    writeln!(out, "{} {}", style.bold(&format!("trueup verify {}:", job.name)), style.red(&differing))?;
+    for correction in corrections.iter().take(SHOWN) {
         let shown = |values: Option<crate::model::aggregate::Values>| {
             values.map_or_else(|| "nothing".to_owned(), |v| format!("quantity {} cost {}", v.quantity, v.cost))
         };
@@ -98,7 +117,7 @@ fn text(job: &Job, plan: &Plan, periods_differing: u64, findings: &[Finding]) ->
     for finding in findings.iter().take(SHOWN) {
         writeln!(out, "  {} {}: {}", finding.table, finding.row, finding.problem)?;
     }
-    let hidden = plan.changes.corrections.len().saturating_sub(SHOWN) + findings.len().saturating_sub(SHOWN);
+    let hidden = corrections.len().saturating_sub(SHOWN) + findings.len().saturating_sub(SHOWN);
     if hidden > 0 {
         writeln!(out, "  … and {hidden} more")?;
     }

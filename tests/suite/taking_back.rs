@@ -246,7 +246,7 @@ fn causes_are_those_of_before() {
     workspace.run(&["--yes"]);
     assert_eq!(causes(), ["4 update {\"price_changed\":1}"]);
     again();
-    send(&workspace, "late", &[("e", "x1", "2026-01-06", 1), ("f", "x2", "2026-01-20", 7)]);
+    send(&workspace, "late", &[("e", "x1", "2026-01-05", 1), ("f", "x2", "2026-01-20", 7)]);
     workspace.run(&["--yes"]);
     assert_eq!(causes(), ["1 insert {\"late_event\":1}", "1 update {\"late_event\":1}"]);
     again();
