@@ -13,7 +13,7 @@ use crate::model::aggregate::{Basis, Cause, Causes, PeriodKey, StoredWindow, Tex
 use crate::model::basis::ReferenceDigests;
 use crate::model::run::{RunBasis, RunRecord};
 use crate::model::timestamp::Timestamp;
-use crate::reference::Reference;
+use crate::reference::{Reference, Subscription};
 
 /// What earlier runs and definitions say about causes.
 pub struct Evidence<'e> {
@@ -71,6 +71,18 @@ pub struct CurrentDigests {
     pub prices: FxHashMap<Text, Text>,
     /// Tenant and subscription, then the digests of subscription and customer.
     pub subscriptions: FxHashMap<(Text, Text), (Text, Text)>,
+}
+
+impl CurrentDigests {
+    pub fn of(reference: &Reference) -> Self {
+        let text = |text: &str| Text::from(text);
+        let subscription = |s: &Subscription| ((text(&s.tenant_id), text(&s.id)), (text(&s.digest), text(&s.customer_digest)));
+        CurrentDigests {
+            meters: reference.meters.iter().map(|meter| (text(&meter.id), text(&meter.digest))).collect(),
+            prices: reference.prices.iter().map(|price| (text(&price.id), text(&price.digest))).collect(),
+            subscriptions: reference.subscriptions.iter().map(subscription).collect(),
+        }
+    }
 }
 
 /// Digests that stored rows were computed with.

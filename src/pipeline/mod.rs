@@ -237,10 +237,14 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     if request.is_of_everything() {
         inputs.keys.keep(&job.deduplicate.key, &splits, &keys.splits, keys.repeated.iter());
     }
+    // Where nobody asked for a range, events make one.
+    let of_events = match request.range {
+        Some(_) => asked,
+        None => range::resolve(request, job, reference, keys.extent)?,
+    };
     let whole = match request.range {
         Some(_) => asked,
         None => {
-            let of_events = range::resolve(request, job, reference, keys.extent)?;
             // Stored windows are whole already: widening them again would reach further each time.
             // A full run finds rows that nobody wrote too; a run that skips does not look for them.
             let is_all = baseline.is_ok() && past.is_within(of_events);
@@ -248,6 +252,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             [of_events, stored].into_iter().flatten().reduce(Span::union).and_then(|range| lateness.settled(range))
         }
     };
+    let mut billed = past.billed(request, of_events, &lateness);
     // Rows without a time may be all there is: they are still accounted for.
     let mut range = whole.unwrap_or(EMPTY);
     let reach = range::reach(range, reference, &request.scope);
@@ -282,6 +287,9 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         })
     });
     let known = known.transpose()?;
+    if baseline.is_ok() {
+        incremental::check_bills(inputs, &billed, range)?;
+    }
 
     // read -> enrich
     let rows = keys.splits.iter().map(|keys| keys.rows).sum();
@@ -348,7 +356,10 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             request.scope.holds(&subscription.tenant_id, &subscription.customer_id, &price.meter_id)
                 && context.marks.as_ref().is_none_or(|marks| marks.hold(at, meter, period))
         };
-        unused::add_periods(&mut priced.periods, reference, &names, range, wants)?;
+        if levels {
+            billed.add(&Scope::default(), range);
+        }
+        unused::add_periods(&mut priced.periods, reference, &names, &billed, wants)?;
         let rows = priced.windows.len() as u64;
         Ok((priced, rows))
     })?;
@@ -391,7 +402,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             basis: &basis,
             withdrawn: &withdrawn,
             sessions: SessionChanges::find(&stored.windows, &priced.windows, &withdrawn, is_session),
-            current: current_digests(reference),
+            current: CurrentDigests::of(reference),
             changed: baseline
                 .as_ref()
                 .ok()
@@ -440,7 +451,8 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let future = lateness::warn_of_the_future(files.clone(), range, started_at);
     let files = files.map(|(split, keys)| split.input(keys.rows));
     let coverage = incremental::coverage(&baseline, skipping, &priced.windows, &stored.windows);
-    let coverage = Coverage { leaves_windows: lateness.settled_until.is_some(), ..coverage };
+    let leaves_windows = lateness.settled_until.is_some();
+    let coverage = Coverage { leaves_windows, asked_for: request.range.is_some(), ..coverage };
     let is_part = coverage.mode == Mode::Part;
     let base = guard::Base { windows: stored.windows, periods: stored_periods };
     let base = guarded(inputs, base, (&changes, &periods), (range, reach), baseline.is_err())?;
@@ -582,18 +594,5 @@ pub fn basis(job: &Job, reference: &Reference, scope: &Scope) -> RunBasis {
         job_digest: job.digest.clone(),
         reference: reference.digests.clone(),
         scope: scope.clone(),
-    }
-}
-
-fn current_digests(reference: &Reference) -> CurrentDigests {
-    let text = |text: &str| std::sync::Arc::from(text);
-    CurrentDigests {
-        meters: reference.meters.iter().map(|meter| (text(&meter.id), text(&meter.digest))).collect(),
-        prices: reference.prices.iter().map(|price| (text(&price.id), text(&price.digest))).collect(),
-        subscriptions: reference
-            .subscriptions
-            .iter()
-            .map(|s| ((text(&s.tenant_id), text(&s.id)), (text(&s.digest), text(&s.customer_digest))))
-            .collect(),
     }
 }

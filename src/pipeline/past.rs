@@ -11,6 +11,7 @@ use super::incremental::marks::{Marks, Pair};
 use super::lateness::{Horizon, Lateness};
 use super::letters::{OpenDeadLetters, VisitedLetters};
 use super::price::{Priced, PricedWindow};
+use super::unused::Billed;
 use super::{Inputs, Request};
 use crate::config::Job;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, WindowKey};
@@ -106,6 +107,17 @@ impl Past {
             return Ok(Past { runs: Vec::new(), dead_letters: Vec::new() });
         };
         Ok(Past { runs: store.runs(&job.name)?, dead_letters: store.dead_letters(&job.name)? })
+    }
+
+    /// What there are bills of without usage: the range that was asked for; without one, what events
+    /// lie in, and all ranges that earlier runs were asked for. Not what rows lie in: nobody may have
+    /// meant them.
+    pub fn billed(&self, request: &Request, range: Option<Span>, lateness: &Lateness) -> Billed {
+        let billed = range.and_then(|range| lateness.settled(range)).map(Billed::of).unwrap_or_default();
+        match request.range {
+            Some(_) => billed,
+            None => billed.with_asked_for(&self.runs, lateness.settled_until),
+        }
     }
 
     /// Whether all rows that runs wrote lie in `range`.
@@ -234,7 +246,11 @@ impl Past {
         };
         let subscriptions = marks.filter(|marks| marks.know(range)).and_then(|marks| marks.marked_subscriptions(reference));
         let reach = marks.map_or(reach, |marks| marks.span(reference, (range, reach)));
-        let range = Span { start: range.start.max(reach.start), end: range.end.min(reach.end) };
+        let range = match (request.range, marks) {
+            // Bills without usage may lie anywhere.
+            (None, None) => Span { start: Timestamp::MIN, end: lateness.settled_until.unwrap_or(Timestamp::MAX) },
+            _ => Span { start: range.start.max(reach.start), end: range.end.min(reach.end) },
+        };
         let periods = store.periods_of(&job.name, range, subscriptions.as_deref())?;
         let invoiced = ClosedPeriods::of(&periods);
         let closed = match lateness.horizon {

@@ -28,6 +28,7 @@ use super::read::{check_stable, scan_keys};
 use super::state::{Interner, NO_PRICE, StateKey, WindowState, index};
 use super::trace_events::{CountedEvent, Listing, SetAside, Why};
 use super::windows::Windows;
+use super::unused::Billed;
 use super::{Inputs, levels, price, scan, unused};
 use crate::config::Deduplicate;
 use crate::model::aggregate::{PeriodKey, PeriodRow, WindowRow};
@@ -434,7 +435,7 @@ impl<'c, 'r> Tracer<'c, 'r> {
         let is_ours = |(_, subscription): (usize, &Subscription), (_, price): (usize, &Price), _: Span| {
             std::ptr::eq(subscription, self.search.subscription) && price.meter_id == self.search.meter.id
         };
-        unused::add_periods(&mut priced.periods, reference, &names, range, is_ours)?;
+        unused::add_periods(&mut priced.periods, reference, &names, &Billed::of(range), is_ours)?;
         let mut states: Vec<_> = windows.into_states().collect();
         states.sort_unstable_by_key(|(key, _)| key.window_start);
         Answer { search: self.search, states, before, dimensions, names: &names, counted: self.counted }

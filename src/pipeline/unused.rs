@@ -1,20 +1,67 @@
 //! Billing periods without usage in which something is due all the same: flat amounts,
 //! minimums, commitments.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use rustc_hash::FxHashSet;
 
+use super::incremental::Coverage;
+use super::incremental::spans::Spans;
 use super::names::Names;
 use super::state::{Interner, StateKey, index};
 use crate::model::aggregate::{PeriodKey, PeriodRow, Text};
+use crate::model::basis::Scope;
 use crate::model::decimal::Decimal;
 use crate::model::meter::ChargeOn;
 use crate::model::price::{Price, Usage};
 use crate::model::property::write_json_text;
+use crate::model::run::RunRecord;
+use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
+
+/// What there are bills of without usage: the periods that these spans touch, each for a part of
+/// the job.
+#[derive(Debug, Default)]
+pub struct Billed(Vec<(Scope, Spans)>);
+
+impl Billed {
+    pub fn of(span: Span) -> Self {
+        let mut billed = Billed::default();
+        billed.add(&Scope::default(), span);
+        billed
+    }
+
+    /// Also the ranges that somebody asked `runs` for, up to `until`: what they billed is not for
+    /// ever as it was then.
+    #[must_use]
+    pub fn with_asked_for(mut self, runs: &[RunRecord], until: Option<Timestamp>) -> Self {
+        let taken_back = RunRecord::taken_back(runs);
+        for run in runs.iter().filter(|run| run.mode.computes() && !taken_back.contains(run.run_id.as_str())) {
+            if let Some(range) = Coverage::asked_for(run) {
+                self.add(&run.basis.scope, Span { end: until.map_or(range.end, |until| range.end.min(until)), ..range });
+            }
+        }
+        self
+    }
+
+    pub fn add(&mut self, scope: &Scope, span: Span) {
+        let known = self.0.iter().position(|(known, _)| known == scope).unwrap_or_else(|| {
+            self.0.push((scope.clone(), Spans::default()));
+            self.0.len() - 1
+        });
+        self.0.iter_mut().skip(known).take(1).for_each(|(_, spans)| spans.add(span));
+    }
+
+    /// The periods of a subscription, by their start.
+    fn periods(&self, subscription: &Subscription, meter_id: &str) -> BTreeMap<Timestamp, Span> {
+        let holds = |scope: &Scope| scope.holds(&subscription.tenant_id, &subscription.customer_id, meter_id);
+        let spans = self.0.iter().filter(|(scope, _)| holds(scope)).flat_map(|(_, spans)| spans.iter());
+        spans.flat_map(|span| periods_in(subscription, span)).map(|period| (period.start, period)).collect()
+    }
+}
 
 /// Adds a row for every active subscription and price that is due without usage in a
 /// period. `wants` gets the indexes of the subscription and of the price's meter too.
@@ -25,7 +72,7 @@ pub fn add_periods(
     periods: &mut Vec<PeriodRow>,
     reference: &Reference,
     names: &Names,
-    range: Span,
+    billed: &Billed,
     wants: impl Fn((usize, &Subscription), (usize, &Price), Span) -> bool,
 ) -> Result<()> {
     let of = |key: &PeriodKey| (key.tenant_id.clone(), key.subscription_id.clone(), key.price_id.clone(), key.period_start);
@@ -44,7 +91,7 @@ pub fn add_periods(
             let is_wanted = |period: &Span| {
                 is_due(*period, subscription, price) && wants((subscription_index, subscription), (meter, price), *period)
             };
-            for period in periods_in(subscription, range).into_iter().filter(is_wanted) {
+            for period in billed.periods(subscription, &price.meter_id).into_values().filter(is_wanted) {
                 let state = StateKey {
                     subscription: index(subscription_index),
                     meter: index(meter),

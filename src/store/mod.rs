@@ -300,6 +300,9 @@ pub trait AggregateStore {
         Ok(periods)
     }
 
+    /// Period rows whose period lies outside of `span`, sorted by key.
+    fn periods_outside(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>>;
+
     /// Which run each row of `usage_periods` says that it is of.
     fn period_stamps(&self, job: &str) -> Result<Vec<(PeriodKey, Stamp)>>;
 

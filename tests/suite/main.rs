@@ -4,6 +4,7 @@
 
 mod audit;
 mod bad_input;
+mod bills;
 mod causes;
 mod clickhouse_rows;
 mod closed;

@@ -24,7 +24,7 @@ mod passes;
 mod segment;
 pub mod separable;
 pub mod snapshot;
-mod spans;
+pub mod spans;
 pub mod stored_windows;
 pub mod values;
 
@@ -34,15 +34,19 @@ use anyhow::{Result, bail};
 use rustc_hash::{FxHashMap, FxHashSet};
 use serde::Serialize;
 
+use super::closed::ClosedPeriods;
 use super::keys::SplitKeys;
+use super::names::Names;
 use super::past::Past;
 use super::price::PricedWindow;
 use super::range::Completeness;
+use super::unused::{self, Billed};
 use super::{Inputs, Request};
 use crate::config::{Incremental, Source};
 use crate::model::aggregate::{StoredWindow, WindowRow};
 use crate::model::basis::ReferenceDigests;
 use crate::model::run::{RunBasis, RunMode, RunRecord};
+use crate::model::window::Span;
 use crate::source::{Field, Moved, Part, Selection, Split, kafka};
 use kept::Kept;
 pub use marks::Marks;
@@ -64,6 +68,9 @@ pub struct Coverage {
     /// Whether windows that had not settled were left out.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub leaves_windows: bool,
+    /// Whether somebody asked for the range, or the job does.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub asked_for: bool,
 }
 
 /// What an incremental run found new, marked and read.
@@ -103,13 +110,29 @@ pub enum Mode {
 
 impl Coverage {
     fn full(why: impl Into<Option<String>>) -> Coverage {
-        Coverage { mode: Mode::Full, why: why.into(), baseline: None, skipping: None, leaves_windows: false }
+        Coverage {
+            mode: Mode::Full,
+            why: why.into(),
+            baseline: None,
+            skipping: None,
+            leaves_windows: false,
+            asked_for: false,
+        }
     }
 
     /// Whether a later run can build on a run: it left nothing of its files for later.
     fn is_baseline(run: &RunRecord) -> bool {
         let left = run.counts.get("coverage").and_then(|coverage| coverage.get("leaves_windows"));
         run.is_of_everything() && left.is_none()
+    }
+
+    /// The range of a run, where somebody asked for it.
+    pub fn asked_for(run: &RunRecord) -> Option<Span> {
+        let coverage = run.counts.get("coverage")?;
+        // Runs of older versions only say that they are of a part.
+        let is_part = coverage.get("mode").and_then(serde_json::Value::as_str) == Some("part");
+        let is_asked_for = coverage.get("asked_for").is_some() || (is_part && run.basis.scope.is_whole());
+        run.range.filter(|_| is_asked_for)
     }
 }
 
@@ -326,6 +349,26 @@ impl Baseline<'_> {
     }
 }
 
+/// Lets everything be computed where a bill outside of `range` is not as it should be: there is no
+/// usage that could mark it. Those of closed periods wait for a full run.
+///
+/// # Errors
+/// A [`Retreat`] then; where the store cannot be read, or a cost overflows.
+pub fn check_bills(inputs: &Inputs<'_>, billed: &Billed, range: Span) -> Result<()> {
+    let Inputs { job, reference, store: Some(store), .. } = *inputs else { return Ok(()) };
+    let mut stored = store.periods_outside(&job.name, range)?;
+    let closed = ClosedPeriods::of(&stored);
+    let mut due = Vec::new();
+    unused::add_periods(&mut due, reference, &Names::new(reference), billed, |_, _, period| !period.overlaps(range))?;
+    for rows in [&mut stored, &mut due] {
+        rows.retain(|row| !closed.hold(&row.key));
+    }
+    if stored == due {
+        return Ok(());
+    }
+    Err(Retreat { why: "bills changed of periods without usage".to_owned(), is_choice: false }.into())
+}
+
 /// What the record and the report say.
 pub fn coverage(
     baseline: &Result<Baseline<'_>, Coverage>,
@@ -355,5 +398,6 @@ pub fn coverage(
         baseline: Some(baseline.run.run_id.clone()),
         skipping: skipping.map(|skipping| Skipping { marked_customers, marked_periods, ..skipping }),
         leaves_windows: false,
+        asked_for: false,
     }
 }

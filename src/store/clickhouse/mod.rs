@@ -99,6 +99,15 @@ impl ClickHouseStore {
         Ok(found)
     }
 
+    fn periods_where(&self, job: &str, condition: &str) -> Result<Vec<PeriodRow>> {
+        let columns = PeriodReader::COLUMNS.join(", ");
+        let sql = format!("SELECT {columns} FROM usage_periods FINAL WHERE job = {} AND {condition}", literal(job));
+        let mut reader = PeriodReader::default();
+        let mut periods = self.query(&sql, |row| reader.read(row)).context("reading usage_periods")?;
+        periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+        Ok(periods)
+    }
+
     /// Gives the rows of a query one at a time: none is kept.
     fn each(&self, sql: &str, take: &mut dyn FnMut(&dyn read::Cells) -> Result<()>) -> Result<()> {
         // Conditions on columns outside of the key must not run before FINAL.
@@ -183,17 +192,11 @@ impl AggregateStore for ClickHouseStore {
     }
 
     fn periods(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
-        let sql = format!(
-            "SELECT {} FROM usage_periods FINAL WHERE job = {} AND period_start < {} AND period_end > {}",
-            PeriodReader::COLUMNS.join(", "),
-            literal(job),
-            instant(span.end),
-            instant(span.start)
-        );
-        let mut reader = PeriodReader::default();
-        let mut periods = self.query(&sql, |row| reader.read(row)).context("reading usage_periods")?;
-        periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
-        Ok(periods)
+        self.periods_where(job, &format!("period_start < {} AND period_end > {}", instant(span.end), instant(span.start)))
+    }
+
+    fn periods_outside(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
+        self.periods_where(job, &format!("(period_start >= {} OR period_end <= {})", instant(span.end), instant(span.start)))
     }
 
     fn period_stamps(&self, job: &str) -> Result<Vec<(PeriodKey, Stamp)>> {

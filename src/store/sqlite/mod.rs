@@ -181,6 +181,10 @@ impl AggregateStore for SqliteStore {
         read::periods_of(&self.connection, job, span, &in_order(subscriptions)).context("reading usage_periods")
     }
 
+    fn periods_outside(&self, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
+        read::periods_outside(&self.connection, job, span).context("reading usage_periods")
+    }
+
     fn period_stamps(&self, job: &str) -> Result<Vec<(PeriodKey, Stamp)>> {
         read::period_stamps(&self.connection, job).context("reading usage_periods")
     }

@@ -122,10 +122,22 @@ fn select_periods(condition: &str, (end, start): (&str, &str)) -> String {
 }
 
 pub(super) fn periods(connection: &Connection, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
-    let sql = select_periods("", ("?2", "?3"));
+    all_periods(connection, &select_periods("", ("?2", "?3")), job, span)
+}
+
+pub(super) fn periods_outside(connection: &Connection, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
+    let sql = format!(
+        "SELECT {} FROM usage_periods WHERE job = ?1 \
+         AND (rtrim(period_start, 'Z') >= rtrim(?2, 'Z') OR rtrim(period_end, 'Z') <= rtrim(?3, 'Z'))",
+        PeriodReader::COLUMNS.join(", ")
+    );
+    all_periods(connection, &sql, job, span)
+}
+
+fn all_periods(connection: &Connection, sql: &str, job: &str, span: Span) -> Result<Vec<PeriodRow>> {
     let mut reader = PeriodReader::default();
     let parameters = [job, &span.end.to_string(), &span.start.to_string()];
-    let mut periods = query(connection, &sql, parameters, |row| reader.read(row))?;
+    let mut periods = query(connection, sql, parameters, |row| reader.read(row))?;
     periods.sort_unstable_by(|a, b| a.key.cmp(&b.key));
     Ok(periods)
 }

@@ -1,0 +1,107 @@
+//! Bills without usage, where there are neither events nor windows.
+
+use crate::corrections::{send, tables, world};
+use crate::support::Workspace;
+
+/// A flat fee of 10 a month, and one event in January.
+fn flat_world() -> Workspace {
+    let workspace = world();
+    let price = "prices: [{price_id: p, plan_id: pro, meter_id: calls, currency: USD, model: flat, amount: \"10\"}]\n";
+    workspace.write("prices.yaml", price);
+    workspace.edit("subscriptions.csv", "t,s2,c2,pro,USD,month,2025-01-01\n", "");
+    send(&workspace, "first", &[("a", "x1", "2026-01-01", 6)]);
+    workspace
+}
+
+fn bills(workspace: &Workspace) -> Vec<String> {
+    let sql = "SELECT subscription_id || ' ' || substr(period_start, 1, 10) || ' ' || amount AS bill FROM usage_periods ORDER BY 1";
+    workspace.query(sql).into_iter().map(|mut row| row.remove("bill").unwrap()).collect()
+}
+
+fn is_sound(workspace: &Workspace) {
+    assert_eq!(workspace.run(&[])["rows"]["updated"], 0);
+    let before = tables(workspace);
+    workspace.run(&[]);
+    assert!(tables(workspace) == before, "the same run again changes nothing");
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+}
+
+/// What was billed month by month follows its price, its subscription and its customer.
+#[test]
+fn months_that_were_asked_for_stay_right() {
+    for mode in ["--full", "--incremental"] {
+        let workspace = flat_world();
+        for month in ["2026-01", "2026-02", "2026-03"] {
+            workspace.run(&["--month", month]);
+        }
+        workspace.run(&[]);
+        assert_eq!(bills(&workspace), ["s1 2026-01-01 10", "s1 2026-02-01 10", "s1 2026-03-01 10"]);
+        is_sound(&workspace);
+        workspace.edit("prices.yaml", "\"10\"", "\"12\"");
+        assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 3);
+        workspace.run(&[mode, "--yes"]);
+        assert_eq!(bills(&workspace), ["s1 2026-01-01 12", "s1 2026-02-01 12", "s1 2026-03-01 12"]);
+        is_sound(&workspace);
+        workspace.edit("subscriptions.csv", "2025-01-01\n", "2025-01-01\nt,s2,c2,pro,USD,month,2026-02-10\n");
+        workspace.run(&[mode, "--yes"]);
+        let all = ["s1 2026-01-01 12", "s1 2026-02-01 12", "s1 2026-03-01 12", "s2 2026-02-01 12", "s2 2026-03-01 12"];
+        assert_eq!(bills(&workspace), all);
+        workspace.edit("subscriptions.csv", "t,s1,c1,pro,USD,month,2025-01-01", "t,s1,c1,pro,USD,month,2025-01-01T00:00:00Z");
+        workspace.edit("subscriptions.csv", "started_at", "started_at,ended_at");
+        workspace.edit("subscriptions.csv", "2025-01-01T00:00:00Z", "2025-01-01T00:00:00Z,2026-02-01");
+        workspace.edit("subscriptions.csv", "2026-02-10", "2026-02-10,");
+        workspace.run(&[mode, "--yes"]);
+        assert_eq!(bills(&workspace), ["s1 2026-01-01 12", "s2 2026-02-01 12", "s2 2026-03-01 12"]);
+        is_sound(&workspace);
+        workspace.edit("prices.yaml", "price_id: p", "price_id: q");
+        workspace.run(&[mode, "--yes"]);
+        let ids = workspace.query("SELECT DISTINCT price_id FROM usage_periods");
+        assert_eq!((bills(&workspace).len(), ids[0]["price_id"].as_str(), ids.len()), (3, "q", 1));
+        is_sound(&workspace);
+    }
+}
+
+/// Nobody asked for the months up to an event with a wrong date: they go with it.
+#[test]
+fn what_a_wrong_date_billed_goes_with_it() {
+    let workspace = flat_world();
+    send(&workspace, "misdated", &[("b", "x1", "2026-04-01", 1)]);
+    workspace.run(&[]);
+    assert_eq!(bills(&workspace).len(), 4);
+    workspace.run(&["--month", "2026-02"]);
+    send(&workspace, "misdated", &[("b", "x1", "2026-01-02", 1)]);
+    workspace.run(&["--yes"]);
+    assert_eq!(bills(&workspace), ["s1 2026-01-01 10", "s1 2026-02-01 10"]);
+    is_sound(&workspace);
+}
+
+/// A month that was taken back is not billed again, unless somebody asks again.
+#[test]
+fn a_month_that_was_taken_back_stays_away() {
+    let workspace = flat_world();
+    workspace.run(&[]);
+    workspace.run(&["--month", "2026-02", "--customer", "c1"]);
+    let run = crate::corrections::last_run(&workspace);
+    workspace.edit("prices.yaml", "\"10\"", "\"12\"");
+    workspace.run(&["--yes"]);
+    assert_eq!(bills(&workspace), ["s1 2026-01-01 12", "s1 2026-02-01 12"]);
+    assert_eq!(workspace.trueup(&["revert", "job.yaml", "--run", &run, "--force"]).code, 0);
+    assert_eq!(bills(&workspace), ["s1 2026-01-01 12"]);
+    is_sound(&workspace);
+}
+
+/// Where it is closed, its bill stays, and what it should be is recorded once.
+#[test]
+fn closed_months_are_adjusted() {
+    let workspace = flat_world();
+    workspace.run(&["--start", "2026-01-01", "--end", "2026-03-01"]);
+    assert_eq!(workspace.trueup(&["close", "job.yaml", "--period", "2026-02"]).code, 0);
+    workspace.edit("prices.yaml", "\"10\"", "\"12\"");
+    workspace.run(&["--yes"]);
+    assert_eq!(bills(&workspace), ["s1 2026-01-01 12", "s1 2026-02-01 10"]);
+    let adjusted = || workspace.query("SELECT row_after FROM period_corrections WHERE kind = 'adjust'");
+    assert!(adjusted().len() == 1 && adjusted()[0]["row_after"].contains("\"12\""), "{:?}", adjusted());
+    is_sound(&workspace);
+    workspace.run(&["--incremental"]);
+    assert_eq!(adjusted().len(), 1);
+}
