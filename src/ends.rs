@@ -44,11 +44,16 @@ pub fn run(job: &Job, request: &Request, options: &RunOptions<'_>) -> Result<Pub
     let lock = Lock::take(&lock_path(job), &job.name, Some(intent), options.yes)?;
     let result = run_locked(job, &reference, request, options);
     // Only an end that was not its own is to be resumed.
-    let is_interrupted = result.as_ref().err().and_then(crate::fault::kind).is_some_and(FaultKind::is_interruption);
-    if !is_interrupted {
-        lock.finish();
+    match result.as_ref().err().and_then(crate::fault::kind).filter(|kind| kind.is_interruption()) {
+        Some(kind) => {
+            let job = job.path.display();
+            Err(fault(kind, format!("ended on request; nothing was published, `trueup resume {job}` runs it again")))
+        }
+        None => {
+            lock.finish();
+            result
+        }
     }
-    result
 }
 
 fn run_locked(job: &Job, reference: &Reference, request: &Request, options: &RunOptions<'_>) -> Result<Published> {

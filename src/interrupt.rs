@@ -52,6 +52,6 @@ fn kind(signal: u8) -> FaultKind {
 pub fn check() -> Result<()> {
     match ASKED.load(Ordering::Relaxed) {
         NONE => Ok(()),
-        signal => Err(fault(kind(signal), "ended on request; nothing was published, `trueup resume JOB` runs it again")),
+        signal => Err(fault(kind(signal), "ended on request; nothing was written")),
     }
 }

@@ -26,3 +26,4 @@ pub mod source;
 pub mod store;
 pub mod telemetry;
 mod whole_file;
+mod workers;

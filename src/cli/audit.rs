@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::audit_text;
 use super::output::{Style, emit, emit_json};
-use super::range::time;
+use super::range::{shell_path, time};
 use super::{Format, Session};
 use crate::audit::report::{Changed, Group, Groups, Kinds, Report, Totals, changed_something, report};
 use crate::config::Job;
@@ -56,7 +56,7 @@ pub fn execute(session: &Session, arguments: &AuditArguments) -> Result<u8> {
         if let Some(run) = &arguments.run {
             return Err(no_such_run(&job, run));
         }
-        return nothing(session, &job, &format!("job {} has not run yet: trueup run {}", job.name, job.path.display()));
+        return nothing(session, &job, &format!("job {} has not run yet: trueup run {}", job.name, shell_path(&job.path)));
     };
     let runs = arguments.choose(&job, runs)?;
     if runs.is_empty() {
@@ -72,12 +72,20 @@ pub fn execute(session: &Session, arguments: &AuditArguments) -> Result<u8> {
 }
 
 fn no_such_run(job: &Job, run: &str) -> anyhow::Error {
-    configuration(format!("--run {run}: job {} has no such run: `trueup runs {}` lists them", job.name, job.path.display()))
+    configuration(format!("--run {run}: job {} has no such run: `trueup runs {}` lists them", job.name, shell_path(&job.path)))
+}
+
+/// The document where there is no run to sum up.
+#[derive(Serialize)]
+struct Nothing<'n> {
+    schema: &'static str,
+    job: &'n str,
+    runs: [(); 0],
 }
 
 fn nothing(session: &Session, job: &Job, says: &str) -> Result<u8> {
     match session.format {
-        Format::Json => emit_json(&serde_json::json!({"schema": SCHEMA, "job": job.name, "runs": []}))?,
+        Format::Json => emit_json(&Nothing { schema: SCHEMA, job: &job.name, runs: [] })?,
         Format::Text => emit(&format!("{says}\n"))?,
     }
     Ok(0)

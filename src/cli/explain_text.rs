@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use anyhow::Result;
 
 use super::output::{Style, counted, number, table};
+use super::range::shell_path;
 use crate::audit::explain::{Asked, Change, Explanation, Figures, Row, validity};
 use crate::config::Job;
 use crate::model::aggregate::Values;
@@ -103,7 +104,7 @@ impl Writer<'_> {
             let amount = figures.amount.map_or(String::new(), |amount| format!(", amount {amount}"));
             format!("quantity {}, cost {} {}{amount}", figures.values.quantity, figures.values.cost, figures.currency)
         };
-        let remedy = format!("trueup plan {} shows what a run would change", self.job.path.display());
+        let remedy = format!("trueup plan {} shows what a run would change", shell_path(&self.job.path));
         let says = match (&row.stored, &row.computed) {
             (Some(stored), Some(computed)) if stored.agrees(computed) => "the same".to_owned(),
             (Some(stored), Some(computed)) if stored.customer_id != computed.customer_id => self.style.yellow(&format!(

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::output::{Style, counted, emit, emit_json, number};
 use super::progress::Progress;
+use super::range::shell_word;
 use super::{Format, Session};
 use crate::clock::Stopwatch;
 use crate::generate::{Counts, DEFAULT, FileFormat, Options, Profile, check_days, check_events, generate};
@@ -199,7 +200,7 @@ impl Report<'_> {
         }
         line("size", &format!("{} kB of {}, seed {}", number(counts.bytes / 1000), self.format.extension(), self.profile.seed))?;
         line("time", &format!("{seconds:.2} s"))?;
-        writeln!(out, "\n  trueup run {}  {}", self.job(), style.dim("# compute usage and cost of these events"))?;
+        writeln!(out, "\n  trueup run {}  {}", shell_word(&self.job()), style.dim("# compute usage and cost of these events"))?;
         Ok(out)
     }
 

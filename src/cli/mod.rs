@@ -52,8 +52,8 @@ pub struct Arguments {
     output: Format,
 
     /// Threads that read and aggregate [default: one a core].
-    #[arg(long, global = true, value_name = "N")]
-    threads: Option<NonZeroUsize>,
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
 
     /// Connections of environments/NAME.yaml beside the job [default: $TRUEUP_ENVIRONMENT].
     #[arg(long, global = true, value_name = "NAME")]
@@ -130,6 +130,12 @@ impl Session {
     fn job(&self, path: &Path) -> Result<Job> {
         Job::load_in(path, self.environment.as_deref())
     }
+
+    /// The options that make other commands read the same job, each after a space.
+    fn as_options(&self) -> String {
+        let given = self.environment.as_ref().filter(|given| default_environment().as_ref() != Some(*given));
+        given.map(|given| format!(" --environment {}", range::shell_word(given))).unwrap_or_default()
+    }
 }
 
 /// Runs a command; returns its exit code.
@@ -138,10 +144,11 @@ impl Session {
 /// Whatever the command could not do; [`crate::fault::exit_code`] has its code.
 pub fn dispatch(arguments: Arguments) -> Result<u8> {
     crate::telemetry::start(arguments.verbose, arguments.quiet);
-    let threads = arguments.threads.or_else(|| std::thread::available_parallelism().ok());
+    let threads = arguments.threads.map(usize::from);
+    let threads = threads.or_else(|| std::thread::available_parallelism().ok().map(NonZeroUsize::get));
     let session = Session {
         format: arguments.output,
-        threads: threads.map_or(1, NonZeroUsize::get),
+        threads: threads.unwrap_or(1),
         quiet: arguments.quiet,
         environment: arguments.environment.or_else(default_environment),
     };

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::output::{Style, counted, emit, number, table};
 use super::progress::Progress;
-use super::range::{CompletenessArguments, RangeArguments};
+use super::range::{CompletenessArguments, RangeArguments, shell_path};
 use super::{Format, Session, changes};
 use crate::clock::{Stopwatch, now};
 use crate::config::{Job, Source};
@@ -21,8 +21,9 @@ use crate::model::decimal::Decimal;
 use crate::model::run::{RunMode, RunRecord};
 use crate::model::window::Span;
 use crate::pipeline::incremental::Coverage;
-use crate::pipeline::saved::SavedPlan;
+use crate::pipeline::saved::{SavedPlan, store_digest};
 use crate::pipeline::{Lateness, Plan, Request, Step, Totals};
+use crate::store::AggregateStore;
 
 #[derive(Debug, Args)]
 pub struct PlanArguments {
@@ -79,7 +80,7 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
         ..arguments.range.request(job.timezone)?
     };
     let progress = Progress::new(session.quiet);
-    let (mut plan, _) = ends::preview(&job, &request, session.threads, &progress, arguments.out.is_some())?;
+    let (mut plan, store) = ends::preview(&job, &request, session.threads, &progress, arguments.out.is_some())?;
     drop(progress);
     let text = match session.format {
         Format::Json => serde_json::to_string_pretty(&Document::new("trueup.plan/1", &job, None, &plan)?)? + "\n",
@@ -87,7 +88,9 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
             let report = Report {
                 plan: &plan,
                 job: &job,
-                range: &arguments.range,
+                options: &(session.as_options() + &arguments.range.as_options()),
+                completeness: &(arguments.completeness.as_options()
+                    + if arguments.allow_closed { " --allow-closed" } else { "" }),
                 seconds: watch.seconds(),
                 style: Style::for_stdout(),
                 title: Title::Plan,
@@ -98,13 +101,13 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
     };
     let changes = plan.changes.rows.changed() + plan.periods.changed();
     if let Some(path) = &arguments.out {
-        save(session, &job, &mut plan)?.write(path)?;
+        save(session, &job, &mut plan, store.as_deref())?.write(path)?;
     }
     emit(&text)?;
     Ok(if arguments.detailed_exitcode && changes > 0 { 3 } else { 0 })
 }
 
-fn save(session: &Session, job: &Job, plan: &mut Plan) -> Result<SavedPlan> {
+fn save(session: &Session, job: &Job, plan: &mut Plan, store: Option<&dyn AggregateStore>) -> Result<SavedPlan> {
     Ok(SavedPlan {
         schema: SavedPlan::schema(),
         trueup_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -113,6 +116,7 @@ fn save(session: &Session, job: &Job, plan: &mut Plan) -> Result<SavedPlan> {
         environment: session.environment.clone(),
         request: plan.request.clone(),
         ledger_digest: plan.ledger_digest().to_owned(),
+        store_digest: store_digest(store, &job.name)?,
         guard: plan.check_guard(job).err().map(|refusal| refusal.to_string()),
         draft: plan.take_draft(RunMode::Apply),
         kept: plan.take_kept(),
@@ -245,7 +249,10 @@ fn reasons(plan: &Plan) -> BTreeMap<&'static str, u64> {
 pub struct Report<'p> {
     pub plan: &'p Plan,
     pub job: &'p Job,
-    pub range: &'p RangeArguments,
+    /// The options that ask for the same again, of any command.
+    pub options: &'p str,
+    /// And of a run.
+    pub completeness: &'p str,
     pub seconds: f64,
     pub style: Style,
     pub title: Title,
@@ -281,16 +288,16 @@ impl Report<'_> {
         writeln!(out, "{} {verdict}", self.style.bold(&format!("trueup {} {}:", self.title.name(), self.job.name)))?;
         self.body(&mut out)?;
         self.line(&mut out, "run", &run.run_id)?;
-        let job = self.job.path.display();
+        let job = shell_path(&self.job.path);
         let mut next = Vec::new();
         if !self.plan.dead_letters.is_empty() {
             next.push((format!("trueup dead-letters {job}"), "what could not count, and the remedy"));
         }
         if changed {
             next.push((format!("trueup export {job} corrections --format csv"), "every change and its cause"));
-            next.push((format!("trueup run {job}{}", self.range.as_options()), "run again: nothing changes"));
+            next.push((format!("trueup run {job}{}", self.options), "run again: nothing changes"));
         } else {
-            next.push((format!("trueup verify {job}{}", self.range.as_options()), "prove that store, events and ledger agree"));
+            next.push((format!("trueup verify {job}{}", self.options), "prove that store, events and ledger agree"));
         }
         self.next(&mut out, &next)?;
         Ok(out)
@@ -328,9 +335,9 @@ impl Report<'_> {
                 writeln!(out, "\n{} {reason}", self.style.yellow("note:"))?;
             }
             let next = match saved {
-                Some(path) => (format!("trueup apply {}", path.display()), "publish exactly this, or refuse if anything moved"),
+                Some(path) => (format!("trueup apply {}", shell_path(path)), "publish exactly this, or refuse if anything moved"),
                 None => (
-                    format!("trueup run {}{}", self.job.path.display(), self.range.as_options()),
+                    format!("trueup run {}{}{}", shell_path(&self.job.path), self.options, self.completeness),
                     "publish this, if nothing changes meanwhile",
                 ),
             };

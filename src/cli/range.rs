@@ -1,5 +1,7 @@
 //! Which range and which part of a job a command is about.
 
+use std::path::Path;
+
 use anyhow::Result;
 use chrono::{Duration, NaiveDate, NaiveDateTime, NaiveTime};
 use chrono_tz::Tz;
@@ -70,6 +72,12 @@ impl CompletenessArguments {
             (false, false) => Completeness::Auto,
         }
     }
+
+    /// The option that repeats it, after a space.
+    pub fn as_options(&self) -> String {
+        let given = [(self.incremental, " --incremental"), (self.full, " --full")];
+        given.iter().filter(|(is_given, _)| *is_given).map(|(_, option)| *option).collect()
+    }
 }
 
 impl RangeArguments {
@@ -98,7 +106,13 @@ impl RangeArguments {
         } else {
             None
         };
+        let before_end = |range: Span| Timestamp::from_nanos(range.end.nanos().saturating_sub(1));
+        let is_known = |t: Timestamp| Timestamp::in_range(t.nanos()).is_some();
         match range {
+            Some(range) if !is_known(range.start) || !is_known(before_end(range)) => Err(configuration(format!(
+                "the range from {} to {} is outside of the years 1700 to 2199",
+                range.start, range.end
+            ))),
             Some(range) if range.start >= range.end => Err(configuration(format!(
                 "the range from {} to {} is empty: --start must be before --end, which is not part of the range",
                 range.start, range.end
@@ -142,8 +156,13 @@ pub fn period_choice(text: &str, timezone: Tz) -> Result<PeriodChoice> {
     time("--period", text, timezone).map(PeriodChoice::Hold)
 }
 
+/// A path as a shell takes it.
+pub fn shell_path(path: &Path) -> String {
+    shell_word(&path.display().to_string())
+}
+
 /// A value as a shell takes it.
-fn shell_word(value: &str) -> String {
+pub fn shell_word(value: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.:+/@".contains(c);
     if !value.is_empty() && value.chars().all(plain) { value.to_owned() } else { format!("'{}'", value.replace('\'', "'\\''")) }
 }

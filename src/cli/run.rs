@@ -80,7 +80,9 @@ pub fn report(
         Format::Json => emit_json(&plan::Document::new("trueup.run/1", job, Some(&published.run), &published.plan)?),
         Format::Text => {
             let style = Style::for_stdout();
-            let report = plan::Report { plan: &published.plan, job, range, seconds, style, title, timings };
+            let options = &(session.as_options() + &range.as_options());
+            let plan = &published.plan;
+            let report = plan::Report { plan, job, options, completeness: "", seconds, style, title, timings };
             emit(&report.of_run(&published.run)?)
         }
     }

@@ -6,6 +6,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::output::{Style, emit, emit_json, number, table};
+use super::range::shell_path;
 use super::{Format, Session};
 use crate::ends;
 use crate::model::run::{Override, RunRecord};
@@ -42,7 +43,7 @@ pub fn execute(session: &Session, path: &Path) -> Result<u8> {
         return Ok(0);
     }
     if runs.is_empty() {
-        emit(&format!("job {} has not run yet: trueup run {}\n", job.name, path.display()))?;
+        emit(&format!("job {} has not run yet: trueup run {}\n", job.name, shell_path(path)))?;
         return Ok(0);
     }
     let rows: Vec<_> = runs.iter().rev().map(row).collect();

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::output::{Style, counted, emit, emit_json};
 use super::progress::Progress;
-use super::range::RangeArguments;
+use super::range::{RangeArguments, shell_path};
 use super::{Format, Session};
 use crate::audit::{Finding, check_ledger, describe};
 use crate::config::Job;
@@ -121,6 +121,6 @@ fn text(job: &Job, drift: &Drift, findings: &[Finding]) -> Result<String> {
     if hidden > 0 {
         writeln!(out, "  … and {hidden} more")?;
     }
-    writeln!(out, "\n  trueup plan {}  {}", job.path.display(), style.dim("# what a run would change"))?;
+    writeln!(out, "\n  trueup plan {}  {}", shell_path(&job.path), style.dim("# what a run would change"))?;
     Ok(out)
 }

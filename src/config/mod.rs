@@ -458,6 +458,9 @@ impl Validator<'_> {
     fn store(&self, raw: &RawStore) -> Result<Store> {
         match raw.kind.value.as_str() {
             "sqlite" => match &raw.path {
+                Some(_) if raw.database.is_some() => {
+                    Err(self.error(&raw.kind, "store.database does not belong to kind sqlite: use `path`"))
+                }
                 Some(path) => Ok(Store::Sqlite { path: self.resolve(path) }),
                 None => Err(self.error(&raw.kind, "store.path must name the database file")),
             },

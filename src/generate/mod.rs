@@ -23,10 +23,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::config::Job;
 use crate::fault::configuration;
 use crate::pipeline::Observer;
-use crate::reference::Reference;
 use day::{Day, Fate};
 pub use profile::{DEFAULT, Profile, check_days, check_events};
 use property::write_hexadecimal;
@@ -34,6 +32,8 @@ use random::Random;
 use tables::Names;
 pub use writer::FileFormat;
 use writer::{EventWriter, Row};
+
+use crate::{interrupt, workers};
 
 /// How to make events up.
 pub struct Options<'o> {
@@ -98,7 +98,6 @@ impl Counts {
 /// profile are wrong; or where a file cannot be written.
 pub fn generate(profile: &Profile, options: &Options<'_>) -> Result<Counts> {
     let folder = options.folder;
-    let events = folder.join("events");
     let is_new = !folder.exists();
     if !is_new && !options.force && has_entries(folder)? {
         return Err(configuration(format!(
@@ -106,35 +105,65 @@ pub fn generate(profile: &Profile, options: &Options<'_>) -> Result<Counts> {
             folder.display()
         )));
     }
-    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let names = Names::new(profile);
     let tables = tables::files(profile, &names, options.format)?;
-    tables::write(folder, &tables)?;
-    if let Err(error) = Job::load(&folder.join(tables::JOB)).and_then(|job| Reference::load(&job)) {
-        withdraw(folder, &tables, is_new);
-        let message = format!("{error:#}");
-        return Err(tables::in_profile(profile, folder, &message).map_or(error, configuration));
+    tables::check(profile, &tables)?;
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let partial = folder.join(PARTIAL);
+    let made = make(profile, &names, &tables, &partial, options).and_then(|counts| {
+        put_in_place(&partial, folder, &tables)?;
+        Ok(counts)
+    });
+    let _ = fs::remove_dir_all(&partial);
+    if made.is_err() && is_new {
+        let _ = fs::remove_dir(folder);
+    }
+    made
+}
+
+/// Where files are until all of them are whole, in their folder.
+const PARTIAL: &str = ".trueup-generate.partial";
+
+fn has_entries(folder: &Path) -> Result<bool> {
+    let unreadable = |error| configuration(format!("cannot read {}: {error}", folder.display()));
+    for entry in fs::read_dir(folder).map_err(unreadable)? {
+        // What a killed generation left is in nobody's way.
+        if entry.map_err(unreadable)?.file_name() != PARTIAL {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Writes everything into a folder of its own.
+fn make(profile: &Profile, names: &Names, tables: &[(&str, String)], partial: &Path, options: &Options<'_>) -> Result<Counts> {
+    if partial.exists() {
+        fs::remove_dir_all(partial).with_context(|| format!("cannot remove {}", partial.display()))?;
+    }
+    let events = partial.join(EVENTS);
+    fs::create_dir_all(&events).with_context(|| format!("cannot create {}", events.display()))?;
+    tables::write(partial, tables)?;
+    options.progress.step("generate", Some(profile.events));
+    write_events(profile, names, &events, options)
+}
+
+const EVENTS: &str = "events";
+
+/// Moves what is whole to where it belongs. While there is no job file, nobody runs half of it.
+fn put_in_place(partial: &Path, folder: &Path, tables: &[(&str, String)]) -> Result<()> {
+    let (job, events) = (folder.join(tables::JOB), folder.join(EVENTS));
+    if job.exists() {
+        fs::remove_file(&job).with_context(|| format!("cannot replace {}", job.display()))?;
     }
     fs::create_dir_all(&events).with_context(|| format!("cannot create {}", events.display()))?;
     remove_events(&events)?;
-    options.progress.step("generate", Some(profile.events));
-    write_events(profile, &names, &events, options)
-}
-
-fn has_entries(folder: &Path) -> Result<bool> {
-    let mut entries =
-        fs::read_dir(folder).map_err(|error| configuration(format!("cannot read {}: {error}", folder.display())))?;
-    Ok(entries.next().is_some())
-}
-
-/// Takes back tables that turned out to be wrong.
-fn withdraw(folder: &Path, tables: &[(&str, String)], is_new: bool) {
-    for (name, _) in tables {
-        let _ = fs::remove_file(folder.join(name));
+    let place = |from: &Path, to: &Path| fs::rename(from, to).with_context(|| format!("cannot write {}", to.display()));
+    for entry in fs::read_dir(partial.join(EVENTS))? {
+        let entry = entry?;
+        place(&entry.path(), &events.join(entry.file_name()))?;
     }
-    if is_new {
-        let _ = fs::remove_dir(folder);
-    }
+    let (last, others): (Vec<_>, Vec<_>) = tables.iter().map(|(name, _)| *name).partition(|name| *name == tables::JOB);
+    others.into_iter().chain(last).try_for_each(|name| place(&partial.join(name), &folder.join(name)))
 }
 
 /// Removes what an earlier generation left: the job would read it too.
@@ -170,8 +199,8 @@ fn write_events(profile: &Profile, names: &Names, folder: &Path, options: &Optio
             }
         }
     };
-    std::thread::scope(|scope| (0..options.threads).for_each(|_| drop(scope.spawn(work))));
-    total.into_inner().map_err(|_| lost())?
+    let is_lost = workers::spread(options.threads, work).iter().any(Result::is_err);
+    if is_lost { Err(lost()) } else { total.into_inner().map_err(|_| lost())? }
 }
 
 /// The file of one day.
@@ -328,6 +357,7 @@ impl Output<'_, '_> {
     fn write(&mut self) -> Result<()> {
         self.rows += 1;
         if self.rows.is_multiple_of(PROGRESS_ROWS) {
+            interrupt::check()?;
             self.progress.rows(PROGRESS_ROWS);
         }
         self.writer.write(&self.row)

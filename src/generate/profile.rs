@@ -130,9 +130,10 @@ impl Validator<'_> {
             );
         }
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-        if raw.name.value.is_empty() || !raw.name.value.chars().all(plain) {
-            let name = &raw.name.value;
-            return Err(self.error(&raw.name, format!("name `{name}` must consist of letters, digits, `_`, `-` and `.`")));
+        let name = &raw.name.value;
+        if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
+            let must = "must consist of letters, digits, `_`, `-` and `.`, and not begin with `.`";
+            return Err(self.error(&raw.name, format!("name `{name}` {must}")));
         }
         let timezone = match &raw.timezone {
             None => Tz::UTC,
@@ -208,6 +209,10 @@ impl Validator<'_> {
                 self.error(period, format!("billing_period `{}` must be one of {}", period.value, names.join(", ")))
             })?,
         };
+        if raw.plan_id.trim() != raw.plan_id || raw.plan_id.is_empty() {
+            let message = format!("plan_id `{}` must not be empty, nor begin or end with a space", raw.plan_id);
+            return Err(self.error(currency, message));
+        }
         Ok(Plan { id: raw.plan_id.clone(), currency: currency.value.clone(), billing_period: billing_period.name() })
     }
 
@@ -222,6 +227,10 @@ impl Validator<'_> {
             let mut properties: Vec<Property> = Vec::new();
             for property in &event_type.value.properties {
                 let name = property.value.name.clone();
+                // A meter reads `a.b` as b in a, which a property of this name is not.
+                if name.is_empty() || name.contains('.') {
+                    return Err(self.error(property, format!("property `{name}` must have a name without `.`")));
+                }
                 if properties.iter().any(|known| known.name == name) {
                     return Err(self.error(property, format!("property `{name}` is there twice")));
                 }
@@ -232,6 +241,14 @@ impl Validator<'_> {
             }
             let of_type: Vec<&Node> =
                 meters.iter().map(|meter| &meter.value).filter(|meter| meter.text("event_name") == Some(name)).collect();
+            for (property, at) in properties.iter().zip(&event_type.value.properties) {
+                if let Some(meter) = of_type.iter().find(|meter| sums(meter, &property.name) && !property.values.are_numbers()) {
+                    let meter = meter.text("meter_id").unwrap_or_default();
+                    let message =
+                        format!("property `{}` must be a number or null, for meter `{meter}` adds it up", property.name);
+                    return Err(self.error(at, message));
+                }
+            }
             let broken = breakable_property(&properties, &of_type);
             let weight = u64::from(event_type.value.weight.unwrap_or(1));
             all.push(weight);
@@ -385,10 +402,16 @@ fn is_unfiltered(meter: &Node) -> bool {
     }
 }
 
+/// Whether a meter needs a property to be a number.
+fn sums(meter: &Node, property: &str) -> bool {
+    const NUMERIC: [&str; 5] = ["sum", "avg", "min", "max", "latest"];
+    let is_numeric = meter.text("aggregation").is_some_and(|aggregation| NUMERIC.contains(&aggregation));
+    is_numeric && meter.text("property") == Some(property)
+}
+
 /// The first property that meters need to be a number, whatever the other properties
 /// are, and how many meters do.
 fn breakable_property(properties: &[Property], meters: &[&Node]) -> Option<(usize, u64)> {
-    const NUMERIC: [&str; 5] = ["sum", "avg", "min", "max", "latest"];
     let rejecting = |name: &str| -> Option<u64> {
         let mut count = 0;
         for meter in meters {
@@ -396,8 +419,7 @@ fn breakable_property(properties: &[Property], meters: &[&Node]) -> Option<(usiz
             if ["expression", "multiplier", "filters", "dimensions", "operation_property"].into_iter().any(mentions) {
                 return None;
             }
-            let is_numeric = meter.text("aggregation").is_some_and(|aggregation| NUMERIC.contains(&aggregation));
-            if is_numeric && meter.text("property") == Some(name) {
+            if sums(meter, name) {
                 count += 1;
                 if !is_unfiltered(meter) {
                     return None;

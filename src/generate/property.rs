@@ -1,6 +1,7 @@
 //! Properties of events: what values they take.
 
 use super::random::{Random, Weighted};
+use crate::model::decimal::Decimal;
 
 /// How the values of a property are drawn.
 #[derive(Debug, Clone)]
@@ -26,6 +27,17 @@ pub struct Property {
 }
 
 impl Values {
+    /// Whether every value is a number or null.
+    pub fn are_numbers(&self) -> bool {
+        let is_number = |text: &String| text == "null" || text.parse::<Decimal>().is_ok();
+        match self {
+            Values::Number { .. } => true,
+            Values::Choice { texts, .. } => texts.iter().all(is_number),
+            Values::Pool { .. } => false,
+            Values::Constant(text) => is_number(text),
+        }
+    }
+
     /// Appends a value as JSON.
     pub fn write(&self, random: &mut Random, out: &mut String) {
         match self {

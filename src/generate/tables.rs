@@ -11,6 +11,9 @@ use super::node::Definition;
 use super::profile::{Plan, Profile};
 use super::random::Random;
 use super::writer::FileFormat;
+use crate::config::Job;
+use crate::fault::configuration;
+use crate::reference::Reference;
 
 /// Names of customers, made once.
 pub struct Names {
@@ -55,6 +58,23 @@ pub fn files(profile: &Profile, names: &Names, format: FileFormat) -> Result<Vec
         ("customers.csv", customers(names)?),
         ("subscriptions.csv", subscriptions(profile, names)?),
     ])
+}
+
+/// Whether a job can be made of the files, tried where nobody sees it.
+///
+/// # Errors
+/// A configuration fault that names the line of the profile.
+pub fn check(profile: &Profile, files: &[(&str, String)]) -> Result<()> {
+    let folder = tempfile::tempdir().context("cannot create a temporary folder")?;
+    write(folder.path(), files)?;
+    Job::load(&folder.path().join(JOB)).and_then(|job| Reference::load(&job)).map(drop).map_err(|error| {
+        let message = format!("{error:#}");
+        let at = in_profile(profile, folder.path(), &message);
+        configuration(at.unwrap_or_else(|| {
+            let said = message.replace(&format!("{}/", folder.path().display()), "the job's ");
+            format!("{}: no job can be made of it: {said}", profile.path.display())
+        }))
+    })
 }
 
 /// Writes files into a folder.
@@ -102,7 +122,7 @@ fn definitions(key: &str, rows: &[Definition]) -> String {
 }
 
 /// What a message about a file of definitions says of the profile: the line there.
-pub fn in_profile(profile: &Profile, folder: &Path, message: &str) -> Option<String> {
+fn in_profile(profile: &Profile, folder: &Path, message: &str) -> Option<String> {
     let located = [(METERS, &profile.meters), (PRICES, &profile.prices)].into_iter().find_map(|(name, rows)| {
         let rest = message.strip_prefix(&format!("{} line ", folder.join(name).display()))?;
         let (line, rest) = rest.split_once(':')?;

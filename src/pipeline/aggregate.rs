@@ -18,6 +18,7 @@ use super::windows::Windows;
 use crate::model::price::Price;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
+use crate::workers;
 
 /// The matches of one thread, and the numbers of its dimensions among those of all.
 #[derive(Debug)]
@@ -110,12 +111,8 @@ impl<'c, 'r> AllMatches<'c, 'r> {
             }
             made
         };
-        let results: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..threads.clamp(1, self.context.parts.count())).map(|_| scope.spawn(work)).collect();
-            threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
-        });
         let mut made = Vec::new();
-        for result in results {
+        for result in workers::spread(threads.min(self.context.parts.count()), work) {
             made.extend(result.map_err(|_| anyhow!("a thread that aggregates panicked: this is a bug in trueup"))?);
         }
         made.sort_unstable_by_key(|(at, _)| *at);

@@ -129,7 +129,8 @@ pub(super) fn of_period(states: &[(StateKey, WindowState)], parts: Parts<'_>, ro
         }
         steps.after = Some(PriceStep { quantity: row.quantity, events, lines, cost: row.cost });
     } else {
-        let step = PriceStep::of(&accumulation, price, accumulation.usage()?)?;
+        let usage = if states.is_empty() { Usage::NONE } else { accumulation.usage()? };
+        let step = PriceStep::of(&accumulation, price, usage)?;
         steps.adjustments = price.adjustment_lines(step.cost, accumulation.share)?;
         steps.charges = charges(price, states)?;
         steps.after = Some(step);

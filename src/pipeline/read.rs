@@ -14,6 +14,7 @@ use super::past::{Coverage, Knowledge};
 use super::{Inputs, Timeline, held, scan};
 use crate::model::timestamp::Timestamp;
 use crate::source::{EventBatch, Split, Wanted};
+use crate::workers;
 
 /// The keys of all events.
 pub(super) struct Keys {
@@ -130,11 +131,7 @@ pub(super) fn resolve<'c, 'r>(context: &'c Context<'r>, mut seen: Matcher<'c, 'r
             worker.settle(&part)?;
         }
     };
-    let workers: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
-    });
-    for worker in workers {
+    for worker in workers::spread(threads, work) {
         seen.merge(worker.map_err(|_| anyhow!("a thread that deduplicates panicked: this is a bug in trueup"))??);
     }
     seen.dead_letters.sort_by(|a, b| (&a.key, a.event_time, &a.detail).cmp(&(&b.key, b.event_time, &b.detail)));

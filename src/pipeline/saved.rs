@@ -7,14 +7,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_128;
 
 use super::Request;
 use super::draft::Draft;
 use super::incremental::keep::Prepared;
 use crate::fault::{FaultKind, configuration, fault};
-use crate::model::aggregate::{CorrectionKind, Values};
-use crate::model::run::{InputFile, RunBasis};
+use crate::model::aggregate::{CorrectionKind, StoredWindow, Values};
+use crate::model::digest::{SetDigest, frame};
+use crate::model::run::{InputFile, RunBasis, period_json, window_digest};
 use crate::model::timestamp::Timestamp;
+use crate::model::window::Span;
 use crate::store::AggregateStore;
 use crate::whole_file;
 
@@ -32,6 +35,8 @@ pub struct SavedPlan {
     pub request: Request,
     /// The ledger digest of the last run when the plan was made; empty without one.
     pub ledger_digest: String,
+    /// Of the stored rows that the plan was made from, as [`store_digest`].
+    pub store_digest: String,
     /// Why the guard refuses the plan, if it does.
     pub guard: Option<String>,
     pub draft: Draft,
@@ -108,9 +113,14 @@ impl SavedPlan {
         if last.map_or("", |run| run.ledger_digest.as_str()) != self.ledger_digest {
             return Ok(Some("the ledger is not the one that the plan was made from".to_owned()));
         }
-        let Some(extent) = store.extent(job)? else { return Ok(None) };
-        let rows = store.windows(job, extent)?;
-        let rows: FxHashMap<_, _> = rows.iter().map(|stored| (&stored.row.key, Values::from(&*stored.row))).collect();
+        if store_digest(Some(store), job)? == self.store_digest {
+            return Ok(None);
+        }
+        let mut rows = FxHashMap::default();
+        store.each_window(job, &mut |stored| {
+            rows.insert(stored.row.key.clone(), Values::from(&*stored.row));
+            Ok(())
+        })?;
         // A session that is rebuilt is retracted and inserted under one key.
         let mut seen = rustc_hash::FxHashSet::default();
         let mut first = self
@@ -119,11 +129,44 @@ impl SavedPlan {
             .iter()
             .filter(|correction| correction.kind != CorrectionKind::Adjust && seen.insert(&correction.key));
         let other = first.find(|correction| rows.get(&correction.key).copied() != correction.values_before());
-        Ok(other.map(|correction| {
-            let key = crate::audit::describe(&correction.key);
-            format!("the stored row {key} is not what the plan saw")
+        Ok(Some(match other.map(|correction| crate::audit::describe(&correction.key)) {
+            Some(key) => format!("the stored row {key} is not what the plan saw"),
+            None => "stored rows are not what the plan saw (`trueup verify` names them)".to_owned(),
         }))
     }
+}
+
+/// A digest of all that is stored of a job's windows and bills.
+///
+/// # Errors
+/// Where the store cannot be read.
+pub fn store_digest(store: Option<&dyn AggregateStore>, job: &str) -> Result<String> {
+    let Some(store) = store else { return Ok(SetDigest::default().hex()) };
+    let (mut digest, mut buffer) = (SetDigest::default(), Vec::new());
+    let mut add = |parts: &[&str]| {
+        buffer.clear();
+        parts.iter().for_each(|part| frame(&mut buffer, Some(part.as_bytes())));
+        digest.add(xxh3_128(&buffer));
+    };
+    let mut rest = Vec::new();
+    store.each_window(job, &mut |StoredWindow { row, version, run_id }| {
+        let period = &*row.key.period;
+        let (starts, ends) = ([period.period_start, row.key.window_start], window_digest(&row, &mut rest));
+        add(&[
+            &period.tenant_id,
+            &period.subscription_id,
+            &period.meter_id,
+            &period.price_id,
+            &period.dimensions,
+            &format!("{starts:?} {ends} {:?} {version}", Values::from(&*row)),
+            &run_id,
+        ]);
+        Ok(())
+    })?;
+    for row in store.periods(job, Span { start: Timestamp::MIN, end: Timestamp::MAX })? {
+        add(&[&period_json(Some(&row))]);
+    }
+    Ok(digest.hex())
 }
 
 fn moved_files(then: &[InputFile], now: &[InputFile]) -> Vec<String> {

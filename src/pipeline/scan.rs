@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use anyhow::{Result, anyhow, bail};
 
 use crate::source::{EventBatch, EventSource, Split, Wanted};
+use crate::workers;
 
 /// Called with the number of rows just read.
 pub type Progress<'a> = &'a (dyn Fn(u64) + Sync);
@@ -63,22 +64,18 @@ pub fn scan<W: Send>(
         }
         Ok(Finished { worker, rows })
     };
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads.clamp(1, slices.len().max(1))).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
-    });
-    let mut workers = Vec::new();
+    let mut done = Vec::new();
     let mut rows = vec![0; splits.len()];
-    for result in results {
+    for result in workers::spread(threads.min(slices.len()), work) {
         let finished = result.map_err(|_| anyhow!("a reading thread panicked: this is a bug in trueup"))??;
-        workers.push(finished.worker);
+        done.push(finished.worker);
         for (index, read) in finished.rows {
             if let Some(total) = rows.get_mut(index) {
                 *total += read;
             }
         }
     }
-    Ok((workers, rows))
+    Ok((done, rows))
 }
 
 /// Promise 8: what a split announces, it delivers.

@@ -262,10 +262,11 @@ fn cycle(
     let anchor = match anchor {
         None => None,
         Some(text) => Some(
-            text.get(..10)
-                .unwrap_or(&text)
-                .parse::<NaiveDate>()
-                .map_err(|_| table.error(row, format!("anchor `{text}` is no date such as 2026-01-31")))?,
+            // The date of a time is the one that it says, whatever its offset.
+            Some(&text)
+                .filter(|text| text.parse::<Timestamp>().is_ok())
+                .and_then(|text| text.trim().get(..10)?.parse::<NaiveDate>().ok())
+                .ok_or_else(|| table.error(row, format!("anchor `{text}` is no date such as 2026-01-31")))?,
         ),
     };
     Ok(BillingCycle { length, anchor, timezone })

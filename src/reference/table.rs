@@ -17,7 +17,7 @@ use crate::config::{ClickHouseConnection, ReferenceTable};
 use crate::fault::configuration;
 use crate::source::arrow_batch::reference_texts;
 use crate::source::files::csv::{END, UNCLOSED, with_end};
-use crate::source::files::without_bom;
+use crate::source::files::{parquet_metadata, without_bom};
 
 /// A table as it was read: text columns, and where each row stands.
 pub struct Table {
@@ -45,7 +45,9 @@ impl Table {
             Some("csv") => columns.read_csv(path).map(|()| "line"),
             Some("ndjson" | "jsonl") => columns.read_ndjson(path).map(|()| "line"),
             Some("parquet") => columns.read_parquet(path).map(|()| "row"),
-            _ => Err(anyhow!("the name does not end in .csv, .ndjson, .jsonl or .parquet")),
+            _ => Err(anyhow!(
+                "the name does not end in .csv, .ndjson, .jsonl or .parquet (of meters and prices, also .yaml or .yml)"
+            )),
         }
         .map_err(problem)?;
         let frame = columns.frame().map_err(problem)?;
@@ -265,7 +267,9 @@ impl Columns {
     }
 
     fn read_parquet(&mut self, path: &Path) -> Result<()> {
-        let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?.build()?;
+        let file = File::open(path)?;
+        let metadata = parquet_metadata(&file).context("is truncated or no Parquet file: replace it")?;
+        let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata).build()?;
         for batch in reader {
             let batch = batch?;
             let first = self.rows.len() as u64 + 1;

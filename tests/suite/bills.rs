@@ -14,7 +14,8 @@ fn flat_world() -> Workspace {
 }
 
 fn bills(workspace: &Workspace) -> Vec<String> {
-    let sql = "SELECT subscription_id || ' ' || substr(period_start, 1, 10) || ' ' || amount AS bill FROM usage_periods ORDER BY 1";
+    let sql =
+        "SELECT subscription_id || ' ' || substr(period_start, 1, 10) || ' ' || amount AS bill FROM usage_periods ORDER BY 1";
     workspace.query(sql).into_iter().map(|mut row| row.remove("bill").unwrap()).collect()
 }
 

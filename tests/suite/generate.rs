@@ -219,6 +219,37 @@ fn a_folder_in_use_is_left_alone_unless_forced() {
     workspace.trueup(&["generate", "missing.yaml", "--out", "x"]).fails_with(2, &["cannot read missing.yaml"]);
 }
 
+/// Whoever asks it to end finds what was there before.
+#[test]
+fn a_generation_that_ends_early_leaves_what_was_there() {
+    let workspace = Workspace::new();
+    generate(&workspace, "made", &["--events", "2000"]);
+    workspace.write("made/customers.csv", "mine\n");
+    let before = contents(&workspace, "made");
+    let profile = workspace.trueup(&["generate", "--print-profile"]).stdout.replace("\"0.0000016\"", "cheap");
+    workspace.write("bad.yaml", profile);
+    workspace.trueup(&["generate", "bad.yaml", "--out", "made", "--force"]).fails_with(2, &["bad.yaml:", "cheap"]);
+    assert_eq!(contents(&workspace, "made"), before);
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        for (folder, is_there) in [("made", true), ("new", false)] {
+            let child = workspace.start(&["generate", "--out", folder, "--events", "900000000", "--force"]);
+            let partial = workspace.path(folder).join(".trueup-generate.partial/events");
+            while !partial.exists() || std::fs::read_dir(&partial).unwrap().next().is_none() {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            let id = child.id().to_string();
+            assert!(std::process::Command::new("kill").args(["-s", signal, &id]).status().unwrap().success());
+            assert_eq!(child.wait_with_output().unwrap().status.code(), Some(code));
+            assert_eq!(workspace.path(folder).exists(), is_there);
+        }
+    }
+    assert_eq!(contents(&workspace, "made"), before);
+    // What a killed one left is in nobody's way.
+    workspace.write("killed/.trueup-generate.partial/events/x", "");
+    generate(&workspace, "killed", &["--events", "2000"]);
+    assert_eq!(std::fs::read_dir(workspace.path("killed")).unwrap().count(), 6);
+}
+
 /// A profile with one thing wrong is refused: the message names the line and says what.
 #[test]
 fn wrong_profiles_are_refused_with_file_and_line() {
@@ -227,6 +258,8 @@ fn wrong_profiles_are_refused_with_file_and_line() {
         ("window: hour", "windows: hour", "unknown field `windows`"),
         ("version: 1", "version: 2", "version 2 is unknown"),
         ("name: demo", "name: a b", "name `a b` must consist of"),
+        ("name: demo", "name: .x", "not begin with `.`"),
+        ("{name: gb,", "{name: usage.gb,", "property `usage.gb` must have a name without `.`"),
         ("timezone: Europe/Berlin", "timezone: Berlin", "time zone `Berlin` is unknown"),
         ("start: 2026-03-20", "start: 2026-02-30", "start `2026-02-30` is no date"),
         ("days: 14", "days: 0", "days must be from 1"),

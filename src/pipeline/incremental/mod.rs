@@ -110,14 +110,7 @@ pub enum Mode {
 
 impl Coverage {
     fn full(why: impl Into<Option<String>>) -> Coverage {
-        Coverage {
-            mode: Mode::Full,
-            why: why.into(),
-            baseline: None,
-            skipping: None,
-            leaves_windows: false,
-            asked_for: false,
-        }
+        Coverage { mode: Mode::Full, why: why.into(), baseline: None, skipping: None, leaves_windows: false, asked_for: false }
     }
 
     /// Whether a later run can build on a run: it left nothing of its files for later.

@@ -12,6 +12,7 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail};
 
+pub use self::parquet::metadata as parquet_metadata;
 use super::{ColumnMap, EventBatch, EventSource, Part, RowChoice, Selection, Split, Wanted};
 
 /// Event files by glob patterns.

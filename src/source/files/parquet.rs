@@ -49,8 +49,28 @@ pub(super) fn slices(split: &Split, group: usize, most: u64) -> Vec<Split> {
 }
 
 pub(super) fn load<R: ChunkReader>(path: &Path, input: &R) -> Result<ArrowReaderMetadata> {
-    ArrowReaderMetadata::load(input, ArrowReaderOptions::new())
+    metadata(input)
         .with_context(|| format!("events file {} is truncated or no Parquet file: replace it and run again", path.display()))
+}
+
+/// What a Parquet file says of itself, as far as a reader relies on it.
+///
+/// # Errors
+/// Where the file is damaged.
+pub fn metadata<R: ChunkReader>(input: &R) -> Result<ArrowReaderMetadata> {
+    let metadata = ArrowReaderMetadata::load(input, ArrowReaderOptions::new())?;
+    for group in metadata.metadata().row_groups() {
+        for column in group.columns() {
+            // The crate takes for granted that a column lies within its file.
+            let start = u64::try_from(column.dictionary_page_offset().unwrap_or_else(|| column.data_page_offset()));
+            let end =
+                start.ok().zip(u64::try_from(column.compressed_size()).ok()).and_then(|(start, size)| start.checked_add(size));
+            if end.is_none_or(|end| end > input.len()) || group.num_rows() < 0 {
+                bail!("column {} lies outside of the file: it is damaged", column.column_path().string());
+            }
+        }
+    }
+    Ok(metadata)
 }
 
 /// The same file, with its texts read in layouts that need no copies: as views, or as
