@@ -251,6 +251,27 @@ pub enum Cause {
 }
 
 impl Cause {
+    const ALL: [Cause; 14] = [
+        Cause::FirstComputation,
+        Cause::LateEvent,
+        Cause::DuplicateRemoved,
+        Cause::EventAmended,
+        Cause::EventVoided,
+        Cause::DeadLetterResolved,
+        Cause::CustomerChanged,
+        Cause::SubscriptionChanged,
+        Cause::PriceChanged,
+        Cause::MeterChanged,
+        Cause::JobChanged,
+        Cause::TierShift,
+        Cause::StoreAltered,
+        Cause::ManualRevert,
+    ];
+
+    pub fn parse(name: &str) -> Option<Cause> {
+        Cause::ALL.into_iter().find(|cause| cause.name() == name)
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Cause::FirstComputation => "first_computation",

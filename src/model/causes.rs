@@ -25,6 +25,12 @@ impl Causes {
         Causes::default()
     }
 
+    /// As the ledger stores them; what it does not know is left out.
+    pub fn parse(json: &str) -> Causes {
+        let counts: BTreeMap<String, u64> = serde_json::from_str(json).unwrap_or_default();
+        counts.into_iter().filter_map(|(name, count)| Some((Cause::parse(&name)?, count))).collect()
+    }
+
     fn as_slice(&self) -> &[(Cause, u64)] {
         match &self.0 {
             Held::None => &[],

@@ -97,6 +97,13 @@ pub struct Meter {
     pub digest: String,
 }
 
+impl Meter {
+    /// Whether it measures a level, which is carried from one window into the next.
+    pub fn keeps_a_level(&self) -> bool {
+        self.aggregation == Aggregation::WeightedSum
+    }
+}
+
 /// What of an event is aggregated.
 #[derive(Debug, Clone)]
 pub enum Input {

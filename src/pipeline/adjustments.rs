@@ -5,11 +5,14 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 
+use super::closed::ClosedPeriods;
+use super::price::PricedWindow;
 use super::reconcile::{PeriodChanges, Reconciliation};
 use crate::model::aggregate::{
     Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, Recorded, Text, Values, WindowKey,
     WindowRow,
 };
+use crate::model::window::Span;
 use crate::store::AggregateStore;
 
 /// What a window of a closed period should be, and whose it is.
@@ -26,50 +29,93 @@ impl From<&WindowRow> for Said {
     }
 }
 
-/// What the ledger says of a window of a closed period; `None` for no window.
+/// What the ledger says of a window of a closed period.
 #[derive(Debug, Clone)]
-pub struct Adjustment(Option<Said>);
+struct Adjustment {
+    /// `None` for no window.
+    said: Option<Said>,
+    causes: Causes,
+}
+
+/// The adjustments that nothing has replaced yet, each the last one of its row.
+#[derive(Debug, Default)]
+pub struct Adjustments {
+    windows: BTreeMap<WindowKey, Adjustment>,
+    bills: BTreeMap<PeriodKey, Option<PeriodRow>>,
+}
+
+/// What of a job a run can judge.
+pub struct Judged<'j> {
+    /// Windows in here are computed, if there are any.
+    pub range: Span,
+    /// Bills in here are, by their rows.
+    pub bills: &'j dyn Fn(&PeriodRow) -> bool,
+    /// The one customer whose usage is.
+    pub customer: Option<&'j str>,
+}
+
+impl Judged<'_> {
+    fn is_of_others(&self, customer: Option<&Text>) -> bool {
+        customer.is_some_and(|of| self.customer.is_some_and(|wanted| *wanted != **of))
+    }
+}
 
 impl Reconciliation {
-    /// Records the differences in closed periods that the ledger does not know yet.
-    /// `recorded` has the last adjustment of each window that has one; `is_computed` says
-    /// whether a window that was neither found nor computed would have been, and `in_scope`
-    /// whether the usage of a customer would.
-    pub fn adjust_closed(
-        &mut self,
-        mut recorded: BTreeMap<WindowKey, Adjustment>,
-        is_computed: impl Fn(&WindowKey) -> bool,
-        in_scope: impl Fn(&str) -> bool,
-    ) {
-        let is_of_others = |said: &Option<Said>| said.as_ref().is_some_and(|said| !in_scope(&said.customer_id));
+    /// Why rows changed that were closed when their reason came up: that is on record.
+    pub fn explain_by(&mut self, recorded: &Adjustments) {
+        if recorded.windows.is_empty() {
+            return;
+        }
+        let unproved = std::mem::take(&mut self.unproved);
+        for (at, correction) in self.corrections.iter_mut().enumerate() {
+            let is_open = unproved.binary_search(&at).is_ok();
+            let is_told = is_open || correction.causes.names().eq([Cause::StoreAltered]);
+            match recorded.windows.get(&correction.key).filter(|adjustment| is_told && !adjustment.causes.is_empty()) {
+                Some(adjustment) => correction.causes = adjustment.causes.clone(),
+                None if is_open => self.unproved.push(at),
+                None => {}
+            }
+        }
+    }
+
+    /// Records the differences in closed periods that the ledger does not know yet, and that
+    /// those of periods hold no more that are open again. Of these, `computed` has the rows.
+    pub fn adjust(&mut self, recorded: &mut Adjustments, closed: &ClosedPeriods, computed: &[PricedWindow], judged: &Judged<'_>) {
+        let mut recorded = std::mem::take(&mut recorded.windows);
+        let customer = |said: &Option<Said>| said.as_ref().map(|said| said.customer_id.clone());
+        let is_of_others = |said: &Option<Said>| judged.is_of_others(customer(said).as_ref());
         std::mem::take(&mut self.closed_and_stale).iter().for_each(|key| drop(recorded.remove(key)));
+        // A row that is written replaces what was said of it.
+        self.corrections.iter().for_each(|correction| drop(recorded.remove(&correction.key)));
         for difference in std::mem::take(&mut self.closed) {
             let Some(row) = difference.row() else { continue };
             let stored = difference.before.as_ref().map(Said::from);
             let after = difference.after.as_ref().map(Said::from);
-            let before = recorded.remove(&row.key).map_or(stored, |adjustment| adjustment.0);
+            let before = recorded.remove(&row.key).map_or(stored, |adjustment| adjustment.said);
             // What is another's by now, a run of one customer cannot judge.
             if after.is_some() || !is_of_others(&before) {
-                self.adjust(&row.key, &difference.causes, before.as_ref(), after.as_ref());
+                self.record(&row.key, &difference.causes, before.as_ref(), after.as_ref());
             }
         }
-        // Neither stored nor computed any more: an adjustment that is taken back.
-        for (key, Adjustment(said)) in recorded.into_iter().filter(|(key, _)| is_computed(key)) {
-            if !is_of_others(&said) {
-                self.adjust(&key, &Causes::new(), said.as_ref(), None);
+        // Neither stored nor computed any more, or stored as it is computed: taken back.
+        for (key, Adjustment { said, .. }) in recorded {
+            let at = computed.binary_search_by(|window| window.row.key.cmp(&key)).ok();
+            let now = at.and_then(|at| computed.get(at)).filter(|_| !closed.hold(&key.period));
+            if judged.range.contains(key.window_start) && !is_of_others(&said) {
+                self.record(&key, &Causes::new(), said.as_ref(), now.map(|window| Said::from(&*window.row)).as_ref());
             }
         }
         // Stable: a session that was rebuilt is retracted before it is inserted.
         self.corrections.sort_by(|a, b| a.key.cmp(&b.key));
     }
 
-    fn adjust(&mut self, key: &WindowKey, causes: &Causes, before: Option<&Said>, after: Option<&Said>) {
+    fn record(&mut self, key: &WindowKey, causes: &Causes, before: Option<&Said>, after: Option<&Said>) {
         if before == after {
             return;
         }
         let causes = if causes.is_empty() {
             let cause = if after.is_some() { Cause::LateEvent } else { Cause::EventVoided };
-            let counted = after.or(before).map_or(1, |said| said.values.event_count);
+            let counted = after.or(before).map_or(1, |said| said.values.event_count.max(1));
             Causes::from([(cause, counted)])
         } else {
             causes.clone()
@@ -101,62 +147,72 @@ impl Reconciliation {
     }
 }
 
-/// The last adjustment of each window of the periods that `wants` holds, whoever it is of,
-/// unless an ordinary correction came later.
-///
-/// # Errors
-/// Where the ledger cannot be read.
-pub fn recorded(
-    store: &dyn AggregateStore,
-    job: &str,
-    wants: impl Fn(&PeriodKey) -> bool,
-) -> Result<BTreeMap<WindowKey, Adjustment>> {
-    let mut last = BTreeMap::new();
-    store.ledger(job, &mut |entry| {
-        if !wants(&entry.key.period) {
-            return Ok(());
-        }
-        if entry.is_adjustment() {
-            let said = |values| Said { customer_id: entry.customer_id, currency: entry.currency, values };
-            last.insert(entry.key, Adjustment(entry.after.map(said)));
-        } else {
-            last.remove(&entry.key);
-        }
-        Ok(())
-    })?;
-    Ok(last)
+impl Adjustments {
+    /// Those of the periods that `wants` holds, whoever they are of. An ordinary correction that
+    /// came later replaces one.
+    ///
+    /// # Errors
+    /// Where the ledger cannot be read.
+    pub fn load(store: &dyn AggregateStore, job: &str, wants: impl Fn(&PeriodKey) -> bool) -> Result<Adjustments> {
+        let Adjustments { mut windows, mut bills } = Adjustments::default();
+        store.ledger(job, &mut |entry| {
+            if !wants(&entry.key.period) {
+                return Ok(());
+            }
+            if entry.is_adjustment() {
+                let causes = Causes::parse(&entry.causes);
+                let said = |values| Said { customer_id: entry.customer_id, currency: entry.currency, values };
+                windows.insert(entry.key, Adjustment { said: entry.after.map(said), causes });
+            } else {
+                windows.remove(&entry.key);
+            }
+            Ok(())
+        })?;
+        store.period_ledger(job, &mut |entry| {
+            if !wants(&entry.key) || (!entry.is_adjustment() && !bills.contains_key(&entry.key)) {
+                return Ok(());
+            }
+            let [before, after] = entry.rows()?;
+            let closes = before.as_ref().zip(after.as_ref()).is_some_and(|(before, after)| before.says_the_same(after));
+            if entry.is_adjustment() {
+                bills.insert(entry.key, after);
+            } else if !closes {
+                bills.remove(&entry.key);
+            }
+            Ok(())
+        })?;
+        Ok(Adjustments { windows, bills })
+    }
 }
 
 impl PeriodChanges {
     /// Records what the bills of closed periods should be, as far as the ledger does not know it
-    /// yet. `recorded` has the last adjustment of each row that has one; `is_known` says whether
-    /// all of a period was computed, and `in_scope` whether the usage of a customer was.
-    pub fn adjust_closed(
-        &mut self,
-        mut recorded: BTreeMap<PeriodKey, Option<PeriodRow>>,
-        is_known: impl Fn(&PeriodRow) -> bool,
-        in_scope: impl Fn(&str) -> bool,
-    ) {
-        let is_of_others = |row: &Option<PeriodRow>| row.as_ref().is_some_and(|row| !in_scope(&row.customer_id));
-        for (key, (stored, computed)) in std::mem::take(&mut self.closed) {
+    /// yet, and that what was said of others holds no more. Of these, `computed` has the rows.
+    pub fn adjust(&mut self, recorded: &mut Adjustments, closed: &ClosedPeriods, computed: &[PeriodRow], judged: &Judged<'_>) {
+        let mut recorded = std::mem::take(&mut recorded.bills);
+        let is_of_others = |row: &Option<PeriodRow>| judged.is_of_others(row.as_ref().map(|row| &row.customer_id));
+        self.corrections.iter().for_each(|correction| drop(recorded.remove(&correction.key)));
+        for (key, (stored, row)) in std::mem::take(&mut self.closed) {
             let recorded = recorded.remove(&key);
-            if !computed.iter().chain(&stored).all(&is_known) {
+            if !row.iter().chain(&stored).all(judged.bills) {
                 continue;
             }
             let closed_at = stored.as_ref().and_then(|row| row.closed_at);
             let before = recorded.unwrap_or(stored);
-            if computed.is_some() || !is_of_others(&before) {
-                self.adjust(key, before, computed.map(|row| PeriodRow { closed_at, ..row }));
+            if row.is_some() || !is_of_others(&before) {
+                self.record(key, before, row.map(|row| PeriodRow { closed_at, ..row }));
             }
         }
         for (key, before) in recorded {
-            if before.as_ref().is_some_and(&is_known) && !is_of_others(&before) {
-                self.adjust(key, before, None);
+            let at = computed.binary_search_by(|row| row.key.cmp(&key)).ok();
+            let now = at.and_then(|at| computed.get(at)).filter(|_| !closed.hold(&key)).cloned();
+            if before.iter().chain(&now).all(judged.bills) && !is_of_others(&before) {
+                self.record(key, before, now);
             }
         }
     }
 
-    fn adjust(&mut self, key: PeriodKey, before: Option<PeriodRow>, after: Option<PeriodRow>) {
+    fn record(&mut self, key: PeriodKey, before: Option<PeriodRow>, after: Option<PeriodRow>) {
         let is_same = match (&before, &after) {
             (Some(before), Some(after)) => before.says_the_same(after),
             (before, after) => before.is_none() && after.is_none(),
@@ -166,31 +222,4 @@ impl PeriodChanges {
             self.corrections.push(PeriodCorrection { key, before, after, is_adjustment: true });
         }
     }
-}
-
-/// The last adjustment of each row of `usage_periods` of the periods that `wants` holds, unless
-/// the row changed later.
-///
-/// # Errors
-/// Where the ledger cannot be read.
-pub fn recorded_periods(
-    store: &dyn AggregateStore,
-    job: &str,
-    wants: impl Fn(&PeriodKey) -> bool,
-) -> Result<BTreeMap<PeriodKey, Option<PeriodRow>>> {
-    let mut last = BTreeMap::new();
-    store.period_ledger(job, &mut |entry| {
-        if !wants(&entry.key) || (!entry.is_adjustment() && !last.contains_key(&entry.key)) {
-            return Ok(());
-        }
-        let [before, after] = entry.rows()?;
-        let closes = before.as_ref().zip(after.as_ref()).is_some_and(|(before, after)| before.says_the_same(after));
-        if entry.is_adjustment() {
-            last.insert(entry.key, after);
-        } else if !closes {
-            last.remove(&entry.key);
-        }
-        Ok(())
-    })?;
-    Ok(last)
 }

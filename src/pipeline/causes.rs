@@ -9,7 +9,7 @@ use super::incremental::snapshot::Differences;
 use super::price::PricedWindow;
 use super::session_changes::SessionChanges;
 use super::state::News;
-use crate::model::aggregate::{Basis, Cause, Causes, PeriodKey, StoredWindow, Text, WindowKey, WindowRow};
+use crate::model::aggregate::{Basis, Cause, Causes, DeadLetter, PeriodKey, Reason, StoredWindow, Text, WindowKey, WindowRow};
 use crate::model::basis::ReferenceDigests;
 use crate::model::run::{RunBasis, RunRecord};
 use crate::model::timestamp::Timestamp;
@@ -26,8 +26,34 @@ pub struct Evidence<'e> {
     pub sessions: SessionChanges,
     /// Current digests by id, for rows that are computed no more.
     pub current: CurrentDigests,
+    /// Where no price holds.
+    pub unpriced: Unpriced,
+    /// Meters that keep a level, by their id.
+    pub levels: FxHashSet<&'e str>,
     /// What changed in the reference tables, where that is known row by row.
     pub changed: Option<ChangedRows<'e>>,
+}
+
+/// The events that found no price, by tenant and meter.
+#[derive(Debug, Default)]
+pub struct Unpriced(FxHashMap<(String, String), Vec<Timestamp>>);
+
+impl Unpriced {
+    pub fn of(letters: &[DeadLetter]) -> Self {
+        let mut unpriced: FxHashMap<_, Vec<Timestamp>> = FxHashMap::default();
+        for letter in letters.iter().filter(|letter| letter.key.reason == Reason::PriceNotFound) {
+            let of = (letter.key.tenant_id.clone(), letter.key.meter_id.clone());
+            unpriced.entry(of).or_default().extend(letter.event_time);
+        }
+        Unpriced(unpriced)
+    }
+
+    /// Whether one of them may have counted in a row.
+    fn hold(&self, row: &WindowRow) -> bool {
+        let period = &row.key.period;
+        let times = self.0.get(&(period.tenant_id.to_string(), period.meter_id.to_string()));
+        times.is_some_and(|times| times.iter().any(|t| row.window().contains(*t)))
+    }
 }
 
 /// Rows of the reference tables that are not what they were to a run.
@@ -126,12 +152,12 @@ pub struct Judge<'j> {
 impl Judge<'_> {
     pub fn update(&self, before: &StoredWindow, after: &PricedWindow) -> Causes {
         let (was, is) = (&before.row, &after.row);
-        let mut causes = self.news(&is.key, after.news.all());
         let usage_changed = !was.same_usage(is);
-        if !usage_changed {
-            // News that left the usage as it was explain nothing.
-            causes.clear();
-        }
+        // News that left the usage as it was explain nothing.
+        let news = if usage_changed { self.all_news(&is.key, after.news.all()) } else { News::default() };
+        let mut causes = self.limited(news, was, is).causes();
+        let moved_to_another = was.customer_id != is.customer_id || was.currency != is.currency;
+        let is_shifted = self.moved.contains(&is.key.period);
         let mut changed = |cause: Cause, is_changed: bool| {
             if is_changed {
                 causes.insert(cause, 1);
@@ -141,7 +167,8 @@ impl Judge<'_> {
         let then = self.covering_run(before).map(|run| &run.basis.reference);
         let now = &self.evidence.basis.reference;
         let since = |table: fn(&ReferenceDigests) -> &String| then.is_none_or(|then| table(then) != table(now));
-        let price_changed = was.cost != is.cost && was.basis.price != is.basis.price && since(|tables| &tables.prices);
+        let charged_otherwise = was.cost != is.cost || was.currency != is.currency;
+        let price_changed = charged_otherwise && was.basis.price != is.basis.price && since(|tables| &tables.prices);
         let recharged = was.cost != is.cost && !price_changed;
         changed(Cause::PriceChanged, price_changed);
         changed(
@@ -150,11 +177,14 @@ impl Judge<'_> {
         );
         changed(
             Cause::SubscriptionChanged,
-            usage_changed && was.basis.subscription != is.basis.subscription && since(|tables| &tables.subscriptions),
+            // Its start or end may change what a part of a period costs.
+            (usage_changed || moved_to_another || (recharged && !is_shifted))
+                && was.basis.subscription != is.basis.subscription
+                && since(|tables| &tables.subscriptions),
         );
         changed(
             Cause::CustomerChanged,
-            usage_changed && was.basis.customer != is.basis.customer && since(|tables| &tables.customers),
+            (usage_changed || moved_to_another) && was.basis.customer != is.basis.customer && since(|tables| &tables.customers),
         );
         if !causes.is_empty() {
             return causes;
@@ -169,7 +199,7 @@ impl Judge<'_> {
                 std::cmp::Ordering::Less => (Cause::EventVoided, was.event_count - is.event_count),
                 std::cmp::Ordering::Equal => (Cause::EventAmended, 1),
             }
-        } else if !usage_changed && self.moved.contains(&is.key.period) {
+        } else if !usage_changed && is_shifted {
             (Cause::TierShift, 1)
         } else {
             (Cause::StoreAltered, 1)
@@ -184,10 +214,11 @@ impl Judge<'_> {
         // Of a row that is not there, what was taken back tells nothing.
         let stands = |run: &RunRecord| !self.evidence.taken_back.contains(run.run_id.as_str());
         let Some(run) = self.last_covering(&after.row, self.evidence.runs, stands) else {
-            return (Causes::from([(Cause::FirstComputation, after.row.event_count)]), true);
+            // A level that is carried in has no event of its own.
+            return (Causes::from([(Cause::FirstComputation, after.row.event_count.max(1))]), true);
         };
-        let mut causes = self.news(key, after.news.all());
-        if causes.total() >= after.row.event_count {
+        let mut causes = self.all_news(key, after.news.all()).causes();
+        if !causes.is_empty() && causes.total() >= after.row.event_count {
             return (causes, true);
         }
         let basis = &after.row.basis;
@@ -196,9 +227,9 @@ impl Judge<'_> {
         let customer = subscription.map(|known| !known.iter().any(|(_, of)| *of == basis.customer));
         let subscription = subscription.map(|known| !known.iter().any(|(of, _)| *of == basis.subscription));
         let price = self.known.prices.get(&key.period.price_id).map(|known| !known.contains(&basis.price));
-        // Where no stored row tells, the tables may.
+        // What the tables were to that run is better than what rows say that others may have left.
         let changed = self.evidence.changed.as_ref().filter(|changed| changed.run_id == run.run_id);
-        let or = |known: Option<bool>, is_changed: &dyn Fn(&ChangedRows<'_>) -> bool| known.or_else(|| changed.map(is_changed));
+        let or = |known: Option<bool>, is_changed: &dyn Fn(&ChangedRows<'_>) -> bool| changed.map(is_changed).or(known);
         let slot = Slot::of(key);
         causes.extend(self.changed_definitions(
             &run.basis,
@@ -214,45 +245,55 @@ impl Judge<'_> {
     /// The causes, and whether they are proved.
     pub fn retract(&self, before: &StoredWindow) -> (Causes, bool) {
         let key = &before.row.key;
-        let mut causes = self.news(key, News::default());
-        if causes.total() >= before.row.event_count {
+        let mut causes = self.all_news(key, News::default()).causes();
+        if !causes.is_empty() && causes.total() >= before.row.event_count {
             return (causes, true);
         }
         let was = &before.row.basis;
         let current = &self.evidence.current;
         let subscription = current.subscriptions.get(&(key.period.tenant_id.clone(), key.period.subscription_id.clone()));
-        let since = |then: &RunBasis| {
-            self.changed_definitions(
-                then,
+        // What a price says does not take a window away; that it holds no more does.
+        let price_is_gone = match &*key.period.price_id {
+            "" => self.replaced.contains(&Slot::of(key)),
+            id => {
+                !current.prices.contains_key(id)
+                    || self.replaced.contains(&Slot::of(key))
+                    || self.evidence.unpriced.hold(&before.row)
+            }
+        };
+        // A digest on the row can be old news: the last run that computed it tells.
+        if let Some(run) = self.covering_run(before) {
+            causes.extend(self.changed_definitions(
+                &run.basis,
                 Some(current.meters.get(&key.period.meter_id) != Some(&was.meter)),
                 Some(subscription.is_none_or(|(digest, _)| *digest != was.subscription)),
                 Some(subscription.is_none_or(|(_, digest)| *digest != was.customer)),
-                Some(current.prices.get(&key.period.price_id) != Some(&was.price) || self.replaced.contains(&Slot::of(key))),
-            )
-        };
-        // A digest on the row can be old news: the last run that computed it tells. What was
-        // found then and left as it was, in a closed period, is told by the run that wrote the row.
-        let computed = self.covering_run(before).map(|run| &run.basis);
-        let bases = [computed, self.basis_of(&before.run_id)].into_iter().flatten();
-        causes.extend(bases.map(since).find(|causes| !causes.is_empty()).unwrap_or_default());
+                Some(price_is_gone),
+            ));
+        }
         let proved = !causes.is_empty();
         (causes, proved)
     }
 
     /// What came, was amended, voided or resolved in this window since the run before.
-    fn news(&self, key: &WindowKey, mut news: News) -> Causes {
+    fn all_news(&self, key: &WindowKey, mut news: News) -> News {
         match self.evidence.sessions.news.get(key) {
-            Some(of_sessions) => news = *of_sessions,
-            None => news.merge(self.evidence.withdrawn.get(key).copied().unwrap_or_default()),
+            Some(of_sessions) => *of_sessions,
+            None => {
+                news.merge(self.evidence.withdrawn.get(key).copied().unwrap_or_default());
+                news
+            }
         }
-        let counts = [
-            (Cause::LateEvent, news.late),
-            (Cause::EventAmended, news.amended),
-            (Cause::EventVoided, news.voided),
-            (Cause::DuplicateRemoved, news.duplicates),
-            (Cause::DeadLetterResolved, news.resolved),
-        ];
-        counts.into_iter().filter(|(_, count)| *count > 0).collect()
+    }
+
+    /// No more events are late than a window has more: where files were merged into others, their
+    /// events only look new. A level is changed by late events of other windows too.
+    fn limited(&self, news: News, was: &WindowRow, is: &WindowRow) -> News {
+        if self.evidence.levels.contains(&*is.key.period.meter_id) {
+            return news;
+        }
+        let came = is.event_count.saturating_add(news.voided + news.amended + news.duplicates);
+        News { late: news.late.min(came.saturating_sub(was.event_count.saturating_add(news.resolved))), ..news }
     }
 
     /// Definitions that changed since a run; where a row's own digest is known, it

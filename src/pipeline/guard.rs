@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
+use super::Inputs;
 use super::reconcile::{PeriodChanges, Reconciliation};
 use crate::config::{Guard, Limit};
 use crate::fault::{FaultKind, fault};
@@ -12,12 +13,31 @@ use crate::model::aggregate::{
     Cause, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, StoredWindow, Text, Values,
 };
 use crate::model::decimal::{Decimal, DecimalError};
+use crate::model::window::Span;
 
 /// What is stored in the periods touched: changes are a share of it.
 #[derive(Debug, Default)]
 pub struct Base {
     pub windows: Vec<StoredWindow>,
     pub periods: Vec<PeriodRow>,
+}
+
+/// The stored rows that a guard compares with. A run that looked at some of them alone
+/// may change a greater share of them than of all.
+pub fn wide_enough(
+    inputs: &Inputs<'_>,
+    stored: Base,
+    (changes, periods): (&Reconciliation, &PeriodChanges),
+    (range, reach): (Span, Span),
+    is_all: bool,
+) -> Result<Base> {
+    let is_refused = || check(&inputs.job.guard, &stored, changes, periods).is_err();
+    let Some(store) = inputs.store.filter(|_| !is_all && is_refused()) else {
+        return Ok(stored);
+    };
+    let mut windows = store.windows(&inputs.job.name, reach)?;
+    windows.retain(|stored| stored.row.period().overlaps(range));
+    Ok(Base { windows, periods: store.periods(&inputs.job.name, range)? })
 }
 
 /// Refuses changes beyond the limits. First computations do not count.
@@ -144,15 +164,15 @@ fn check_windows(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliatio
     }
     if let Some(limit) = guard.max_vanished_rows {
         let base = Decimal::from_u64(stored.len() as u64);
-        if exceeds(Decimal::from_u64(changes.vanished), base, limit)? {
+        if exceeds(Decimal::from_u64(changes.vanished.len() as u64), base, limit)? {
             return Err(refused(
                 &format!(
                     "{} of {} stored rows would be retracted, because their events are gone from the source though nobody voided \
                      them, more than max_vanished_rows {limit}",
-                    changes.vanished,
+                    changes.vanished.len(),
                     stored.len()
                 ),
-                customers(),
+                changes.vanished.iter().map(|customer| &**customer),
             ));
         }
     }
@@ -210,7 +230,11 @@ fn refused<'c>(what: &str, of: impl Iterator<Item = &'c str>) -> anyhow::Error {
     }
     let mut customers: Vec<_> = customers.into_iter().collect();
     customers.sort_by_key(|(name, rows)| (std::cmp::Reverse(*rows), *name));
-    let shown: Vec<_> = customers.iter().take(5).map(|(name, rows)| format!("{name} ({rows} rows)")).collect();
+    let shown: Vec<_> = customers
+        .iter()
+        .take(5)
+        .map(|(name, rows)| format!("{name} ({rows} {})", if *rows == 1 { "row" } else { "rows" }))
+        .collect();
     let more = if customers.len() > 5 { format!(" and {} more", customers.len() - 5) } else { String::new() };
     fault(
         FaultKind::Guard,

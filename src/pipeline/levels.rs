@@ -13,7 +13,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::state::{Interner, NO_PRICE, News, StateKey, WindowState, index};
 use super::windows::Windows;
 use crate::model::decimal::DecimalSum;
-use crate::model::meter::{Aggregation, Meter};
+use crate::model::meter::Meter;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
@@ -26,6 +26,27 @@ struct LevelKey {
     dimensions: u32,
 }
 
+impl LevelKey {
+    fn of(key: &StateKey) -> Self {
+        LevelKey { subscription: key.subscription, meter: key.meter, dimensions: key.dimensions }
+    }
+}
+
+/// Values of dimensions, from canonical JSON.
+fn values(dimensions: &str) -> Vec<(String, String)> {
+    let values: BTreeMap<String, &serde_json::value::RawValue> = serde_json::from_str(dimensions).unwrap_or_default();
+    values.into_iter().map(|(name, value)| (name, value.get().to_owned())).collect()
+}
+
+/// Where the segment ends in which a window begins.
+fn segment_end(key: &StateKey, dimensions: &Interner, reference: &Reference) -> Option<Timestamp> {
+    let subscription = reference.subscriptions.get(key.subscription as usize)?;
+    let at = key.window_start.max(key.period_start);
+    let values = values(&dimensions.text(key.dimensions));
+    let values: Vec<_> = values.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
+    Some(reference.level_end(subscription, key.meter as usize, at, subscription.cycle.period(at), &values))
+}
+
 /// What the events of one segment do to the level. A segment is the time of one price in
 /// one billing period; its changes go by its end.
 #[derive(Debug, Clone, Copy, Default)]
@@ -36,27 +57,30 @@ struct Change {
 
 /// Adds the carried levels to `windows`, for all billing periods that begin before the end
 /// of `range`. An `open` range grows until it holds all windows that they are added to.
+///
+/// `lost` has the news of windows that lost events: they change the level of later ones too.
 pub fn carry_in(
     windows: &mut Windows,
-    dimensions: &Interner,
+    (dimensions, lost): (&Interner, &FxHashMap<StateKey, News>),
     reference: &Reference,
     range: &mut Span,
     open: bool,
     timezone: chrono_tz::Tz,
 ) {
-    let is_level = |meter: &Meter| meter.aggregation == Aggregation::WeightedSum;
     let mut levels: FxHashMap<LevelKey, BTreeMap<Timestamp, Change>> = FxHashMap::default();
-    for (key, state) in windows.iter() {
-        if !reference.meters.get(key.meter as usize).is_some_and(is_level) {
-            continue;
-        }
-        let level = LevelKey { subscription: key.subscription, meter: key.meter, dimensions: key.dimensions };
-        let changes = levels.entry(level).or_default();
+    let is_level = |key: &StateKey| reference.meters.get(key.meter as usize).is_some_and(Meter::keeps_a_level);
+    for (key, state) in windows.iter().filter(|(key, _)| is_level(key)) {
+        let changes = levels.entry(LevelKey::of(key)).or_default();
         for change in state.accumulator.level_changes() {
             changes.entry(change.until).or_default().level.merge(change.level);
         }
         if let Some(first) = state.accumulator.level_changes().iter().map(|change| change.until).min() {
             changes.entry(first).or_default().news.merge(state.news.all());
+        }
+    }
+    for (key, news) in lost.iter().filter(|(key, _)| is_level(key)) {
+        if let Some(end) = segment_end(key, dimensions, reference) {
+            levels.entry(LevelKey::of(key)).or_default().entry(end).or_default().news.merge(*news);
         }
     }
     let start = |(key, changes)| Walk::new(key, changes, reference, &dimensions.text(key.dimensions), timezone);
@@ -93,13 +117,12 @@ impl<'w> Walk<'w> {
         dimensions: &str,
         timezone: chrono_tz::Tz,
     ) -> Option<Self> {
-        let values: BTreeMap<String, &serde_json::value::RawValue> = serde_json::from_str(dimensions).unwrap_or_default();
         Some(Walk {
             key,
             reference,
             subscription: reference.subscriptions.get(key.subscription as usize)?,
             meter: reference.meters.get(key.meter as usize)?,
-            dimensions: values.into_iter().map(|(name, value)| (name, value.get().to_owned())).collect(),
+            dimensions: values(dimensions),
             timezone,
             // Before the first segment ends, there is nothing to carry.
             at: *changes.keys().next()?,

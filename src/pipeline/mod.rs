@@ -58,6 +58,7 @@ use crate::config::Job;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, WindowKey};
 use crate::model::basis::Scope;
 use crate::model::counts::{EventCounts, UsageCounts};
+use crate::model::meter::Meter;
 use crate::model::price::Price;
 use crate::model::run::{Origin, RunBasis, RunInput, RunMode, RunRecord};
 use crate::model::timestamp::Timestamp;
@@ -65,14 +66,15 @@ use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
 use crate::source::{EventSource, Moved, Selection};
 use crate::store::AggregateStore;
-use causes::{ChangedRows, CurrentDigests, Evidence};
+use adjustments::{Adjustments, Judged};
+use causes::{ChangedRows, CurrentDigests, Evidence, Unpriced};
 use context::Context;
 use draft::Draft;
 use enrich::Enricher;
 use incremental::keep::{self, Keep, Prepared};
 use incremental::snapshot::{STATE, Snapshot};
 use incremental::values::ListKeeper;
-use incremental::{Again, Coverage, Marked, Mode, Passes, Retreat, stored_windows};
+use incremental::{Again, Baseline, Coverage, Marked, Mode, Passes, Retreat, stored_windows};
 pub use key_cache::KeyCache;
 pub use lateness::{Horizon, Lateness};
 use matches::Partitioning;
@@ -266,9 +268,10 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let marked = marked.map_err(Retreat::of)?;
     let (mut marks, changed, mut skipping, differences, again) = match marked {
         Some(Marked { marks, changed, skipping, differences, again }) => {
-            (Some(marks), Some(changed), Some(skipping), Some(differences), again)
+            let of = |baseline: &Baseline<'_>| (baseline.run.run_id.clone(), differences);
+            (Some(marks), Some(changed), Some(skipping), baseline.as_ref().ok().map(of), again)
         }
-        None => (None, None, None, None, Again::default()),
+        None => (None, None, None, past.differences(store, &job.name, &snapshot, &basis), Again::default()),
     };
     if let (Some(passes), Some(marks)) = (&passes, &marks)
         && passes.are_in_vain(request, marks, kept.as_ref())
@@ -308,7 +311,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         // What an incremental run reads is of use to others only beside what was kept before.
         keep_in: may_keep.then(|| keep::folder(inputs, request, rows)).flatten(),
     };
-    let coverage = past.coverage(reach);
+    let coverage = past.coverage(reach, &splits);
     let mut seen = match (&passes, &mut skipping, &context.marks) {
         (Some(passes), Some(skipping), Some(marks)) => timeline.step("enrich", None, || {
             let choice = changed.filter(|_| kept.is_some()).unwrap_or_else(|| marks.choice(reference));
@@ -325,8 +328,9 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
 
     // aggregate -> price
     let names = Names::new(reference);
+    let lost = hopping::in_windows(std::mem::take(&mut seen.withdrawn), reference, job.timezone);
     let withdrawn: FxHashMap<WindowKey, News> =
-        seen.withdrawn.iter().map(|(key, news)| (names.window_key(key, &seen.dimensions), *news)).collect();
+        lost.iter().map(|(key, news)| (names.window_key(key, &seen.dimensions), *news)).collect();
     let mut matches = seen.take_matches();
     let replaced = std::mem::take(&mut seen.read_again);
     if let (Some(kept), Some(marks)) = (&kept, &context.marks) {
@@ -347,7 +351,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             let mut windows = matches.all()?;
             // Where nobody asked for an end, what a level costs later in its period belongs to the range.
             let open = request.range.is_none() && lateness.settled_until.is_none();
-            levels::carry_in(&mut windows, dimensions, reference, &mut range, open, job.timezone);
+            levels::carry_in(&mut windows, (dimensions, &lost), reference, &mut range, open, job.timezone);
             price(windows, range)?
         } else {
             Priced::of_parts(matches.each(threads, |windows| price(windows, range))?)
@@ -393,8 +397,10 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let stored = stored.comparable(&request.scope, range, (marks, reference), &priced);
     let (closed, invoiced) = (stored.closed, stored.invoiced);
     let mut changes = timeline.step("reconcile", None, || {
-        let session_meters: FxHashSet<_> =
-            reference.meters.iter().filter(|meter| sessions::is_session(meter)).map(|meter| meter.id.as_str()).collect();
+        let ids = |of: fn(&Meter) -> bool| -> FxHashSet<_> {
+            reference.meters.iter().filter(|meter| of(meter)).map(|meter| meter.id.as_str()).collect()
+        };
+        let session_meters = ids(sessions::is_session);
         let is_session = |key: &PeriodKey| session_meters.contains(&*key.meter_id);
         let evidence = Evidence {
             runs: &past.runs,
@@ -403,37 +409,39 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             withdrawn: &withdrawn,
             sessions: SessionChanges::find(&stored.windows, &priced.windows, &withdrawn, is_session),
             current: CurrentDigests::of(reference),
-            changed: baseline
-                .as_ref()
-                .ok()
-                .zip(differences.as_ref())
-                .map(|(baseline, differences)| ChangedRows::new(&baseline.run.run_id, differences, reference)),
+            unpriced: Unpriced::of(&seen.dead_letters),
+            levels: ids(Meter::keeps_a_level),
+            changed: differences.as_ref().map(|(run_id, differences)| ChangedRows::new(run_id, differences, reference)),
         };
         let changes = reconcile::reconcile(&stored.windows, &priced.windows, range, &closed, &evidence);
         Ok((changes, stored.windows.len() as u64))
     })?;
+    // Only what was closed once can have been adjusted.
+    let may_be_adjusted = || !closed.is_empty() || past.have_closed_or_adjusted();
+    let all = Scope { customer: None, ..request.scope.clone() };
+    let wants = |period: &PeriodKey| {
+        marks.is_none_or(|marks| closed.hold(period) && marks.hold_key(period, reference))
+            && all.holds(&period.tenant_id, "", &period.meter_id)
+    };
+    let recorded = store.filter(|_| may_be_adjusted()).map(|store| Adjustments::load(store, &job.name, wants)).transpose()?;
+    if let Some(recorded) = &recorded {
+        changes.explain_by(recorded);
+    }
     if let Some(store) = store.filter(|_| changes.asks_the_ledger()) {
         let rows = ledger_rows(store, &job.name)?;
         changes.ask_the_ledger(|key| rows.contains(key));
     }
     let stored_periods = if job.guard.max_cost_change.is_some() { stored.periods.clone() } else { Vec::new() };
+    let bills = if recorded.is_some() { priced.periods.clone() } else { Vec::new() };
     let mut periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods), &closed, &invoiced);
-    if let Some(store) = store.filter(|_| !closed.is_empty()) {
-        let all = Scope { customer: None, ..request.scope.clone() };
-        let wants = |period: &PeriodKey| {
-            closed.hold(period)
-                && marks.is_none_or(|marks| marks.hold_key(period, reference))
-                && all.holds(&period.tenant_id, "", &period.meter_id)
-        };
-        let in_scope = |customer: &str| request.scope.customer.as_deref().is_none_or(|wanted| wanted == customer);
-        let recorded = adjustments::recorded(store, &job.name, wants)?;
-        changes.adjust_closed(recorded, |key| range.contains(key.window_start), in_scope);
-        let recorded = adjustments::recorded_periods(store, &job.name, wants)?;
+    if let Some(mut recorded) = recorded {
         let is_known = |row: &PeriodRow| {
             let is_settled = lateness.settled_until.is_none_or(|until| row.period_end <= until);
             is_settled && (request.range.is_none() || range.covers(row.period()))
         };
-        periods.adjust_closed(recorded, is_known, in_scope);
+        let judged = Judged { range, bills: &is_known, customer: request.scope.customer.as_deref() };
+        changes.adjust(&mut recorded, &closed, &priced.windows, &judged);
+        periods.adjust(&mut recorded, &closed, &bills, &judged);
     }
     changes.add_carried(&priced.carried);
     changes.check_totals()?;
@@ -455,7 +463,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let coverage = Coverage { leaves_windows, asked_for: request.range.is_some(), ..coverage };
     let is_part = coverage.mode == Mode::Part;
     let base = guard::Base { windows: stored.windows, periods: stored_periods };
-    let base = guarded(inputs, base, (&changes, &periods), (range, reach), baseline.is_err())?;
+    let base = guard::wide_enough(inputs, base, (&changes, &periods), (range, reach), baseline.is_err())?;
     Ok(Plan {
         range: whole.map(|_| range),
         widened_from: request.range.filter(|asked| whole.is_some_and(|whole| *asked != whole)),
@@ -567,24 +575,6 @@ pub fn selection(request: &Request, range: Option<Span>, reference: &Reference) 
     let range = range.filter(|_| request.range.is_some() && !levels);
     let span = range.map(|range| range::reach(range, reference, &request.scope));
     Selection { span, tenant: request.scope.tenant.clone() }
-}
-
-/// The stored rows that a guard compares with. A run that looked at some of them alone
-/// may change a greater share of them than of all.
-fn guarded(
-    inputs: &Inputs<'_>,
-    stored: guard::Base,
-    (changes, periods): (&Reconciliation, &PeriodChanges),
-    (range, reach): (Span, Span),
-    is_all: bool,
-) -> Result<guard::Base> {
-    let is_refused = || guard::check(&inputs.job.guard, &stored, changes, periods).is_err();
-    let Some(store) = inputs.store.filter(|_| !is_all && is_refused()) else {
-        return Ok(stored);
-    };
-    let mut windows = store.windows(&inputs.job.name, reach)?;
-    windows.retain(|stored| stored.row.period().overlaps(range));
-    Ok(guard::Base { windows, periods: store.periods(&inputs.job.name, range)? })
 }
 
 /// What a computation rests on, as it is now.

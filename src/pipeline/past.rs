@@ -8,6 +8,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::closed::ClosedPeriods;
 use super::incremental::marks::{Marks, Pair};
+use super::incremental::snapshot::{Differences, STATE, Snapshot};
 use super::lateness::{Horizon, Lateness};
 use super::letters::{OpenDeadLetters, VisitedLetters};
 use super::price::{Priced, PricedWindow};
@@ -16,7 +17,7 @@ use super::{Inputs, Request};
 use crate::config::Job;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, StoredWindow, WindowKey};
 use crate::model::basis::Scope;
-use crate::model::run::{InputFile, RunBasis, RunRecord};
+use crate::model::run::{InputFile, RunBasis, RunMode, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 use crate::reference::Reference;
@@ -46,12 +47,16 @@ pub struct Coverage<'p> {
     /// Their fingerprints by name.
     fingerprints: FxHashMap<&'p str, &'p str>,
     ingested_until: Option<Timestamp>,
+    /// Whether some of its files are gone: others may hold their events now.
+    has_lost_files: bool,
 }
 
 impl Coverage<'_> {
     fn knowledge(&self, split: &Split) -> Known {
         let is_later = match split.part {
-            Part::Whole | Part::RowGroup(_) | Part::Slice { .. } => !self.fingerprints.contains_key(split.label().as_str()),
+            Part::Whole | Part::RowGroup(_) | Part::Slice { .. } => {
+                !self.has_lost_files && !self.fingerprints.contains_key(split.label().as_str())
+            }
             Part::Offsets { partition, start, .. } => {
                 kafka::read_until(self.files, &split.identity, partition).is_none_or(|end| end <= start)
             }
@@ -120,6 +125,27 @@ impl Past {
         }
     }
 
+    /// Whether a difference may have been recorded that changed no row.
+    pub fn have_closed_or_adjusted(&self) -> bool {
+        let adjusted = |run: &RunRecord| run.counts.get("rows").and_then(|rows| rows.get("adjusted")?.as_u64());
+        self.runs.iter().any(|run| run.mode == RunMode::Close || adjusted(run).is_some_and(|rows| rows > 0))
+    }
+
+    /// What changed in the reference tables since the last run of everything, and its id; `None`
+    /// where nothing did, or what they were is not known.
+    pub fn differences(
+        &self,
+        store: Option<&dyn AggregateStore>,
+        job: &str,
+        now: &Snapshot,
+        basis: &RunBasis,
+    ) -> Option<(String, Differences)> {
+        let last = self.runs.iter().rfind(|run| run.is_of_everything() && run.basis.reference != basis.reference)?;
+        let (run_id, content) = store?.state(job, STATE).ok().flatten()?;
+        let then = Snapshot::decode(&content).ok().filter(|_| run_id == last.run_id)?;
+        Some((run_id, then.differences(now)))
+    }
+
     /// Whether all rows that runs wrote lie in `range`.
     pub fn is_within(&self, range: Option<Span>) -> bool {
         self.runs.iter().filter_map(|run| run.range).all(|of_run| range.is_some_and(|range| range.covers(of_run)))
@@ -132,7 +158,8 @@ impl Past {
     /// The runs that computed part of `reach`, the last one first. A run reads every
     /// file, but knows only what it computed: not what lies outside of its range, nor
     /// (in a run of a part of the job) what belongs to others.
-    pub fn coverage(&self, reach: Span) -> Vec<Coverage<'_>> {
+    pub fn coverage(&self, reach: Span, splits: &[Split]) -> Vec<Coverage<'_>> {
+        let labels: FxHashSet<String> = splits.iter().map(Split::label).collect();
         let mut coverage: Vec<Coverage<'_>> = Vec::new();
         // What a run found that was taken back is news again.
         let taken_back = RunRecord::taken_back(&self.runs);
@@ -143,8 +170,9 @@ impl Past {
                 continue;
             }
             let files = &run.input.files;
+            let has_lost_files = files.iter().any(|file| !labels.contains(&file.name));
             let fingerprints = files.iter().map(|file| (file.name.as_str(), file.fingerprint.as_str())).collect();
-            coverage.push(Coverage { range, files, fingerprints, ingested_until: run.input.ingested_until });
+            coverage.push(Coverage { range, files, fingerprints, ingested_until: run.input.ingested_until, has_lost_files });
         }
         coverage
     }

@@ -33,10 +33,10 @@ pub struct Reconciliation {
     /// Windows outside of the range whose stored usage is not what the events say,
     /// or that are not stored yet.
     pub stale_outside: u64,
-    /// Rows whose events are gone from the source, though nobody voided them.
-    pub vanished: u64,
+    /// The customers of rows whose events are gone from the source, though nobody voided them.
+    pub vanished: Vec<Text>,
     /// Corrections whose cause only the ledger can prove, by index.
-    unproved: Vec<usize>,
+    pub(super) unproved: Vec<usize>,
     /// Differences in closed periods, before it is known which of them are recorded.
     pub(super) closed: Vec<ClosedDifference>,
     /// Windows of closed periods among those of `stale_outside`.
@@ -209,14 +209,16 @@ impl Reconciliation {
         for at in std::mem::take(&mut self.unproved) {
             let Some(correction) = self.corrections.get_mut(at) else { continue };
             let known = in_ledger(&correction.key);
-            self.vanished += u64::from(correction.after.is_none() && known);
+            if correction.after.is_none() && known {
+                self.vanished.push(correction.customer_id.clone());
+            }
             let (cause, values) = match (correction.values_after(), correction.values_before()) {
                 (Some(after), _) if known => (Cause::StoreAltered, Some(after)),
                 (Some(after), _) => (Cause::LateEvent, Some(after)),
                 (None, before) if known => (Cause::EventVoided, before),
                 (None, before) => (Cause::StoreAltered, before),
             };
-            let count = if cause == Cause::StoreAltered { 1 } else { values.map_or(1, |values| values.event_count) };
+            let count = if cause == Cause::StoreAltered { 1 } else { values.map_or(1, |values| values.event_count.max(1)) };
             correction.causes = Causes::from([(cause, count)]);
         }
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustc_hash::FxHashMap;
 
 use super::accumulator::{Accumulator, Measured, Moment};
-use crate::model::aggregate::{Text, WindowRow};
+use crate::model::aggregate::{Cause, Causes, Text, WindowRow};
 use crate::model::decimal::{Decimal, DecimalError};
 use crate::model::digest::SetDigest;
 use crate::model::meter::Meter;
@@ -151,6 +151,18 @@ pub struct News {
 }
 
 impl News {
+    /// Each kind as a cause.
+    pub fn causes(&self) -> Causes {
+        let counts = [
+            (Cause::LateEvent, self.late),
+            (Cause::EventAmended, self.amended),
+            (Cause::EventVoided, self.voided),
+            (Cause::DuplicateRemoved, self.duplicates),
+            (Cause::DeadLetterResolved, self.resolved),
+        ];
+        counts.into_iter().filter(|(_, count)| *count > 0).collect()
+    }
+
     pub fn merge(&mut self, other: News) {
         self.late += other.late;
         self.amended += other.amended;

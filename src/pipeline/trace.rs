@@ -421,7 +421,7 @@ impl<'c, 'r> Tracer<'c, 'r> {
         let dimensions = std::mem::take(&mut self.total.dimensions);
         let before = if self.search.is_level() { windows.clone().into_states().collect() } else { FxHashMap::default() };
         if self.search.is_level() {
-            levels::carry_in(&mut windows, &dimensions, reference, &mut range.clone(), false, timezone);
+            levels::carry_in(&mut windows, (&dimensions, &FxHashMap::default()), reference, &mut range.clone(), false, timezone);
         }
         let mut priced = price::price(
             windows.clone(),

@@ -26,6 +26,7 @@ mod lateness;
 mod lease;
 mod parts;
 mod promises;
+mod reasons;
 mod reference;
 mod support;
 mod taking_back;
