@@ -1,9 +1,9 @@
 //! `trueup check`
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Args;
 use serde::Serialize;
 
@@ -105,6 +105,13 @@ fn sizes(reference: &Reference) -> String {
 
 fn store(job: &Job) -> Result<String> {
     let state = if ends::read_store(job)?.is_some() { "exists" } else { "will be created by the first run" };
+    if let Store::Sqlite { path } = &job.store {
+        // A run makes the folders that are missing, and files beside the store.
+        let folder = path.ancestors().skip(1).find(|folder| folder.exists()).filter(|folder| !folder.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new("."));
+        let unwritable = || format!("store {}: {} cannot be written", path.display(), folder.display());
+        tempfile::tempfile_in(folder).with_context(unwritable)?;
+    }
     Ok(format!("{} ({state})", ends::store_name(job)))
 }
 

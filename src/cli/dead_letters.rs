@@ -8,7 +8,8 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 
-use super::output::{Style, counted, emit, emit_json};
+use super::audit::no_such_run;
+use super::output::{Style, counted, emit, emit_json, printable};
 use super::range::time;
 use super::{Format, Session};
 use crate::config::Job;
@@ -84,6 +85,12 @@ pub fn execute(session: &Session, arguments: &DeadLetterArguments) -> Result<u8>
     let filter = arguments.filter(&job)?;
     let store = ends::read_store(&job)?;
     let mut letters = store.as_deref().map_or(Ok(Vec::new()), |store| store.dead_letters(&job.name))?;
+    if let Some(run) = &arguments.run {
+        let runs = store.as_deref().map_or(Ok(Vec::new()), |store| store.runs(&job.name))?;
+        if !runs.iter().any(|known| known.run_id == *run) {
+            return Err(no_such_run(&job, run));
+        }
+    }
     letters.retain(|stored| filter.wants(stored));
     match session.format {
         Format::Json => emit_json(&Document {
@@ -194,8 +201,8 @@ fn text(job: &Job, letters: &[StoredDeadLetter]) -> Result<String> {
                 Some(run) => style.green(&format!(" resolved by {run}")),
                 None => String::new(),
             };
-            writeln!(out, "  {}/{}{meter}{time}{state}", key.tenant_id, key.event_id)?;
-            writeln!(out, "    {}", stored.letter.detail)?;
+            writeln!(out, "  {}/{}{}{time}{state}", printable(&key.tenant_id), printable(&key.event_id), printable(&meter))?;
+            writeln!(out, "    {}", printable(&stored.letter.detail))?;
         }
     }
     writeln!(out, "\n{}", style.dim("They are retried by every run that covers them."))?;

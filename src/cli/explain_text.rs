@@ -52,7 +52,11 @@ impl Writer<'_> {
         }
         if self.answer.rows.is_empty() {
             let what = if self.asked.of_period { "billing period" } else { "window" };
-            writeln!(out, "\n  no row: nothing counts in the {what} at {}, and nothing is stored", self.asked.at)?;
+            let of = match (&self.asked.price, &self.asked.dimensions) {
+                (None, None) => "",
+                _ => " of that price and those dimensions (without --price and --dimensions, all rows are shown)",
+            };
+            writeln!(out, "\n  no row{of}: nothing counts in the {what} at {}, and nothing is stored", self.asked.at)?;
         }
         self.set_aside(out)?;
         self.reference(out)

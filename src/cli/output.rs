@@ -1,5 +1,6 @@
 //! What people and programs read on stdout.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{IsTerminal as _, Write as _};
 
@@ -101,13 +102,14 @@ pub fn counted(value: u64, noun: &str) -> String {
 
 /// Aligned columns; the ones in `right` to the right.
 pub fn table(header: &[&str], rows: &[Vec<String>], right: &[usize], style: Style) -> String {
+    let rows: Vec<Vec<_>> = rows.iter().map(|row| row.iter().map(|cell| printable(cell)).collect()).collect();
     let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();
-    for row in rows {
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
     }
-    let line = |cells: &[String]| {
+    let line = |cells: &[Cow<'_, str>]| {
         let mut line = String::new();
         for (at, (cell, width)) in cells.iter().zip(&widths).enumerate() {
             let pad = " ".repeat(width.saturating_sub(cell.chars().count()));
@@ -115,13 +117,23 @@ pub fn table(header: &[&str], rows: &[Vec<String>], right: &[usize], style: Styl
         }
         line.trim_end().to_owned()
     };
-    let header: Vec<_> = header.iter().map(|cell| (*cell).to_owned()).collect();
+    let header: Vec<_> = header.iter().map(|cell| Cow::Borrowed(*cell)).collect();
     let mut out = style.dim(&line(&header)) + "\n";
-    for row in rows {
+    for row in &rows {
         out.push_str(&line(row));
         out.push('\n');
     }
     out
+}
+
+/// A text of somebody else's on one line: what would move the cursor or colour the terminal is
+/// written out.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return Cow::Borrowed(text);
+    }
+    let written = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    Cow::Owned(text.chars().map(written).collect())
 }
 
 #[cfg(test)]
@@ -132,6 +144,11 @@ mod tests {
     fn numbers_have_separators() {
         let shown = [0, 999, 1000, 1_234_567].map(number);
         assert_eq!(shown, ["0", "999", "1,000", "1,234,567"]);
+    }
+
+    #[test]
+    fn texts_of_others_cannot_steer_a_terminal() {
+        assert_eq!(printable("\x1b[31mr\nö"), "\\u{1b}[31mr\\nö");
     }
 
     #[test]

@@ -5,13 +5,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanFloatCount, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use crate::clock::Stopwatch;
 use crate::pipeline::Observer;
 
 /// Shows what is going on, once it has lasted a second.
 pub struct Progress {
+    /// Whether there is a terminal to show it on.
     visible: bool,
     watch: Stopwatch,
     rows: AtomicU64,
@@ -37,27 +38,30 @@ impl Progress {
     }
 
     fn show(&self) {
-        if !self.visible || self.watch.seconds() < 1.0 {
+        if !self.visible {
             return;
         }
         let Ok(mut state) = self.state.lock() else { return };
         let rows = self.rows.load(Ordering::Relaxed);
-        if let Some(bar) = &state.bar {
-            bar.set_position(rows);
+        let (name, ahead) = (state.name, state.ahead);
+        let bar = state.bar.get_or_insert_with(|| ProgressBar::with_draw_target(ahead, ProgressDrawTarget::hidden()));
+        bar.set_position(rows);
+        if self.watch.seconds() < 1.0 || !bar.is_hidden() {
             return;
         }
-        let bar = ProgressBar::with_draw_target(state.ahead, ProgressDrawTarget::stderr());
-        let template = match state.ahead {
-            Some(_) => "{msg:10} {wide_bar} {human_pos}/{human_len} events  {per_sec}  {eta}",
-            None => "{msg:10} {spinner} {human_pos} events  {per_sec}",
+        let template = match ahead {
+            Some(_) => "{msg:10} {wide_bar} {human_pos}/{human_len} events  {rate}  {eta}",
+            None => "{msg:10} {spinner} {human_pos} events  {rate}",
+        };
+        let rate = |progress: &ProgressState, out: &mut dyn std::fmt::Write| {
+            let _ = write!(out, "{:.0}/s", HumanFloatCount(progress.per_sec()));
         };
         if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
+            bar.set_style(style.with_key("rate", rate));
         }
-        bar.set_message(state.name);
-        bar.set_position(rows);
+        bar.set_message(name);
+        bar.set_draw_target(ProgressDrawTarget::stderr());
         bar.enable_steady_tick(Duration::from_millis(200));
-        state.bar = Some(bar);
     }
 }
 

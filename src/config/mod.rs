@@ -232,11 +232,10 @@ impl Validator<'_> {
         }
         let name = &raw.job.value;
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-        if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
-            return Err(self.error(
-                &raw.job,
-                format!("job `{name}` must be a name of letters, digits, `_`, `-` and `.`, which does not begin with `.`"),
-            ));
+        // Files are called by it.
+        if !(1..=100).contains(&name.len()) || name.starts_with('.') || !name.chars().all(plain) {
+            let must = "must be a name of at most 100 letters, digits, `_`, `-` and `.`, which does not begin with `.`";
+            return Err(self.error(&raw.job, format!("job `{name}` {must}")));
         }
         let timezone = raw.timezone.as_ref().map_or(Ok(Tz::UTC), |zone| self.timezone(zone))?;
         let window = match &raw.window {
@@ -286,6 +285,9 @@ impl Validator<'_> {
                     let written = &schedule.cron.value;
                     self.error(&schedule.cron, format!("cron `{written}`: {error}; five fields, for example \"0 2 * * *\""))
                 })?;
+                if cron.find_next_occurrence(&crate::clock::now().utc().and_utc(), false).is_err() {
+                    return Err(self.error(&schedule.cron, format!("cron `{}` is never due", schedule.cron.value)));
+                }
                 Some(Schedule { cron, timezone: zone })
             }
         };

@@ -63,5 +63,13 @@ fn located(path: &Path, text: &str, error: &serde_saphyr::Error) -> String {
     };
     let excerpt: String =
         excerpt.filter(is_shown).map(|line| format!("\n{}", line.replace("<input>", &path.display().to_string()))).collect();
-    format!("{place}: {message}{excerpt}")
+    let said = format!("{place}: {message}{excerpt}");
+    // What the reader says to programmers, for people.
+    let words = [
+        (", set DuplicateKeyPolicy in Options if acceptable", ": it must stand once"),
+        ("cannot deserialize null into string; use Option<String>", "a text is missing here"),
+        ("invalid u32", "this must be a whole number from 0 on"),
+        ("invalid u64", "this must be a whole number from 0 on"),
+    ];
+    words.into_iter().fold(said, |said, (theirs, ours)| said.replace(theirs, ours))
 }

@@ -6,12 +6,13 @@ mod http;
 mod metrics;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rustc_hash::FxHashMap;
 use tokio_cron_scheduler::{Job as Tick, JobScheduler};
 
 use crate::clock;
@@ -57,6 +58,13 @@ struct Server {
 /// Where a job file is wrong, or the address cannot be bound.
 pub fn serve(settings: Settings) -> Result<u8> {
     let jobs = settings.jobs.iter().map(|path| Scheduled::load(path, &settings).map(Arc::new)).collect::<Result<Vec<_>>>()?;
+    let mut paths: FxHashMap<&str, &Path> = FxHashMap::default();
+    for job in &jobs {
+        if let Some(other) = paths.insert(&job.name, &job.path) {
+            let (name, first, second) = (&job.name, other.display(), job.path.display());
+            return Err(configuration(format!("{second}: job {name} is served already, from {first}: give it another name")));
+        }
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let server = Arc::new(Server { settings, jobs, metrics: Metrics::default(), stopping: AtomicBool::new(false) });
     runtime.block_on(run(server))
@@ -99,7 +107,7 @@ async fn signal() -> Result<u8> {
 }
 
 impl Scheduled {
-    fn load(path: &std::path::Path, settings: &Settings) -> Result<Self> {
+    fn load(path: &Path, settings: &Settings) -> Result<Self> {
         let job = Job::load_in(path, settings.environment.as_deref())?;
         let schedule = job.schedule.clone();
         let schedule = schedule.ok_or_else(|| {

@@ -16,7 +16,7 @@ fn reasons(workspace: &Workspace) -> Vec<String> {
 }
 
 /// One event a call.
-fn event(id: &str, customer: &str, time: &str, ingested: &str, more: Value) -> String {
+fn event(id: &str, customer: &str, time: &str, ingested: &str, more: &Value) -> String {
     let mut event = json!({"tenant_id": "t", "id": id, "event_name": "call", "external_customer_id": customer,
         "timestamp": time, "ingested_at": ingested, "properties": {"n": 5}});
     event.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -40,7 +40,7 @@ fn the_same_event_in_another_window_is_a_duplicate_there() {
     let workspace = world();
     workspace.run(&[]);
     workspace
-        .write("events/again.ndjson", event("c", "x2", "2026-01-11T12:00:00Z", "2026-02-03", json!({"properties": {"n": 3}})));
+        .write("events/again.ndjson", event("c", "x2", "2026-01-11T12:00:00Z", "2026-02-03", &json!({"properties": {"n": 3}})));
     workspace.run(&["--yes"]);
     let expected = ["s2 01-10T00:00 retract {\"duplicate_removed\":1}", "s2 01-11T00:00 insert {\"event_amended\":1}"];
     assert_eq!(reasons(&workspace), expected);
@@ -59,7 +59,7 @@ fn a_voided_event_is_voided_in_every_window_that_hops() {
     let job = workspace.read("job.yaml") + "guard: {max_changed_rows: \"100%\"}\n";
     workspace.write("job.yaml", job);
     workspace.run(&[]);
-    workspace.write("events/void.ndjson", event("c", "x2", "2026-01-10T12:00:00Z", "2026-02-03", json!({"deleted": true})));
+    workspace.write("events/void.ndjson", event("c", "x2", "2026-01-10T12:00:00Z", "2026-02-03", &json!({"deleted": true})));
     workspace.run(&[]);
     let found = reasons(&workspace);
     assert!(found.len() == 4 && found.iter().all(|row| row.ends_with("retract {\"event_voided\":1}")), "{found:?}");
@@ -102,13 +102,13 @@ fn a_level_that_falls_says_why_wherever_it_reaches() {
     let workspace = world();
     workspace.write("meters.yaml", "meters: [{meter_id: calls, event_name: call, aggregation: weighted_sum, property: n}]\n");
     workspace.write("prices.yaml", PER_UNIT);
-    workspace.write("events/first.ndjson", event("a", "x1", "2026-01-10T00:00:00Z", "2026-01-10", json!({})));
-    workspace.write("events/second.ndjson", event("b", "x1", "2026-01-12T00:00:00Z", "2026-01-12", json!({})));
-    workspace.write("events/other.ndjson", event("c", "x2", "2026-03-05T00:00:00Z", "2026-03-05", json!({})));
+    workspace.write("events/first.ndjson", event("a", "x1", "2026-01-10T00:00:00Z", "2026-01-10", &json!({})));
+    workspace.write("events/second.ndjson", event("b", "x1", "2026-01-12T00:00:00Z", "2026-01-12", &json!({})));
+    workspace.write("events/other.ndjson", event("c", "x2", "2026-03-05T00:00:00Z", "2026-03-05", &json!({})));
     workspace.run(&[]);
     let first = reasons(&workspace);
     assert!(first.len() == 5 && first.iter().all(|row| row.ends_with("insert {\"first_computation\":1}")), "{first:?}");
-    let void = |id: &str, day: &str| event(id, "x1", day, "2026-03-06", json!({"deleted": true}));
+    let void = |id: &str, day: &str| event(id, "x1", day, "2026-03-06", &json!({"deleted": true}));
     workspace.write("events/void.ndjson", void("b", "2026-01-12T00:00:00Z"));
     workspace.run(&["--yes"]);
     let expected = [
@@ -218,7 +218,7 @@ fn events_in_other_files_are_not_late() {
     send(&workspace, "second", &[("e", "x1", "2026-01-05", 1), ("f", "x2", "2026-01-10", 1)]);
     workspace.run(&[]);
     let all = workspace.read("events/first.ndjson") + &workspace.read("events/second.ndjson");
-    let late = event("g", "x2", "2026-01-10T13:00:00Z", "2026-03-01", json!({}));
+    let late = event("g", "x2", "2026-01-10T13:00:00Z", "2026-03-01", &json!({}));
     workspace.write("events/compacted.ndjson", all + &late);
     for file in ["first", "second"] {
         std::fs::remove_file(workspace.path(&format!("events/{file}.ndjson"))).unwrap();

@@ -128,11 +128,27 @@ impl FileSource {
     }
 }
 
+/// Files whose first rows a probe reads.
+const PROBED: usize = 100;
+
+/// Ends the reading of a file of which enough was seen.
+#[derive(Debug, thiserror::Error)]
+#[error("enough was read")]
+struct Enough;
+
 impl EventSource for FileSource {
     fn probe(&self) -> Result<String> {
         // Splitting opens the Parquet files, so that a damaged one is found.
         let splits = self.splits(&Selection::default())?;
-        let files: std::collections::BTreeSet<_> = splits.iter().map(|split| &split.name).collect();
+        let mut files: Vec<_> = splits.iter().collect();
+        files.dedup_by_key(|split| &split.name);
+        // The first rows tell whether columns are missing.
+        for split in files.iter().take(PROBED) {
+            match self.read(split, Wanted::Whole, &mut |_| Err(Enough.into())) {
+                Err(error) if !error.is::<Enough>() => return Err(error),
+                _ => {}
+            }
+        }
         Ok(format!("{} file{}", files.len(), if files.len() == 1 { "" } else { "s" }))
     }
 
