@@ -71,7 +71,7 @@ pub fn execute(session: &Session, arguments: &AuditArguments) -> Result<u8> {
     Ok(0)
 }
 
-pub fn no_such_run(job: &Job, run: &str) -> anyhow::Error {
+fn no_such_run(job: &Job, run: &str) -> anyhow::Error {
     configuration(format!("--run {run}: job {} has no such run: `trueup runs {}` lists them", job.name, shell_path(&job.path)))
 }
 

@@ -8,7 +8,6 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 
-use super::audit::no_such_run;
 use super::output::{Style, counted, emit, emit_json, printable};
 use super::range::time;
 use super::{Format, Session};
@@ -85,12 +84,6 @@ pub fn execute(session: &Session, arguments: &DeadLetterArguments) -> Result<u8>
     let filter = arguments.filter(&job)?;
     let store = ends::read_store(&job)?;
     let mut letters = store.as_deref().map_or(Ok(Vec::new()), |store| store.dead_letters(&job.name))?;
-    if let Some(run) = &arguments.run {
-        let runs = store.as_deref().map_or(Ok(Vec::new()), |store| store.runs(&job.name))?;
-        if !runs.iter().any(|known| known.run_id == *run) {
-            return Err(no_such_run(&job, run));
-        }
-    }
     letters.retain(|stored| filter.wants(stored));
     match session.format {
         Format::Json => emit_json(&Document {
