@@ -4,6 +4,7 @@ use arrow::array::{
     Array, BooleanArray, BooleanBuilder, Int32Array, Int64Array, Int64Builder, StringArray, StringBuilder, StringViewArray,
 };
 
+use crate::model::property::write_json_text;
 use crate::model::timestamp::Timestamp;
 
 /// Rows a reader puts into one batch.
@@ -235,6 +236,19 @@ impl TextEvent<'_> {
     }
 }
 
+/// The fields of an event that could not be read, as they were written: the beginning of a JSON object.
+#[derive(Default)]
+struct Unread(String);
+
+impl Unread {
+    fn add(&mut self, field: &str, text: &str) {
+        self.0.push(if self.0.is_empty() { '{' } else { ',' });
+        write_json_text(field, &mut self.0);
+        self.0.push(':');
+        write_json_text(text, &mut self.0);
+    }
+}
+
 /// Collects the rows of text formats into batches.
 #[derive(Debug, Default)]
 pub struct BatchBuilder {
@@ -263,12 +277,15 @@ impl BatchBuilder {
     /// Adds a row that was ingested at `default` unless it says otherwise.
     pub fn push_ingested(&mut self, event: &TextEvent<'_>, default: Option<Timestamp>, place: impl Fn() -> String) {
         let mut problem = None;
+        // Nothing of an event is lost.
+        let mut unread = Unread::default();
         let mut instant = |field: &str, text: Option<&str>| {
             let text = text.filter(|text| !text.is_empty())?;
             match text.parse::<Timestamp>() {
                 Ok(instant) => Some(instant.nanos()),
                 Err(error) => {
                     problem = Some(format!("{}: {field} {error}", place()));
+                    unread.add(field, text);
                     None
                 }
             }
@@ -278,6 +295,7 @@ impl BatchBuilder {
         self.ingested_at.append_option(ingested_at.or(default.map(Timestamp::nanos)));
         let deleted = flag(event.deleted).unwrap_or_else(|error| {
             problem = Some(format!("{}: {error}", place()));
+            unread.add("deleted", event.deleted.unwrap_or_default());
             false
         });
         self.deleted.append_value(deleted);
@@ -287,7 +305,7 @@ impl BatchBuilder {
         self.external_customer_id.append_option(event.external_customer_id);
         self.properties.append_option(event.properties);
         if let Some(detail) = problem {
-            self.problems.push(Problem { row: self.rows, detail, raw: None });
+            self.problems.push(Problem { row: self.rows, detail, raw: Some(unread.0 + "}") });
         } else if let Some(field) = event.missing_field(deleted) {
             self.problems.push(Problem::missing(self.rows, field, &place()));
         }

@@ -6,6 +6,7 @@ use std::io::Write as _;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, BooleanArray, Float64Array, Int64Array, StringArray};
+use serde_json::json;
 
 use crate::support::{Row, Workspace, fixtures};
 
@@ -974,4 +975,20 @@ fn a_job_is_not_called_like_a_folder_above() {
         workspace.edit("job.yaml", "job: my_usage", &format!("job: \"{name}\""));
         workspace.trueup(&["run", "job.yaml"]).fails_with(2, &["job.yaml", "does not begin with `.`"]);
     }
+}
+
+/// What of an event could not be read is kept as it was written.
+#[test]
+fn a_dead_letter_keeps_what_could_not_be_read() {
+    let workspace = Workspace::new();
+    assert_eq!(workspace.trueup(&["init", "."]).code, 0);
+    let bad = json!({"tenant_id": "demo", "id": "q1", "event_name": "api.call", "external_customer_id": "acme",
+        "timestamp": "notatime", "ingested_at": "nope", "deleted": "maybe"});
+    workspace.write("events/bad.ndjson", format!("{bad}\n"));
+    workspace.run(&[]);
+    let letter = workspace.query("SELECT event FROM dead_letters WHERE event_id = 'q1'").remove(0);
+    let event: serde_json::Value = serde_json::from_str(&letter["event"]).unwrap();
+    let raw: serde_json::Value = serde_json::from_str(event["raw"].as_str().unwrap()).unwrap();
+    assert_eq!(raw, json!({"timestamp": "notatime", "ingested_at": "nope", "deleted": "maybe"}));
+    assert_eq!((&event["id"], &event["external_customer_id"]), (&json!("q1"), &json!("acme")));
 }
