@@ -12,7 +12,6 @@ use crate::model::aggregate::{
     Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, Recorded, Text, Values, WindowKey,
     WindowRow,
 };
-use crate::model::window::Span;
 use crate::store::AggregateStore;
 
 /// What a window of a closed period should be, and whose it is.
@@ -35,6 +34,9 @@ struct Adjustment {
     /// `None` for no window.
     said: Option<Said>,
     causes: Causes,
+    run_id: Text,
+    /// What was stored then, and since.
+    stored: Option<Values>,
 }
 
 /// The adjustments that nothing has replaced yet, each the last one of its row.
@@ -46,8 +48,10 @@ pub struct Adjustments {
 
 /// What of a job a run can judge.
 pub struct Judged<'j> {
-    /// Windows in here are computed, if there are any.
-    pub range: Span,
+    /// Windows of these keys are computed, if there are any.
+    pub windows: &'j dyn Fn(&WindowKey) -> bool,
+    /// Why what a run said of a window holds no more.
+    pub since: &'j dyn Fn(&WindowKey, &str) -> Causes,
     /// Bills in here are, by their rows.
     pub bills: &'j dyn Fn(&PeriodRow) -> bool,
     /// The one customer whose usage is.
@@ -70,7 +74,16 @@ impl Reconciliation {
         for (at, correction) in self.corrections.iter_mut().enumerate() {
             let is_open = unproved.binary_search(&at).is_ok();
             let is_told = is_open || correction.causes.names().eq([Cause::StoreAltered]);
-            match recorded.windows.get(&correction.key).filter(|adjustment| is_told && !adjustment.causes.is_empty()) {
+            let says_so = |adjustment: &&Adjustment| {
+                let said = adjustment.said.as_ref().map(|said| said.values);
+                adjustment.stored == correction.values_before() && said == correction.values_after()
+            };
+            match recorded
+                .windows
+                .get(&correction.key)
+                .filter(|adjustment| is_told && !adjustment.causes.is_empty())
+                .filter(says_so)
+            {
                 Some(adjustment) => correction.causes = adjustment.causes.clone(),
                 None if is_open => self.unproved.push(at),
                 None => {}
@@ -91,18 +104,27 @@ impl Reconciliation {
             let Some(row) = difference.row() else { continue };
             let stored = difference.before.as_ref().map(Said::from);
             let after = difference.after.as_ref().map(Said::from);
-            let before = recorded.remove(&row.key).map_or(stored, |adjustment| adjustment.said);
+            let recorded = recorded.remove(&row.key);
+            let mut causes = difference.causes.clone();
+            if let Some(adjustment) = &recorded
+                && (causes.is_empty() || causes.names().eq([Cause::StoreAltered]))
+            {
+                // It differs from what was said, not from what is stored.
+                causes = (judged.since)(&row.key, &adjustment.run_id);
+            }
+            let before = recorded.map_or(stored, |adjustment| adjustment.said);
             // What is another's by now, a run of one customer cannot judge.
             if after.is_some() || !is_of_others(&before) {
-                self.record(&row.key, &difference.causes, before.as_ref(), after.as_ref());
+                self.record(&row.key, &causes, before.as_ref(), after.as_ref());
             }
         }
         // Neither stored nor computed any more, or stored as it is computed: taken back.
-        for (key, Adjustment { said, .. }) in recorded {
+        for (key, Adjustment { said, run_id, .. }) in recorded {
             let at = computed.binary_search_by(|window| window.row.key.cmp(&key)).ok();
             let now = at.and_then(|at| computed.get(at)).filter(|_| !closed.hold(&key.period));
-            if judged.range.contains(key.window_start) && !is_of_others(&said) {
-                self.record(&key, &Causes::new(), said.as_ref(), now.map(|window| Said::from(&*window.row)).as_ref());
+            if (judged.windows)(&key) && !is_of_others(&said) {
+                let causes = (judged.since)(&key, &run_id);
+                self.record(&key, &causes, said.as_ref(), now.map(|window| Said::from(&*window.row)).as_ref());
             }
         }
         // Stable: a session that was rebuilt is retracted before it is inserted.
@@ -162,7 +184,10 @@ impl Adjustments {
             if entry.is_adjustment() {
                 let causes = Causes::parse(&entry.causes);
                 let said = |values| Said { customer_id: entry.customer_id, currency: entry.currency, values };
-                windows.insert(entry.key, Adjustment { said: entry.after.map(said), causes });
+                // Of what moves to another customer, the second one says what was stored for the first.
+                let known = windows.get(&entry.key).map(|known: &Adjustment| known.stored);
+                let (run_id, stored) = (entry.run_id, known.unwrap_or(entry.before));
+                windows.insert(entry.key, Adjustment { said: entry.after.map(said), causes, run_id, stored });
             } else {
                 windows.remove(&entry.key);
             }

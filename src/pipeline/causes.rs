@@ -56,6 +56,54 @@ impl Unpriced {
     }
 }
 
+impl Evidence<'_> {
+    /// What came, was amended, voided or resolved in this window since the run before.
+    fn all_news(&self, key: &WindowKey, mut news: News) -> News {
+        match self.sessions.news.get(key) {
+            Some(of_sessions) => *of_sessions,
+            None => {
+                news.merge(self.withdrawn.get(key).copied().unwrap_or_default());
+                news
+            }
+        }
+    }
+
+    /// Why a window of a closed period is not what a run recorded of it.
+    pub fn since(&self, key: &WindowKey, run_id: &str) -> Causes {
+        let news = self.all_news(key, News::default()).causes();
+        let changed = || self.basis_of(run_id).map(|then| self.changed_definitions(then, None, None, None, None));
+        if news.is_empty() { changed().unwrap_or_default() } else { news }
+    }
+
+    /// Definitions that changed since a run; where a row's own digest is known, it
+    /// decides, otherwise that of the whole table.
+    fn changed_definitions(
+        &self,
+        then: &RunBasis,
+        meter: Option<bool>,
+        subscription: Option<bool>,
+        customer: Option<bool>,
+        price: Option<bool>,
+    ) -> Causes {
+        let now = self.basis;
+        let tables = [
+            (Cause::MeterChanged, then.reference.meters != now.reference.meters && meter.unwrap_or(true)),
+            (
+                Cause::SubscriptionChanged,
+                then.reference.subscriptions != now.reference.subscriptions && subscription.unwrap_or(true),
+            ),
+            (Cause::CustomerChanged, then.reference.customers != now.reference.customers && customer.unwrap_or(true)),
+            (Cause::PriceChanged, then.reference.prices != now.reference.prices && price.unwrap_or(true)),
+            (Cause::JobChanged, then.job_digest != now.job_digest),
+        ];
+        tables.into_iter().filter(|(_, changed)| *changed).map(|(cause, _)| (cause, 1)).collect()
+    }
+
+    fn basis_of(&self, run_id: &str) -> Option<&RunBasis> {
+        self.runs.iter().find(|run| run.run_id == run_id).map(|run| &run.basis)
+    }
+}
+
 /// Rows of the reference tables that are not what they were to a run.
 pub struct ChangedRows<'e> {
     run_id: &'e str,
@@ -150,12 +198,13 @@ pub struct Judge<'j> {
 }
 
 impl Judge<'_> {
-    pub fn update(&self, before: &StoredWindow, after: &PricedWindow) -> Causes {
+    /// Where a period is closed, what differs from its row is not all new.
+    pub fn update(&self, before: &StoredWindow, after: &PricedWindow, is_closed: bool) -> Causes {
         let (was, is) = (&before.row, &after.row);
         let usage_changed = !was.same_usage(is);
         // News that left the usage as it was explain nothing.
-        let news = if usage_changed { self.all_news(&is.key, after.news.all()) } else { News::default() };
-        let mut causes = self.limited(news, was, is).causes();
+        let news = if usage_changed { self.evidence.all_news(&is.key, after.news.all()) } else { News::default() };
+        let mut causes = self.limited(news, was, is, is_closed).causes();
         let moved_to_another = was.customer_id != is.customer_id || was.currency != is.currency;
         let is_shifted = self.moved.contains(&is.key.period);
         let mut changed = |cause: Cause, is_changed: bool| {
@@ -189,7 +238,8 @@ impl Judge<'_> {
         if !causes.is_empty() {
             return causes;
         }
-        let job_changed = self.basis_of(&before.run_id).is_some_and(|basis| basis.job_digest != self.evidence.basis.job_digest);
+        let job_changed =
+            self.evidence.basis_of(&before.run_id).is_some_and(|basis| basis.job_digest != self.evidence.basis.job_digest);
         let (cause, count) = if usage_changed && job_changed {
             (Cause::JobChanged, 1)
         } else if was.events_digest != is.events_digest {
@@ -213,11 +263,11 @@ impl Judge<'_> {
         let key = &after.row.key;
         // Of a row that is not there, what was taken back tells nothing.
         let stands = |run: &RunRecord| !self.evidence.taken_back.contains(run.run_id.as_str());
-        let Some(run) = self.last_covering(&after.row, self.evidence.runs, stands) else {
+        let Some(run) = self.last_covering(&after.row, stands) else {
             // A level that is carried in has no event of its own.
             return (Causes::from([(Cause::FirstComputation, after.row.event_count.max(1))]), true);
         };
-        let mut causes = self.all_news(key, after.news.all()).causes();
+        let mut causes = self.evidence.all_news(key, after.news.all()).causes();
         if !causes.is_empty() && causes.total() >= after.row.event_count {
             return (causes, true);
         }
@@ -231,7 +281,7 @@ impl Judge<'_> {
         let changed = self.evidence.changed.as_ref().filter(|changed| changed.run_id == run.run_id);
         let or = |known: Option<bool>, is_changed: &dyn Fn(&ChangedRows<'_>) -> bool| changed.map(is_changed).or(known);
         let slot = Slot::of(key);
-        causes.extend(self.changed_definitions(
+        causes.extend(self.evidence.changed_definitions(
             &run.basis,
             or(meter, &|changed| changed.differences.meters.contains_key(&*key.period.meter_id)),
             or(subscription, &|changed| changed.subscription(&key.period)),
@@ -245,7 +295,7 @@ impl Judge<'_> {
     /// The causes, and whether they are proved.
     pub fn retract(&self, before: &StoredWindow) -> (Causes, bool) {
         let key = &before.row.key;
-        let mut causes = self.all_news(key, News::default()).causes();
+        let mut causes = self.evidence.all_news(key, News::default()).causes();
         if !causes.is_empty() && causes.total() >= before.row.event_count {
             return (causes, true);
         }
@@ -263,7 +313,7 @@ impl Judge<'_> {
         };
         // A digest on the row can be old news: the last run that computed it tells.
         if let Some(run) = self.covering_run(before) {
-            causes.extend(self.changed_definitions(
+            causes.extend(self.evidence.changed_definitions(
                 &run.basis,
                 Some(current.meters.get(&key.period.meter_id) != Some(&was.meter)),
                 Some(subscription.is_none_or(|(digest, _)| *digest != was.subscription)),
@@ -275,53 +325,15 @@ impl Judge<'_> {
         (causes, proved)
     }
 
-    /// What came, was amended, voided or resolved in this window since the run before.
-    fn all_news(&self, key: &WindowKey, mut news: News) -> News {
-        match self.evidence.sessions.news.get(key) {
-            Some(of_sessions) => *of_sessions,
-            None => {
-                news.merge(self.evidence.withdrawn.get(key).copied().unwrap_or_default());
-                news
-            }
-        }
-    }
-
-    /// No more events are late than a window has more: where files were merged into others, their
-    /// events only look new. A level is changed by late events of other windows too.
-    fn limited(&self, news: News, was: &WindowRow, is: &WindowRow) -> News {
-        if self.evidence.levels.contains(&*is.key.period.meter_id) {
+    /// No more events are late than a window has more, if all others count still: where files were
+    /// merged into others, their events only look new. A level is changed by late events of other
+    /// windows too.
+    fn limited(&self, news: News, was: &WindowRow, is: &WindowRow, is_closed: bool) -> News {
+        if is_closed || was.basis != is.basis || self.evidence.levels.contains(&*is.key.period.meter_id) {
             return news;
         }
         let came = is.event_count.saturating_add(news.voided + news.amended + news.duplicates);
         News { late: news.late.min(came.saturating_sub(was.event_count.saturating_add(news.resolved))), ..news }
-    }
-
-    /// Definitions that changed since a run; where a row's own digest is known, it
-    /// decides, otherwise that of the whole table.
-    fn changed_definitions(
-        &self,
-        then: &RunBasis,
-        meter: Option<bool>,
-        subscription: Option<bool>,
-        customer: Option<bool>,
-        price: Option<bool>,
-    ) -> Causes {
-        let now = self.evidence.basis;
-        let tables = [
-            (Cause::MeterChanged, then.reference.meters != now.reference.meters && meter.unwrap_or(true)),
-            (
-                Cause::SubscriptionChanged,
-                then.reference.subscriptions != now.reference.subscriptions && subscription.unwrap_or(true),
-            ),
-            (Cause::CustomerChanged, then.reference.customers != now.reference.customers && customer.unwrap_or(true)),
-            (Cause::PriceChanged, then.reference.prices != now.reference.prices && price.unwrap_or(true)),
-            (Cause::JobChanged, then.job_digest != now.job_digest),
-        ];
-        tables.into_iter().filter(|(_, changed)| *changed).map(|(cause, _)| (cause, 1)).collect()
-    }
-
-    fn basis_of(&self, run_id: &str) -> Option<&RunBasis> {
-        self.evidence.runs.iter().find(|run| run.run_id == run_id).map(|run| &run.basis)
     }
 
     /// The last run that computed the window of a stored row as it is. Where the row was restored,
@@ -329,19 +341,18 @@ impl Judge<'_> {
     fn covering_run(&self, stored: &StoredWindow) -> Option<&RunRecord> {
         let runs = self.evidence.runs;
         let at = |run_id: &str| runs.iter().position(|run| run.run_id == run_id);
-        let reverted = at(&stored.run_id).and_then(|by| runs.get(by)?.reverted()).and_then(at);
-        let until = reverted.unwrap_or(runs.len());
-        self.last_covering(&stored.row, runs.get(..until).unwrap_or_default(), |_| true)
+        let by = at(&stored.run_id);
+        // From the run that was taken back until it was, the row was another.
+        let reverted = by.and_then(|by| Some(at(runs.get(by)?.reverted()?)?..=by));
+        let stood = |run: &RunRecord| reverted.as_ref().is_none_or(|range| at(&run.run_id).is_none_or(|at| !range.contains(&at)));
+        // Clocks that go wrong may say that it did not read so far, but it wrote the row.
+        let writer = || by.and_then(|by| runs.get(by)).filter(|run| run.mode.computes());
+        self.last_covering(&stored.row, stood).or_else(writer)
     }
 
-    /// The last of some runs that computed this row's window: it covers the window, was about
+    /// The last run that computed this row's window: it covers the window, was about
     /// this part of the job, and came after the window began.
-    fn last_covering<'r>(
-        &self,
-        row: &WindowRow,
-        runs: &'r [RunRecord],
-        wants: impl Fn(&RunRecord) -> bool,
-    ) -> Option<&'r RunRecord> {
+    fn last_covering(&self, row: &WindowRow, wants: impl Fn(&RunRecord) -> bool) -> Option<&RunRecord> {
         let covers = |run: &&RunRecord| {
             let period = &row.key.period;
             let began = |until: Option<Timestamp>| until.is_none_or(|until| row.key.window_start <= until);
@@ -351,7 +362,7 @@ impl Judge<'_> {
                 && began(run.input.ingested_until)
                 && wants(run)
         };
-        runs.iter().rev().find(covers)
+        self.evidence.runs.iter().rev().find(covers)
     }
 }
 

@@ -244,6 +244,11 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         Some(_) => asked,
         None => range::resolve(request, job, reference, keys.extent)?,
     };
+    // Whatever part of the job is computed, its bills are those of the whole.
+    let billed_events = match request.range {
+        Some(_) => asked,
+        None => range::resolve(&Request::default(), job, reference, keys.extent)?,
+    };
     let whole = match request.range {
         Some(_) => asked,
         None => {
@@ -254,7 +259,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             [of_events, stored].into_iter().flatten().reduce(Span::union).and_then(|range| lateness.settled(range))
         }
     };
-    let mut billed = past.billed(request, of_events, &lateness);
+    let mut billed = past.billed(request, billed_events, &lateness);
     // Rows without a time may be all there is: they are still accounted for.
     let mut range = whole.unwrap_or(EMPTY);
     let reach = range::reach(range, reference, &request.scope);
@@ -291,7 +296,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     });
     let known = known.transpose()?;
     if baseline.is_ok() {
-        incremental::check_bills(inputs, &billed, range)?;
+        incremental::check_bills(inputs, &past, &billed, (range, lateness.horizon))?;
     }
 
     // read -> enrich
@@ -311,7 +316,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         // What an incremental run reads is of use to others only beside what was kept before.
         keep_in: may_keep.then(|| keep::folder(inputs, request, rows)).flatten(),
     };
-    let coverage = past.coverage(reach, &splits);
+    let coverage = past.coverage(reach, &splits, &request.scope);
     let mut seen = match (&passes, &mut skipping, &context.marks) {
         (Some(passes), Some(skipping), Some(marks)) => timeline.step("enrich", None, || {
             let choice = changed.filter(|_| kept.is_some()).unwrap_or_else(|| marks.choice(reference));
@@ -351,18 +356,18 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             let mut windows = matches.all()?;
             // Where nobody asked for an end, what a level costs later in its period belongs to the range.
             let open = request.range.is_none() && lateness.settled_until.is_none();
-            levels::carry_in(&mut windows, (dimensions, &lost), reference, &mut range, open, job.timezone);
+            let mut reached = billed.whole().filter(|_| open).unwrap_or(range);
+            levels::carry_in(&mut windows, (dimensions, &lost), reference, &mut reached, open, job.timezone);
+            range = range.union(reached);
+            billed.add(&Scope::default(), reached);
             price(windows, range)?
         } else {
             Priced::of_parts(matches.each(threads, |windows| price(windows, range))?)
         };
         let wants = |(at, subscription): (usize, &Subscription), (meter, price): (usize, &Price), period: Span| {
             request.scope.holds(&subscription.tenant_id, &subscription.customer_id, &price.meter_id)
-                && context.marks.as_ref().is_none_or(|marks| marks.hold(at, meter, period))
+                && context.marks.as_ref().is_none_or(|marks| period.overlaps(range) && marks.hold(at, meter, period))
         };
-        if levels {
-            billed.add(&Scope::default(), range);
-        }
         unused::add_periods(&mut priced.periods, reference, &names, &billed, wants)?;
         let rows = priced.windows.len() as u64;
         Ok((priced, rows))
@@ -396,23 +401,23 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let stored = known.map_or_else(|| past.read(inputs, (request, &lateness), (range, reach)), Ok)?;
     let stored = stored.comparable(&request.scope, range, (marks, reference), &priced);
     let (closed, invoiced) = (stored.closed, stored.invoiced);
+    let ids = |of: fn(&Meter) -> bool| -> FxHashSet<_> {
+        reference.meters.iter().filter(|meter| of(meter)).map(|meter| meter.id.as_str()).collect()
+    };
+    let session_meters = ids(sessions::is_session);
+    let is_session = |key: &PeriodKey| session_meters.contains(&*key.meter_id);
+    let evidence = Evidence {
+        runs: &past.runs,
+        taken_back: RunRecord::taken_back(&past.runs),
+        basis: &basis,
+        withdrawn: &withdrawn,
+        sessions: SessionChanges::find(&stored.windows, &priced.windows, &withdrawn, is_session),
+        current: CurrentDigests::of(reference),
+        unpriced: Unpriced::of(&seen.dead_letters),
+        levels: ids(Meter::keeps_a_level),
+        changed: differences.as_ref().map(|(run_id, differences)| ChangedRows::new(run_id, differences, reference)),
+    };
     let mut changes = timeline.step("reconcile", None, || {
-        let ids = |of: fn(&Meter) -> bool| -> FxHashSet<_> {
-            reference.meters.iter().filter(|meter| of(meter)).map(|meter| meter.id.as_str()).collect()
-        };
-        let session_meters = ids(sessions::is_session);
-        let is_session = |key: &PeriodKey| session_meters.contains(&*key.meter_id);
-        let evidence = Evidence {
-            runs: &past.runs,
-            taken_back: RunRecord::taken_back(&past.runs),
-            basis: &basis,
-            withdrawn: &withdrawn,
-            sessions: SessionChanges::find(&stored.windows, &priced.windows, &withdrawn, is_session),
-            current: CurrentDigests::of(reference),
-            unpriced: Unpriced::of(&seen.dead_letters),
-            levels: ids(Meter::keeps_a_level),
-            changed: differences.as_ref().map(|(run_id, differences)| ChangedRows::new(run_id, differences, reference)),
-        };
         let changes = reconcile::reconcile(&stored.windows, &priced.windows, range, &closed, &evidence);
         Ok((changes, stored.windows.len() as u64))
     })?;
@@ -439,7 +444,10 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             let is_settled = lateness.settled_until.is_none_or(|until| row.period_end <= until);
             is_settled && (request.range.is_none() || range.covers(row.period()))
         };
-        let judged = Judged { range, bills: &is_known, customer: request.scope.customer.as_deref() };
+        let windows = |key: &WindowKey| range::holds_window(range, key, reference, job.timezone);
+        let since = |key: &WindowKey, run_id: &str| evidence.since(key, run_id);
+        let customer = request.scope.customer.as_deref();
+        let judged = Judged { windows: &windows, since: &since, bills: &is_known, customer };
         changes.adjust(&mut recorded, &closed, &priced.windows, &judged);
         periods.adjust(&mut recorded, &closed, &bills, &judged);
     }
@@ -460,7 +468,8 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let files = files.map(|(split, keys)| split.input(keys.rows));
     let coverage = incremental::coverage(&baseline, skipping, &priced.windows, &stored.windows);
     let leaves_windows = lateness.settled_until.is_some();
-    let coverage = Coverage { leaves_windows, asked_for: request.range.is_some(), ..coverage };
+    let billed = billed_events.filter(|events| request.range.is_none() && *events != range);
+    let coverage = Coverage { leaves_windows, asked_for: request.range.is_some(), billed, ..coverage };
     let is_part = coverage.mode == Mode::Part;
     let base = guard::Base { windows: stored.windows, periods: stored_periods };
     let base = guard::wide_enough(inputs, base, (&changes, &periods), (range, reach), baseline.is_err())?;
@@ -524,7 +533,7 @@ impl Plan {
             started_at: self.started_at,
             counts: serde_json::json!({
                 "events": self.events, "usage": self.usage, "rows": self.changes.rows,
-                "periods": self.periods.changed() + self.periods.adjusted,
+                "periods": self.periods.changed() + self.periods.adjusted, "adjusted_bills": self.periods.adjusted,
                 "dead_letter_rows": self.dead_letter_rows, "coverage": self.coverage,
             }),
             input: self.input.clone(),

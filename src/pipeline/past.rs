@@ -127,8 +127,11 @@ impl Past {
 
     /// Whether a difference may have been recorded that changed no row.
     pub fn have_closed_or_adjusted(&self) -> bool {
-        let adjusted = |run: &RunRecord| run.counts.get("rows").and_then(|rows| rows.get("adjusted")?.as_u64());
-        self.runs.iter().any(|run| run.mode == RunMode::Close || adjusted(run).is_some_and(|rows| rows > 0))
+        let is_some = |count: Option<&serde_json::Value>| count.and_then(serde_json::Value::as_u64).is_some_and(|rows| rows > 0);
+        let adjusted = |run: &RunRecord| {
+            is_some(run.counts.get("rows").and_then(|rows| rows.get("adjusted"))) || is_some(run.counts.get("adjusted_bills"))
+        };
+        self.runs.iter().any(|run| run.mode == RunMode::Close || adjusted(run))
     }
 
     /// What changed in the reference tables since the last run of everything, and its id; `None`
@@ -158,12 +161,13 @@ impl Past {
     /// The runs that computed part of `reach`, the last one first. A run reads every
     /// file, but knows only what it computed: not what lies outside of its range, nor
     /// (in a run of a part of the job) what belongs to others.
-    pub fn coverage(&self, reach: Span, splits: &[Split]) -> Vec<Coverage<'_>> {
+    pub fn coverage(&self, reach: Span, splits: &[Split], scope: &Scope) -> Vec<Coverage<'_>> {
         let labels: FxHashSet<String> = splits.iter().map(Split::label).collect();
         let mut coverage: Vec<Coverage<'_>> = Vec::new();
         // What a run found that was taken back is news again.
         let taken_back = RunRecord::taken_back(&self.runs);
-        let stands = |run: &&RunRecord| run.basis.scope.is_whole() && !taken_back.contains(run.run_id.as_str());
+        let is_wide_enough = |run: &RunRecord| run.basis.scope.is_whole() || run.basis.scope == *scope;
+        let stands = |run: &&RunRecord| is_wide_enough(run) && !taken_back.contains(run.run_id.as_str());
         for run in self.runs.iter().rev().filter(stands) {
             let Some(range) = run.range.filter(|range| range.overlaps(reach)) else { continue };
             if coverage.iter().any(|later| later.range.covers(range)) {

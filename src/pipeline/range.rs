@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Job;
 use crate::fault::configuration;
+use crate::model::aggregate::WindowKey;
 use crate::model::basis::Scope;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
@@ -81,6 +82,21 @@ pub(super) fn widen_tumbling(range: Span, job: &Job, reference: &Reference, scop
     let meters = reference.meters.iter().filter(|meter| scope.meter.as_ref().is_none_or(|wanted| *wanted == meter.id));
     let tumbling = meters.filter(|meter| matches!(meter.window, WindowKind::Tumbling(_)));
     tumbling.map(|meter| meter.window.widen(range, job.timezone)).fold(range, Span::union)
+}
+
+/// Whether a range holds the window of a key as a whole, or would if its meter had not changed.
+pub(super) fn holds_window(range: Span, key: &WindowKey, reference: &Reference, timezone: chrono_tz::Tz) -> bool {
+    let start = key.window_start;
+    let end = match reference.meters.iter().find(|meter| *meter.id == *key.period.meter_id).map(|meter| meter.window) {
+        Some(WindowKind::Hopping(hopping)) => {
+            let windows = hopping.windows(hopping.pane(start, timezone), timezone);
+            windows.iter().find(|window| window.start == start).map(|window| window.end)
+        }
+        Some(window @ WindowKind::Tumbling(_)) => Some(window.slot(start, timezone).end),
+        // A range holds the sessions that it touches.
+        Some(WindowKind::Session { .. }) | None => None,
+    };
+    range.contains(start) && end.is_none_or(|end| end <= range.end)
 }
 
 /// The span of every billing period that `range` touches.

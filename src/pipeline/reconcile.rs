@@ -92,7 +92,7 @@ pub fn reconcile(
                     }
                 } else if covered || before.row.same_usage(&after.row) {
                     out.rows.updated += 1;
-                    out.correct(Some(&before.row), Some(&after.row), judge.update(before, after));
+                    out.correct(Some(&before.row), Some(&after.row), judge.update(before, after, false));
                 } else {
                     out.stale_outside += 1;
                 }
@@ -150,7 +150,7 @@ impl Reconciliation {
                 // It may have been adjusted, and be right again.
                 (Some(&before.row), Some(&after.row), Causes::new())
             }
-            Pair::Both(before, after) => (Some(&before.row), Some(&after.row), judge.update(before, after)),
+            Pair::Both(before, after) => (Some(&before.row), Some(&after.row), judge.update(before, after, true)),
             Pair::Computed(after) => (None, Some(&after.row), judge.insert(after).0),
             Pair::Stored(before) => (Some(&before.row), None, judge.retract(before).0),
         };

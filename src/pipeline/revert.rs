@@ -291,7 +291,9 @@ fn has_no_adjustment(row: &PeriodRow) -> bool {
 
 /// A bill once its windows are restored, where it is what they add up to.
 fn with_sums(row: &PeriodRow, [now, then]: [Sums; 2]) -> Result<Option<PeriodRow>, DecimalError> {
-    if !has_no_adjustment(row) || then.windows == 0 || !now.are(row.quantity, row.cost)? {
+    // That one window is what its bill says tells nothing of several: the last of them may count alone.
+    let tells = then.windows == 1 || now.windows > 1;
+    if !has_no_adjustment(row) || then.windows == 0 || !tells || !now.are(row.quantity, row.cost)? {
         return Ok(None);
     }
     let (quantity, cost) = (then.quantity.total()?, then.cost.total()?);

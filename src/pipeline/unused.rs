@@ -55,6 +55,11 @@ impl Billed {
         self.0.iter_mut().skip(known).take(1).for_each(|(_, spans)| spans.add(span));
     }
 
+    /// From the first to the last of it.
+    pub fn whole(&self) -> Option<Span> {
+        self.0.iter().filter_map(|(_, spans)| spans.whole()).reduce(Span::union)
+    }
+
     /// The periods of a subscription, by their start.
     fn periods(&self, subscription: &Subscription, meter_id: &str) -> BTreeMap<Timestamp, Span> {
         let holds = |scope: &Scope| scope.holds(&subscription.tenant_id, &subscription.customer_id, meter_id);

@@ -67,7 +67,13 @@ impl WindowReader {
         Ok(Span { start: instant(WindowReader::WINDOW[0])?, end: instant(WindowReader::WINDOW[1])? })
     }
 
+    /// # Errors
+    /// Names the row and its column where a cell holds nothing that fits.
     pub fn read(&mut self, row: &dyn Cells) -> Result<StoredWindow> {
+        self.read_cells(row).with_context(|| format!("usage_windows {}", key_of(row, WindowReader::WINDOW[0])))
+    }
+
+    fn read_cells(&mut self, row: &dyn Cells) -> Result<StoredWindow> {
         let mut cells = NextCells { row, columns: &WindowReader::COLUMNS, place: 0, texts: &mut self.texts };
         let last = self.last.as_ref();
         let last_row = last.map(|last| &last.row);
@@ -93,6 +99,12 @@ impl WindowReader {
         self.last = Some(read.clone());
         Ok(read)
     }
+}
+
+/// The key of a row that cannot be read, up to the column at `last`.
+fn key_of(row: &dyn Cells, last: usize) -> String {
+    let texts = (0..=last).map(|place| row.cell_at(place).ok().flatten().unwrap_or(Cow::Borrowed("?")).into_owned());
+    texts.collect::<Vec<_>>().join(" / ")
 }
 
 /// Reads rows of `usage_periods`.
@@ -122,7 +134,13 @@ impl PeriodReader {
         "closed_at",
     ];
 
+    /// # Errors
+    /// As [`WindowReader::read`].
     pub fn read(&mut self, row: &dyn Cells) -> Result<PeriodRow> {
+        self.read_cells(row).with_context(|| format!("usage_periods {}", key_of(row, WindowReader::WINDOW[0] - 1)))
+    }
+
+    fn read_cells(&mut self, row: &dyn Cells) -> Result<PeriodRow> {
         let mut cells = NextCells { row, columns: &PeriodReader::COLUMNS, place: 0, texts: &mut self.texts };
         let last = self.last.as_ref();
         let read = PeriodRow {

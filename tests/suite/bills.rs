@@ -106,3 +106,62 @@ fn closed_months_are_adjusted() {
     workspace.run(&["--incremental"]);
     assert_eq!(adjusted().len(), 1);
 }
+
+/// A run that skips looks neither at closed bills beyond its events nor at those that are right.
+#[test]
+fn a_run_that_skips_leaves_bills_beyond_its_events_alone() {
+    let workspace = flat_world();
+    workspace.run(&[]);
+    workspace.run(&["--month", "2026-03"]);
+    workspace.run(&[]);
+    let before = tables(&workspace);
+    assert_eq!(workspace.run(&["--incremental"])["periods"]["written"], 0);
+    assert!(tables(&workspace) == before);
+    assert_eq!(workspace.trueup(&["close", "job.yaml", "--period", "2026-03"]).code, 0);
+    workspace.edit("prices.yaml", "\"10\"", "\"12\"");
+    workspace.run(&["--full", "--yes"]);
+    let before = tables(&workspace);
+    workspace.run(&["--incremental", "--yes"]);
+    assert!(tables(&workspace) == before, "{:?}", bills(&workspace));
+    is_sound(&workspace);
+}
+
+/// After events went that had made the range longer, bills reach as far as the rest; new events
+/// bring them back, also in a run that skips.
+#[test]
+fn bills_come_back_with_events() {
+    let workspace = flat_world();
+    send(&workspace, "later", &[("b", "x1", "2026-03-07", 1)]);
+    workspace.run(&[]);
+    std::fs::remove_file(workspace.path("events/later.ndjson")).unwrap();
+    workspace.run(&["--yes"]);
+    assert_eq!(bills(&workspace), ["s1 2026-01-01 10"]);
+    send(&workspace, "again", &[("c", "x1", "2026-03-08", 1)]);
+    workspace.run(&["--incremental", "--yes"]);
+    assert_eq!(bills(&workspace), ["s1 2026-01-01 10", "s1 2026-02-01 10", "s1 2026-03-01 10"]);
+    is_sound(&workspace);
+}
+
+/// A part of the job bills what the whole job does; so does a job that keeps levels, whatever is stored.
+#[test]
+fn bills_do_not_depend_on_what_else_is_computed_or_stored() {
+    let workspace = flat_world();
+    workspace.edit("subscriptions.csv", "USD,month", "USD,week");
+    let meters = "meters: [{meter_id: calls, event_name: call, aggregation: sum, property: n}, \
+                  {meter_id: of_months, event_name: call, aggregation: count, window: month, unpriced: true}]\n";
+    workspace.write("meters.yaml", meters);
+    workspace.run(&[]);
+    let before = bills(&workspace);
+    workspace.run(&["--meter", "calls", "--yes"]);
+    assert_eq!((bills(&workspace), before.len()), (before, 6));
+    workspace.write("meters.yaml", meters.replace("aggregation: count, window: month", "aggregation: weighted_sum, property: n"));
+    send(&workspace, "later", &[("b", "x1", "2026-03-07", 1)]);
+    workspace.run(&["--yes"]);
+    std::fs::remove_file(workspace.path("events/later.ndjson")).unwrap();
+    workspace.run(&["--yes"]);
+    is_sound(&workspace);
+    let bills_here = bills(&workspace);
+    std::fs::remove_file(workspace.path("trueup.db")).unwrap();
+    workspace.run(&[]);
+    assert_eq!(bills(&workspace), bills_here);
+}

@@ -242,3 +242,80 @@ fn a_bill_of_an_average_of_nothing_is_explained() {
         workspace.trueup(&["explain", "job.yaml", "--subscription", "s2", "--meter", "calls", "--period", "2026-02-10"]);
     assert!(explained.code == 0 && explained.stdout.contains('5'), "{explained:?}");
 }
+
+/// A range judges only windows that it holds as a whole.
+#[test]
+fn a_range_leaves_adjustments_of_windows_that_it_cuts() {
+    let workspace = world();
+    let meters = "meters: [{meter_id: calls, event_name: call, aggregation: sum, property: n, window: week, unpriced: true}, \
+                  {meter_id: other, event_name: other, aggregation: count, window: month, unpriced: true}]\n";
+    workspace.write("meters.yaml", meters);
+    workspace.write("prices.yaml", "prices: []\n");
+    send(&workspace, "first", &[("a", "x1", "2026-04-02", 5)]);
+    workspace.run(&[]);
+    assert_eq!(workspace.trueup(&["close", "job.yaml", "--period", "2026-04"]).code, 0);
+    send(&workspace, "late", &[("b", "x1", "2026-04-03", 5)]);
+    assert_eq!(workspace.run(&[])["rows"]["adjusted"], 1);
+    let part = workspace.run(&["--start", "2026-03-02", "--end", "2026-03-05"]);
+    assert_eq!(part["rows"]["adjusted"], 0, "{part}");
+    is_sound(&workspace);
+}
+
+/// A row that somebody altered says so, though it was adjusted before.
+#[test]
+fn what_was_altered_is_not_explained_by_what_was_recorded() {
+    let workspace = world();
+    workspace.write("prices.yaml", PER_UNIT);
+    workspace.run(&[]);
+    let period = ["close", "job.yaml", "--period", "2026-01"];
+    assert_eq!(workspace.trueup(&period).code, 0);
+    send(&workspace, "late", &[("z", "x2", "2026-01-10", 1)]);
+    workspace.run(&[]);
+    send(&workspace, "late", &[]);
+    workspace.run(&[]);
+    assert_eq!(workspace.trueup(&[&period[..], &["--reopen"]].concat()).code, 0);
+    workspace.tamper("UPDATE usage_windows SET quantity = '9' WHERE subscription_id = 's2'");
+    workspace.run(&["--yes"]);
+    assert_eq!(reasons(&workspace), ["s2 01-10T00:00 update {\"store_altered\":1}"]);
+    is_sound(&workspace);
+}
+
+/// Late events stay late where something else changed too.
+#[test]
+fn a_late_event_is_named_beside_a_changed_meter() {
+    let workspace = world();
+    workspace.write("prices.yaml", PER_UNIT);
+    send(&workspace, "second", &[("e", "x1", "2026-01-05", 1)]);
+    workspace.run(&[]);
+    workspace.edit("meters.yaml", "property: n", "property: n, filters: [{property: n, op: gt, values: [2]}]");
+    workspace.write("events/late.ndjson", event("f", "x1", "2026-01-05T13:00:00Z", "2026-03-01", &json!({})));
+    workspace.run(&["--yes"]);
+    assert!(
+        reasons(&workspace).contains(&"s1 01-05T00:00 update {\"late_event\":1,\"meter_changed\":1}".to_owned()),
+        "{:?}",
+        reasons(&workspace)
+    );
+}
+
+/// What was recorded is taken back for the reason that it is.
+#[test]
+fn an_adjustment_that_is_taken_back_says_why() {
+    let workspace = world();
+    workspace.write("prices.yaml", PER_UNIT);
+    workspace.run(&[]);
+    assert_eq!(workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]).code, 0);
+    let late = |deleted: Value| {
+        event("z", "x2", "2026-01-07T12:00:00Z", if deleted == json!({}) { "2026-03-01" } else { "2026-03-02" }, &deleted)
+    };
+    workspace.write("events/late.ndjson", late(json!({})));
+    workspace.run(&[]);
+    assert_eq!(reasons(&workspace), ["s2 01-07T00:00 adjust {\"late_event\":1}"]);
+    workspace.write("events/void.ndjson", late(json!({"deleted": true})));
+    workspace.run(&[]);
+    assert_eq!(reasons(&workspace), ["s2 01-07T00:00 adjust {\"event_voided\":1}"]);
+    std::fs::remove_file(workspace.path("events/void.ndjson")).unwrap();
+    workspace.run(&[]);
+    workspace.edit("subscriptions.csv", "t,s2,c2,pro,USD,month,2025-01-01", "t,s2,c2,pro,USD,month,2026-01-08");
+    workspace.run(&[]);
+    assert_eq!(reasons(&workspace), ["s2 01-07T00:00 adjust {\"subscription_changed\":1}"]);
+}

@@ -36,6 +36,7 @@ use serde::Serialize;
 
 use super::closed::ClosedPeriods;
 use super::keys::SplitKeys;
+use super::lateness::Horizon;
 use super::names::Names;
 use super::past::Past;
 use super::price::PricedWindow;
@@ -46,6 +47,7 @@ use crate::config::{Incremental, Source};
 use crate::model::aggregate::{StoredWindow, WindowRow};
 use crate::model::basis::ReferenceDigests;
 use crate::model::run::{RunBasis, RunMode, RunRecord};
+use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::source::{Field, Moved, Part, Selection, Split, kafka};
 use kept::Kept;
@@ -71,6 +73,9 @@ pub struct Coverage {
     /// Whether somebody asked for the range, or the job does.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub asked_for: bool,
+    /// What bills without usage were made for, where that is not the range of all windows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub billed: Option<Span>,
 }
 
 /// What an incremental run found new, marked and read.
@@ -110,13 +115,29 @@ pub enum Mode {
 
 impl Coverage {
     fn full(why: impl Into<Option<String>>) -> Coverage {
-        Coverage { mode: Mode::Full, why: why.into(), baseline: None, skipping: None, leaves_windows: false, asked_for: false }
+        Coverage {
+            mode: Mode::Full,
+            why: why.into(),
+            baseline: None,
+            skipping: None,
+            leaves_windows: false,
+            asked_for: false,
+            billed: None,
+        }
     }
 
     /// Whether a later run can build on a run: it left nothing of its files for later.
     fn is_baseline(run: &RunRecord) -> bool {
         let left = run.counts.get("coverage").and_then(|coverage| coverage.get("leaves_windows"));
         run.is_of_everything() && left.is_none()
+    }
+
+    /// The range of which a run left everything as it should be: what is beyond is to be looked at.
+    pub fn known(run: &RunRecord) -> Option<Span> {
+        let billed = run.counts.get("coverage").and_then(|coverage| coverage.get("billed"));
+        let billed = billed.and_then(|billed| serde_json::from_value::<Span>(billed.clone()).ok());
+        let both = |(range, billed): (Span, Span)| Span { start: range.start.max(billed.start), end: range.end.min(billed.end) };
+        run.range.map(|range| billed.map_or(range, |billed| both((range, billed))))
     }
 
     /// The range of a run, where somebody asked for it.
@@ -347,10 +368,14 @@ impl Baseline<'_> {
 ///
 /// # Errors
 /// A [`Retreat`] then; where the store cannot be read, or a cost overflows.
-pub fn check_bills(inputs: &Inputs<'_>, billed: &Billed, range: Span) -> Result<()> {
+pub fn check_bills(inputs: &Inputs<'_>, past: &Past, billed: &Billed, (range, horizon): (Span, Option<Timestamp>)) -> Result<()> {
     let Inputs { job, reference, store: Some(store), .. } = *inputs else { return Ok(()) };
     let mut stored = store.periods_outside(&job.name, range)?;
     let closed = ClosedPeriods::of(&stored);
+    let closed = match horizon {
+        Some(until) => closed.with_horizon(Horizon::new(until, &past.runs), reference, &stored),
+        None => closed,
+    };
     let mut due = Vec::new();
     unused::add_periods(&mut due, reference, &Names::new(reference), billed, |_, _, period| !period.overlaps(range))?;
     for rows in [&mut stored, &mut due] {
@@ -392,5 +417,6 @@ pub fn coverage(
         skipping: skipping.map(|skipping| Skipping { marked_customers, marked_periods, ..skipping }),
         leaves_windows: false,
         asked_for: false,
+        billed: None,
     }
 }

@@ -157,7 +157,11 @@ impl<'c> Check<'c> {
     /// The distinct values of a part, where they give what its row says.
     fn list(&self, part: &MarkedPeriod<'_>) -> Option<&'c ValueList> {
         let (kept, row) = (self.kept?, part.row?);
-        let Accumulation { key, period, .. } = self.accumulations.of(part.pair, part.key)?;
+        let Accumulation { key, period, meter } = self.accumulations.of(part.pair, part.key)?;
+        // Earlier runs may have kept lists when the meter was another.
+        if !is_listed(meter) {
+            return None;
+        }
         let dimensions = part.key.dimensions.to_string();
         let list = kept.list(&ListKey { pair: part.pair, price: key.price, dimensions, period_start: period.start })?;
         let quantity = Decimal::from_u64(list.count);
