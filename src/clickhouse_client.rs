@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use clickhouse::Client;
 use clickhouse::error::Error;
+use serde_json::value::RawValue;
 use tokio::runtime::Runtime;
 
 use crate::config::ClickHouseConnection;
@@ -128,14 +129,18 @@ impl Database {
         let mut pauses = PAUSES_MILLIS.iter();
         loop {
             let mut lines = Lines::default();
-            let result = self.stream_once(sql, "JSONCompactStringsEachRowWithNamesAndTypes", &mut |chunk| {
+            let result = self.stream_once(sql, "JSONCompactEachRowWithNamesAndTypes", &mut |chunk| {
                 lines.push(&chunk, &mut |names, row| {
                     delivered = true;
                     each(names, row)
                 })
             });
             match result {
-                Ok(()) => return lines.finish(),
+                Ok(()) => match (lines.finish(), pauses.next()) {
+                    // Whatever it holds, an answer begins with its header.
+                    (Err(error), Some(pause)) if !delivered => pause_after(&error, *pause),
+                    (header, _) => return header,
+                },
                 Err(Broken::Stream(error)) => match pauses.next().filter(|_| !delivered && is_transient(&error)) {
                     Some(pause) => pause_after(&error, *pause),
                     None => return Err(explain(sql, error)),
@@ -205,7 +210,7 @@ impl Database {
 /// Between attempts.
 const PAUSES_MILLIS: [u64; 4] = [200, 800, 2_000, 5_000];
 
-fn pause_after(error: &Error, millis: u64) {
+fn pause_after(error: &dyn std::fmt::Display, millis: u64) {
     tracing::warn!(%error, pause_ms = millis, "ClickHouse: trying again");
     std::thread::sleep(Duration::from_millis(millis));
 }
@@ -242,13 +247,15 @@ impl Lines {
     }
 
     fn line(&mut self, line: &[u8], each: RowSink<'_>) -> Result<()> {
-        let cells: Vec<String> = serde_json::from_slice(line).context("the server's answer is damaged")?;
-        // JSONCompactStrings writes NULL as the text ᴺᵁᴸᴸ.
-        let cell = |text: String| (text != "ᴺᵁᴸᴸ").then_some(text);
+        let damaged = "the server's answer is damaged";
+        let texts = || serde_json::from_slice::<Vec<String>>(line).context(damaged);
         match &self.names {
-            None => self.names = Some(cells),
-            Some(_) if self.types.is_none() => self.types = Some(cells),
-            Some(names) => each(names, cells.into_iter().map(cell).collect())?,
+            None => self.names = Some(texts()?),
+            Some(_) if self.types.is_none() => self.types = Some(texts()?),
+            Some(names) => {
+                let cells: Vec<&RawValue> = serde_json::from_slice(line).context(damaged)?;
+                each(names, cells.into_iter().map(cell).collect::<Result<_>>().context(damaged)?)?;
+            }
         }
         Ok(())
     }
@@ -257,8 +264,20 @@ impl Lines {
         if !self.rest.trim_ascii().is_empty() {
             return Err(anyhow!("the server's answer broke off within a row"));
         }
-        Ok(Header { names: self.names.unwrap_or_default(), types: self.types.unwrap_or_default() })
+        let (Some(names), Some(types)) = (self.names, self.types) else {
+            return Err(anyhow!("the server's answer is empty: not even the names of its columns came"));
+        };
+        Ok(Header { names, types })
     }
+}
+
+/// The text of a cell; `None` for NULL.
+fn cell(raw: &RawValue) -> Result<Option<String>> {
+    Ok(match raw.get().as_bytes().first() {
+        Some(b'n') => None,
+        Some(b'"') => Some(serde_json::from_str(raw.get())?),
+        _ => Some(raw.get().to_owned()),
+    })
 }
 
 /// A server's error says its code in its text: `Code: 60. DB::Exception: …`.

@@ -159,8 +159,8 @@ pub fn by_hand<T>(
     origin: &Origin,
     make: impl FnOnce(&dyn AggregateStore, &[RunRecord]) -> Result<Option<(Draft, T)>>,
 ) -> Result<Option<(RunRecord, T)>> {
-    if read_store(job)?.is_none() {
-        return Err(configuration(format!("job {} has not run yet: there is nothing that could change by hand", job.name)));
+    if !lock_path(job).exists() && read_store(job)?.is_none() {
+        return Err(configuration(format!("job {} has not run yet: there is no stored billing period and no run", job.name)));
     }
     let lock = Lock::take(&lock_path(job), &job.name, None, false)?;
     let result = (|| {

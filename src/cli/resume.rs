@@ -24,7 +24,7 @@ pub struct ResumeArguments {
 }
 
 #[derive(Debug, Serialize)]
-struct Nothing<'r> {
+struct NotRun<'r> {
     schema: &'static str,
     run_id: Option<&'r str>,
     job: &'r str,
@@ -34,15 +34,26 @@ struct Nothing<'r> {
 pub fn execute(session: &Session, arguments: &ResumeArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
+    let last = || -> Result<Option<String>> {
+        let store = ends::read_store(&job)?;
+        Ok(store.map_or(Ok(Vec::new()), |store| store.runs(&job.name))?.pop().map(|run| run.run_id))
+    };
+    let before = last()?;
     let Some(holder) = ends::interrupted(&job)? else {
+        // Whoever opens a store finishes what was partly published.
+        let finished = last()?.filter(|after| before.as_ref() != Some(after));
+        let (status, says) = match &finished {
+            Some(run) => ("finished", format!("run {run} is published as a whole now")),
+            None => ("nothing_to_resume", "there is nothing to resume".to_owned()),
+        };
         match session.format {
             Format::Json => {
-                emit_json(&Nothing { schema: "trueup.resume/1", run_id: None, job: &job.name, status: "nothing_to_resume" })?;
+                let run_id = finished.as_deref();
+                emit_json(&NotRun { schema: "trueup.resume/1", run_id, job: &job.name, status })?;
             }
-            Format::Text => emit(&format!(
-                "{} there is nothing to resume\n",
-                Style::for_stdout().bold(&format!("trueup resume {}:", job.name))
-            ))?,
+            Format::Text => {
+                emit(&format!("{} {says}\n", Style::for_stdout().bold(&format!("trueup resume {}:", job.name))))?;
+            }
         }
         return Ok(0);
     };

@@ -11,11 +11,12 @@ use super::output::{Style, counted, emit, emit_json};
 use super::progress::Progress;
 use super::range::{RangeArguments, shell_path};
 use super::{Format, Session};
-use crate::audit::{Finding, check_ledger, describe};
+use crate::audit::{Finding, check_ledger, describe, describe_period};
 use crate::config::Job;
 use crate::ends;
-use crate::model::aggregate::{Correction, WindowKey};
+use crate::model::aggregate::{Correction, PeriodCorrection, WindowKey};
 use crate::model::counts::RowCounts;
+use crate::model::decimal::Decimal;
 use crate::pipeline::{Completeness, Plan, Request};
 use crate::store::AggregateStore;
 
@@ -35,7 +36,18 @@ struct Document<'v> {
     status: &'static str,
     rows: RowCounts,
     periods_differing: u64,
+    periods: &'v [Bill],
     ledger: &'v [Finding],
+}
+
+/// A row of `usage_periods` that a run would change.
+#[derive(Debug, Serialize)]
+struct Bill {
+    row: String,
+    /// The amount; none where there is no row.
+    stored: Option<Decimal>,
+    due: Option<Decimal>,
+    currency: String,
 }
 
 pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
@@ -57,7 +69,8 @@ pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
             job: &job.name,
             status: if sound { "sound" } else { "drift" },
             rows: drift.rows,
-            periods_differing: drift.periods,
+            periods_differing: drift.bills.len() as u64,
+            periods: &drift.bills,
             ledger: &findings,
         })?,
         Format::Text => emit(&text(&job, &drift, &findings)?)?,
@@ -90,30 +103,35 @@ fn compare(session: &Session, job: &Job, request: &Request) -> Result<(Drift, Ve
 struct Drift {
     rows: RowCounts,
     corrections: Vec<Correction>,
-    /// Rows of `usage_periods`.
-    periods: u64,
+    bills: Vec<Bill>,
 }
 
 impl Drift {
     /// Whether there is nothing, neither here nor in the ledger.
     fn is_none(&self, findings: &[Finding]) -> bool {
-        self.rows.changed() == 0 && self.periods == 0 && findings.is_empty()
+        self.rows.changed() == 0 && self.bills.is_empty() && findings.is_empty()
     }
 
     /// With rows that name definitions which they were not computed with.
     fn of(plan: Plan) -> (Vec<WindowKey>, Drift) {
         let Plan { changes, periods, foreign_definitions, .. } = plan;
-        let periods = periods.changed() + periods.adjusted;
-        (foreign_definitions, Drift { rows: changes.rows, corrections: changes.corrections, periods })
+        let bill = |PeriodCorrection { key, before, after, .. }: PeriodCorrection| Bill {
+            row: describe_period(&key),
+            stored: before.as_ref().map(|row| row.amount),
+            due: after.as_ref().map(|row| row.amount),
+            currency: after.or(before).map_or_else(String::new, |row| row.currency.to_string()),
+        };
+        let bills = periods.corrections.into_iter().map(bill).collect();
+        (foreign_definitions, Drift { rows: changes.rows, corrections: changes.corrections, bills })
     }
 }
 
 fn text(job: &Job, drift: &Drift, findings: &[Finding]) -> Result<String> {
     const SHOWN: usize = 20;
     let style = Style::for_stdout();
-    let Drift { rows, corrections, periods } = drift;
+    let Drift { rows, corrections, bills } = drift;
     let mut out = String::new();
-    if rows.changed() == 0 && *periods == 0 && findings.is_empty() {
+    if drift.is_none(findings) {
         let sound =
             format!("{} recomputed and equal, the ledger is whole and gives the stored table", counted(rows.unchanged, "window"));
         writeln!(out, "{} {}", style.bold(&format!("trueup verify {}:", job.name)), style.green(&sound))?;
@@ -126,7 +144,7 @@ fn text(job: &Job, drift: &Drift, findings: &[Finding]) -> Result<String> {
         rows.inserted,
         rows.updated,
         rows.retracted,
-        counted(*periods, "period"),
+        counted(bills.len() as u64, "period"),
         counted(findings.len() as u64, "finding")
     );
     writeln!(out, "{} {}", style.bold(&format!("trueup verify {}:", job.name)), style.red(&differing))?;
@@ -138,10 +156,15 @@ fn text(job: &Job, drift: &Drift, findings: &[Finding]) -> Result<String> {
         let (stored, should) = (shown(correction.values_before()), shown(correction.values_after()));
         writeln!(out, "  {}: stored {stored}, should be {should} ({})", describe(&correction.key), causes.join(", "))?;
     }
+    for Bill { row, stored, due, currency } in bills.iter().take(SHOWN) {
+        let shown =
+            |amount: &Option<Decimal>| amount.map_or_else(|| "nothing".to_owned(), |amount| format!("{amount} {currency}"));
+        writeln!(out, "  bill of {row}: stored {}, should be {}", shown(stored), shown(due))?;
+    }
     for finding in findings.iter().take(SHOWN) {
         writeln!(out, "  {} {}: {}", finding.table, finding.row, finding.problem)?;
     }
-    let hidden = corrections.len().saturating_sub(SHOWN) + findings.len().saturating_sub(SHOWN);
+    let hidden: usize = [corrections.len(), bills.len(), findings.len()].iter().map(|all| all.saturating_sub(SHOWN)).sum();
     if hidden > 0 {
         writeln!(out, "  … and {hidden} more")?;
     }

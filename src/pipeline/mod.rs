@@ -400,6 +400,9 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let marks = context.marks.as_ref();
     let stored = known.map_or_else(|| past.read(inputs, (request, &lateness), (range, reach)), Ok)?;
     let stored = stored.comparable(&request.scope, range, (marks, reference), &priced);
+    if levels && request.range.is_some() {
+        priced.keep_bills_in(range, &stored.periods);
+    }
     let (closed, invoiced) = (stored.closed, stored.invoiced);
     let ids = |of: fn(&Meter) -> bool| -> FxHashSet<_> {
         reference.meters.iter().filter(|meter| of(meter)).map(|meter| meter.id.as_str()).collect()

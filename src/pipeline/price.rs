@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use rustc_hash::FxHashSet;
 
 use super::accumulator::{Accumulator, Measure};
 use super::hopping;
@@ -52,6 +53,16 @@ pub struct PricedWindow {
 }
 
 impl Priced {
+    /// Lets those bills go that nobody stored and of which no window is in `range`: a level is
+    /// carried into periods that a range only touches.
+    pub fn keep_bills_in(&mut self, range: Span, stored: &[PeriodRow]) {
+        let stored: FxHashSet<_> = stored.iter().map(|row| &row.key).collect();
+        let of = |window: &PricedWindow| Arc::clone(&window.row.key.period);
+        let all: FxHashSet<_> = self.windows.iter().map(of).collect();
+        let inside: FxHashSet<_> = self.windows.iter().filter(|window| range.covers(window.row.window())).map(of).collect();
+        self.periods.retain(|row| stored.contains(&row.key) || inside.contains(&row.key) || !all.contains(&row.key));
+    }
+
     /// Those of parts that follow each other in the order of keys.
     pub fn of_parts(parts: Vec<Priced>) -> Priced {
         let mut all = Priced::default();

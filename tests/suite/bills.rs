@@ -165,3 +165,19 @@ fn bills_do_not_depend_on_what_else_is_computed_or_stored() {
     workspace.run(&[]);
     assert_eq!(bills(&workspace), bills_here);
 }
+
+/// A level lasts, but a range that only touches the next period does not begin it.
+#[test]
+fn a_range_bills_no_level_of_a_period_that_it_only_touches() {
+    let workspace = flat_world();
+    let meters = "meters: [{meter_id: calls, event_name: call, aggregation: weighted_sum, property: n, window: month}, \
+                  {meter_id: of_weeks, event_name: call, aggregation: count, window: week, unpriced: true}]\n";
+    workspace.write("meters.yaml", meters);
+    workspace.edit("prices.yaml", "model: flat, amount: \"10\"", "model: per_unit, unit_amount: \"2\"");
+    send(&workspace, "first", &[("a", "x1", "2026-03-02", 3), ("b", "x1", "2026-03-10", 3)]);
+    workspace.run(&[]);
+    let before = tables(&workspace);
+    workspace.run(&["--month", "2026-03"]);
+    assert!(tables(&workspace) == before, "{:?}", bills(&workspace));
+    is_sound(&workspace);
+}

@@ -251,3 +251,44 @@ fn amounts_of_a_query_are_decimals_or_texts_never_floats() {
         assert_eq!(workspace.trueup(&["plan", "job.yaml", "--output", "json"]).json()["totals"][0]["currency"], "USD", "{exact}");
     }
 }
+
+/// The name of an event is nobody's to choose: not even what some formats write for NULL.
+#[test]
+fn an_id_that_looks_like_null_is_an_id() {
+    let Some(url) = clickhouse() else { return };
+    let scratch = Scratch::new(&url);
+    let workspace = Workspace::of("init");
+    let job = replace_key(&workspace.read("job.yaml"), "store", "store: {kind: clickhouse}");
+    workspace.write("job.yaml", job + &scratch.connection(&url));
+    let event = json!({"tenant_id": "demo", "id": "ᴺᵁᴸᴸ", "event_name": "api.call", "external_customer_id": "nobody",
+        "timestamp": "2026-01-01T10:00:00Z", "properties": {}});
+    workspace.write("events/odd.ndjson", format!("{event}\n"));
+    workspace.run(&[]);
+    assert_eq!(workspace.run(&[])["rows"]["inserted"], 0);
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+    let letters = workspace.trueup(&["dead-letters", "job.yaml", "--output", "json"]).json();
+    assert!(letters.to_string().contains("\"event_id\":\"ᴺᵁᴸᴸ\""), "{letters}");
+}
+
+/// No answer is no rows: even of an empty table, the names of its columns come.
+#[test]
+fn an_empty_answer_is_no_answer() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let Ok(mut client) = client else { continue };
+            std::thread::spawn(move || {
+                let mut buffer = vec![0; 1 << 16];
+                let _ = std::io::Read::read(&mut client, &mut buffer);
+                let empty = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+                let _ = std::io::Write::write_all(&mut client, empty);
+            });
+        }
+    });
+    let workspace = Workspace::of("init");
+    workspace.edit("job.yaml", "prices: {path: prices.yaml}", "prices: {query: \"SELECT * FROM prices\"}");
+    let job = workspace.read("job.yaml") + &format!("connections: {{clickhouse: {{url: \"{url}\"}}}}\n");
+    workspace.write("job.yaml", job);
+    workspace.trueup(&["run", "job.yaml"]).fails_with(1, &["SELECT * FROM prices", "the server's answer is empty"]);
+}

@@ -365,6 +365,7 @@ fn a_sound_store_verifies() {
         "adjusted": 0
       },
       "periods_differing": 0,
+      "periods": [],
       "ledger": []
     }
     "#);

@@ -256,6 +256,7 @@ impl AggregateStore for ClickHouseStore {
     fn export(&self, job: &str, table: Table, each: RowSink<'_>) -> Result<Vec<String>> {
         let from = match table {
             Table::Runs => "(SELECT * EXCEPT (stage) FROM runs FINAL WHERE stage = 2)".to_owned(),
+            Table::DeadLetters => "(SELECT * EXCEPT (version) FROM dead_letters_current)".to_owned(),
             table => format!("{}_current", table.name()),
         };
         let sql = format!("SELECT * FROM {from} WHERE job = {} ORDER BY {}", literal(job), table.key());

@@ -51,7 +51,16 @@ pub(super) fn publish(lease: &mut Lease<'_>, publication: &Publication, known: &
     }
     // Who took the lease over took the ledger's rows for those of a killed run.
     lease.confirm().with_context(|| format!("run {} is not published: run again", run.run_id))?;
-    insert(lease, "runs", &format!("{}:1", run.run_id), [rows::run(run, 1)])?;
+    let partial = |error: anyhow::Error| {
+        let message = format!("run {} is partly published: {error:#}; `trueup resume JOB` finishes it", run.run_id);
+        fault(FaultKind::Partial, message)
+    };
+    if let Err(error) = insert(lease, "runs", &format!("{}:1", run.run_id), [rows::run(run, 1)]) {
+        // The answer is lost, perhaps not the row.
+        let (job, run_id) = (literal(&run.job), literal(&run.run_id));
+        let marked = first_column(lease.database, &format!("SELECT run_id FROM runs WHERE job = {job} AND run_id = {run_id}"));
+        return Err(if marked.is_ok_and(|rows| rows.is_empty()) { error } else { partial(error) });
+    }
 
     // From here on the run will be published, by this process or by the next one.
     let mut finish = || {
@@ -61,10 +70,7 @@ pub(super) fn publish(lease: &mut Lease<'_>, publication: &Publication, known: &
         insert(lease, "runs", &format!("{}:2", run.run_id), [rows::run(run, 2)])?;
         forget(lease, Some(&run.run_id))
     };
-    finish().map_err(|error| {
-        let message = format!("run {} is partly published: {error:#}; `trueup resume JOB` finishes it", run.run_id);
-        fault(FaultKind::Partial, message)
-    })?;
+    finish().map_err(partial)?;
     Ok(run.clone())
 }
 

@@ -312,8 +312,11 @@ pub(super) fn export(connection: &Connection, job: &str, table: Table, each: Row
         let mut digests = WindowReader::COLUMNS.get(WindowReader::DIGESTS).into_iter().flatten();
         table == Table::UsageWindows && digests.any(|digest| *digest == name)
     };
-    let (places, names): (Vec<_>, Vec<_>) =
-        statement.column_names().enumerate().filter(shown).map(|(place, name)| (place, name.to_owned())).unzip();
+    let mut columns: Vec<_> =
+        statement.column_names().enumerate().filter(shown).map(|(place, name)| (place, name.to_owned())).collect();
+    // What is made when it is read comes last in the table, but first of what it identifies.
+    columns.sort_by_key(|(_, name)| name != "correction_id");
+    let (places, names): (Vec<_>, Vec<_>) = columns.into_iter().unzip();
     let are_digests: Vec<_> = names.iter().map(|name: &String| is_digest(name)).collect();
     let mut found = statement.query([job])?;
     let mut cells = Vec::with_capacity(names.len());
