@@ -465,9 +465,7 @@ impl<'de> serde::Deserialize<'de> for Decimal {
                 value.to_string().parse().map_err(E::custom)
             }
             fn visit_f64<E: serde::de::Error>(self, value: f64) -> std::result::Result<Decimal, E> {
-                // What was written may have had more digits.
-                let example = if value.to_string().len() < 15 { format!(", \"{value}\"") } else { String::new() };
-                Err(E::custom(format!("{value} would pass through a float: quote the decimal with all its digits{example}")))
+                Err(E::custom(format!("{value} would pass through a float: quote the decimal, with all its digits")))
             }
         }
         deserializer.deserialize_any(Text)

@@ -18,5 +18,6 @@ pub mod price_lines;
 pub mod properties;
 pub mod property;
 pub mod run;
+pub mod spans;
 pub mod timestamp;
 pub mod window;

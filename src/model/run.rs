@@ -137,8 +137,28 @@ impl RunRecord {
 
     /// Whether it computed everything that there was, from the beginning.
     pub fn is_of_everything(&self) -> bool {
-        let mode = self.counts.get("coverage").and_then(|coverage| coverage.get("mode")).and_then(serde_json::Value::as_str);
+        let mode = self.coverage("mode").and_then(serde_json::Value::as_str);
         self.mode.computes() && matches!(mode, Some("full" | "incremental"))
+    }
+
+    /// The range of which a run left everything as it should be: what is beyond is to be looked at.
+    pub fn known(&self) -> Option<Span> {
+        let billed = self.coverage("billed").and_then(|billed| serde_json::from_value::<Span>(billed.clone()).ok());
+        let both = |range: Span, billed: Span| Span { start: range.start.max(billed.start), end: range.end.min(billed.end) };
+        self.range.map(|range| billed.map_or(range, |billed| both(range, billed)))
+    }
+
+    /// Its range, where somebody asked for it.
+    pub fn asked_for(&self) -> Option<Span> {
+        // Runs of older versions only say that they are of a part.
+        let is_part = self.coverage("mode").and_then(serde_json::Value::as_str) == Some("part");
+        let is_asked_for = self.coverage("asked_for").is_some() || (is_part && self.basis.scope.is_whole());
+        self.range.filter(|_| is_asked_for)
+    }
+
+    /// What it says of how much it looked at.
+    fn coverage(&self, name: &str) -> Option<&serde_json::Value> {
+        self.counts.get("coverage")?.get(name)
     }
 
     /// The run that this one took back.

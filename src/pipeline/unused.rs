@@ -7,8 +7,6 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result};
 use rustc_hash::FxHashSet;
 
-use super::incremental::Coverage;
-use super::incremental::spans::Spans;
 use super::names::Names;
 use super::state::{Interner, StateKey, index};
 use crate::model::aggregate::{PeriodKey, PeriodRow, Text};
@@ -18,6 +16,7 @@ use crate::model::meter::ChargeOn;
 use crate::model::price::{Price, Usage};
 use crate::model::property::write_json_text;
 use crate::model::run::RunRecord;
+use crate::model::spans::Spans;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
@@ -40,7 +39,7 @@ impl Billed {
     pub fn with_asked_for(mut self, runs: &[RunRecord], until: Option<Timestamp>) -> Self {
         let taken_back = RunRecord::taken_back(runs);
         for run in runs.iter().filter(|run| run.mode.computes() && !taken_back.contains(run.run_id.as_str())) {
-            if let Some(range) = Coverage::asked_for(run) {
+            if let Some(range) = run.asked_for() {
                 self.add(&run.basis.scope, Span { end: until.map_or(range.end, |until| range.end.min(until)), ..range });
             }
         }

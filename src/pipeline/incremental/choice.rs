@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 use arrow::array::{Array as _, StringArray};
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::spans::Spans;
+use crate::model::spans::Spans;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::pipeline::deduplicate::key_hash;

@@ -25,9 +25,9 @@ use super::marks::{Pair, PairMarks};
 use super::segment::{
     Index, Listed, MANIFEST, Manifest, ShardIndex, Tables, VERSION, index_path, matches_path, span, values_path,
 };
-use super::spans::Spans;
 use super::values::{self, ListKey, Listing, ValueList};
 use super::{Marks, Retreat};
+use crate::model::spans::Spans;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 use crate::pipeline::context::Context;

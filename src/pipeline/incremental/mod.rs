@@ -24,7 +24,6 @@ mod passes;
 mod segment;
 pub mod separable;
 pub mod snapshot;
-pub mod spans;
 pub mod stored_windows;
 pub mod values;
 
@@ -130,23 +129,6 @@ impl Coverage {
     fn is_baseline(run: &RunRecord) -> bool {
         let left = run.counts.get("coverage").and_then(|coverage| coverage.get("leaves_windows"));
         run.is_of_everything() && left.is_none()
-    }
-
-    /// The range of which a run left everything as it should be: what is beyond is to be looked at.
-    pub fn known(run: &RunRecord) -> Option<Span> {
-        let billed = run.counts.get("coverage").and_then(|coverage| coverage.get("billed"));
-        let billed = billed.and_then(|billed| serde_json::from_value::<Span>(billed.clone()).ok());
-        let both = |(range, billed): (Span, Span)| Span { start: range.start.max(billed.start), end: range.end.min(billed.end) };
-        run.range.map(|range| billed.map_or(range, |billed| both((range, billed))))
-    }
-
-    /// The range of a run, where somebody asked for it.
-    pub fn asked_for(run: &RunRecord) -> Option<Span> {
-        let coverage = run.counts.get("coverage")?;
-        // Runs of older versions only say that they are of a part.
-        let is_part = coverage.get("mode").and_then(serde_json::Value::as_str) == Some("part");
-        let is_asked_for = coverage.get("asked_for").is_some() || (is_part && run.basis.scope.is_whole());
-        run.range.filter(|_| is_asked_for)
     }
 }
 

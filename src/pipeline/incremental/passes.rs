@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use anyhow::{Result, bail};
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::Coverage;
 use super::choice::{Chosen, CustomerChoice, KeyChoice};
 use super::kept::Kept;
 use super::marks::MarkScan;
@@ -116,7 +115,7 @@ impl<'p> Passes<'p> {
         let Inputs { job, reference, source, threads, progress, .. } = *self.inputs;
         let before = &self.baseline.snapshot;
         let differences = before.differences(now);
-        let mut marks = Marks::new(reference, Coverage::known(self.baseline.run));
+        let mut marks = Marks::new(reference, self.baseline.run.known());
         marks.add_differences(&differences, reference, reach);
         let levels_until = crate::model::timestamp::Timestamp::from_nanos(before.levels_until);
         marks.add_levels(reference, levels_until, range.end);

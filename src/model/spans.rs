@@ -1,7 +1,7 @@
 //! Sets of spans of time.
 
-use crate::model::timestamp::Timestamp;
-use crate::model::window::Span;
+use super::timestamp::Timestamp;
+use super::window::Span;
 
 /// Instants as spans: sorted, apart from each other.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
