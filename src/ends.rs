@@ -79,24 +79,41 @@ pub fn started_by(command: &str) -> String {
     format!("{} trueup {command}", operator())
 }
 
+/// What is left of a run that did not come to its end.
+#[derive(Debug)]
+pub enum Interrupted {
+    /// What it wanted.
+    Wants(Holder),
+    /// Its publication had begun: this run is there as a whole now.
+    Finished(String),
+}
+
 /// What an interrupted run of the job wanted. Where there is none, a publication that was cut
 /// short is finished or taken back, as by whoever opens the store for writing.
 ///
 /// # Errors
 /// Where somebody is at it now, or the store cannot be opened.
-pub fn interrupted(job: &Job) -> Result<Option<Holder>> {
+pub fn interrupted(job: &Job) -> Result<Option<Interrupted>> {
     let path = lock_path(job);
     if !path.exists() && read_store(job)?.is_none() {
         return Ok(None);
     }
     let lock = Lock::take(&path, &job.name, None, false)?;
-    let interrupted = lock.interrupted.clone();
-    let opened = match &interrupted {
-        Some(_) => Ok(()),
-        None => read_store(job).and_then(|store| if store.is_some() { write_store(job).map(drop) } else { Ok(()) }),
+    let found = match lock.interrupted.clone() {
+        Some(holder) => Ok(Some(Interrupted::Wants(holder))),
+        None => finish(job).map(|run| run.map(Interrupted::Finished)),
     };
     lock.finish();
-    opened.map(|()| interrupted)
+    found
+}
+
+/// Opens the store for writing, if there is one; the run that this finished.
+fn finish(job: &Job) -> Result<Option<String>> {
+    let last = |store: &dyn AggregateStore| Ok(store.runs(&job.name)?.pop().map(|run| run.run_id));
+    let Some(store) = read_store(job)? else { return Ok(None) };
+    let before: Result<Option<String>> = last(&*store);
+    let (before, after) = (before?, last(&*write_store(job)?)?);
+    Ok(after.filter(|after| before.as_ref() != Some(after)))
 }
 
 /// Publishes a saved plan, exactly as it is, or not at all.

@@ -11,7 +11,8 @@ use super::progress::Progress;
 use super::range::RangeArguments;
 use super::{Format, Session, plan, run};
 use crate::clock::Stopwatch;
-use crate::ends::{self, RunOptions};
+use crate::config::Job;
+use crate::ends::{self, Interrupted, RunOptions};
 
 #[derive(Debug, Args)]
 pub struct ResumeArguments {
@@ -34,28 +35,12 @@ struct NotRun<'r> {
 pub fn execute(session: &Session, arguments: &ResumeArguments) -> Result<u8> {
     let watch = Stopwatch::start();
     let job = session.job(&arguments.job)?;
-    let last = || -> Result<Option<String>> {
-        let store = ends::read_store(&job)?;
-        Ok(store.map_or(Ok(Vec::new()), |store| store.runs(&job.name))?.pop().map(|run| run.run_id))
-    };
-    let before = last()?;
-    let Some(holder) = ends::interrupted(&job)? else {
-        // Whoever opens a store finishes what was partly published.
-        let finished = last()?.filter(|after| before.as_ref() != Some(after));
-        let (status, says) = match &finished {
-            Some(run) => ("finished", format!("run {run} is published as a whole now")),
-            None => ("nothing_to_resume", "there is nothing to resume".to_owned()),
-        };
-        match session.format {
-            Format::Json => {
-                let run_id = finished.as_deref();
-                emit_json(&NotRun { schema: "trueup.resume/1", run_id, job: &job.name, status })?;
-            }
-            Format::Text => {
-                emit(&format!("{} {says}\n", Style::for_stdout().bold(&format!("trueup resume {}:", job.name))))?;
-            }
+    let holder = match ends::interrupted(&job)? {
+        Some(Interrupted::Wants(holder)) => holder,
+        Some(Interrupted::Finished(run)) => {
+            return no_run(session, &job, "finished", Some(&run), &format!("run {run} is published as a whole now"));
         }
-        return Ok(0);
+        None => return no_run(session, &job, "nothing_to_resume", None, "there is nothing to resume"),
     };
     tracing::warn!("resuming the run of {holder}, which did not come to its end");
     let request = holder.request.clone().unwrap_or_default();
@@ -67,5 +52,13 @@ pub fn execute(session: &Session, arguments: &ResumeArguments) -> Result<u8> {
     let published = ends::run(&job, &request, &options)?;
     drop(progress);
     run::report(session, &job, &RangeArguments::default(), &published, watch.seconds(), (plan::Title::Resume, false))?;
+    Ok(0)
+}
+
+fn no_run(session: &Session, job: &Job, status: &'static str, run_id: Option<&str>, says: &str) -> Result<u8> {
+    match session.format {
+        Format::Json => emit_json(&NotRun { schema: "trueup.resume/1", run_id, job: &job.name, status })?,
+        Format::Text => emit(&format!("{} {says}\n", Style::for_stdout().bold(&format!("trueup resume {}:", job.name))))?,
+    }
     Ok(0)
 }

@@ -14,6 +14,7 @@ use super::{Format, Session};
 use crate::audit::{Finding, check_ledger, describe, describe_period};
 use crate::config::Job;
 use crate::ends;
+use crate::fault::{FaultKind, fault};
 use crate::model::aggregate::{Correction, PeriodCorrection, WindowKey};
 use crate::model::counts::RowCounts;
 use crate::model::decimal::Decimal;
@@ -95,6 +96,13 @@ fn compare(session: &Session, job: &Job, request: &Request) -> Result<(Drift, Ve
         row: describe(key),
         problem: "names definitions that it was not computed with".to_owned(),
     }));
+    if let (Some(store), false) = (store, drift.is_none(&findings))
+        && let Some(run) = store.unfinished(&job.name)?
+    {
+        let remedy = format!("wait for it, or `trueup resume {}` finishes it", shell_path(&job.path));
+        let says = format!("run {run} is being published, or was interrupted, so that nothing can be proved: {remedy}");
+        return Err(fault(FaultKind::Partial, says));
+    }
     let after = last(ends::read_store(job)?.as_deref())?;
     Ok((drift, findings, before == after))
 }

@@ -269,6 +269,14 @@ pub trait AggregateStore {
         Ok(Vec::new())
     }
 
+    /// A run of which only a part is there yet: somebody publishes it now, or was interrupted.
+    ///
+    /// # Errors
+    /// Where the store cannot be read.
+    fn unfinished(&self, _job: &str) -> Result<Option<String>> {
+        Ok(None)
+    }
+
     /// From the start of the first to the end of the last stored window.
     fn extent(&self, job: &str) -> Result<Option<Span>>;
 

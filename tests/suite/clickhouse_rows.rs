@@ -270,6 +270,23 @@ fn an_id_that_looks_like_null_is_an_id() {
     assert!(letters.to_string().contains("\"event_id\":\"ᴺᵁᴸᴸ\""), "{letters}");
 }
 
+/// What is published in part proves nothing, and is no drift.
+#[test]
+fn verify_says_that_a_run_is_published_in_part() {
+    let Some(url) = clickhouse() else { return };
+    let scratch = Scratch::new(&url);
+    let workspace = Workspace::of("init");
+    let job = replace_key(&workspace.read("job.yaml"), "store", "store: {kind: clickhouse}");
+    workspace.write("job.yaml", job + &scratch.connection(&url));
+    workspace.run(&[]);
+    workspace.edit("prices.yaml", "\"0.01\"", "\"0.02\"");
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 3);
+    scratch.sql("INSERT INTO runs SELECT * REPLACE ('zz' AS run_id, 1 AS stage) FROM runs FINAL WHERE stage = 2");
+    workspace
+        .trueup(&["verify", "job.yaml"])
+        .fails_with(5, &["run zz is being published, or was interrupted", "trueup resume job.yaml"]);
+}
+
 /// No answer is no rows: even of an empty table, the names of its columns come.
 #[test]
 fn an_empty_answer_is_no_answer() {

@@ -155,6 +155,10 @@ impl AggregateStore for ClickHouseStore {
         self.query(&sql, read::run).context("reading runs")
     }
 
+    fn unfinished(&self, job: &str) -> Result<Option<String>> {
+        publish::unfinished(&self.database, job)
+    }
+
     fn extent(&self, job: &str) -> Result<Option<Span>> {
         let sql = format!(
             "SELECT count() AS rows, min(window_start) AS start, max(window_end) AS end FROM usage_windows FINAL WHERE job = {}",

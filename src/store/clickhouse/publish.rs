@@ -92,6 +92,16 @@ pub(super) fn is_pending(database: &Database, job: &str) -> Result<bool> {
     Ok(!first_column(database, &sql)?.is_empty())
 }
 
+/// The first run that is marked as publishing.
+///
+/// # Errors
+/// Where the store cannot be read.
+pub(super) fn unfinished(database: &Database, job: &str) -> Result<Option<String>> {
+    let job = literal(job);
+    let sql = format!("SELECT run_id FROM runs WHERE job = {job} GROUP BY run_id HAVING max(stage) = 1 ORDER BY run_id LIMIT 1");
+    Ok(first_column(database, &sql)?.into_iter().next())
+}
+
 /// Finishes or takes back what a killed run left.
 ///
 /// # Errors
