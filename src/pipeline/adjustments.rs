@@ -1,7 +1,8 @@
 //! Adjustments: a difference in a closed period goes into the ledger, once, and changes
 //! no stored row.
 
-use std::collections::BTreeMap;
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 
@@ -12,6 +13,7 @@ use crate::model::aggregate::{
     Cause, Causes, Correction, CorrectionKind, PeriodCorrection, PeriodKey, PeriodRow, Recorded, Text, Values, WindowKey,
     WindowRow,
 };
+use crate::model::decimal::Decimal;
 use crate::store::AggregateStore;
 
 /// What a window of a closed period should be, and whose it is.
@@ -34,7 +36,6 @@ struct Adjustment {
     /// `None` for no window.
     said: Option<Said>,
     causes: Causes,
-    run_id: Text,
     /// What was stored then, and since.
     stored: Option<Values>,
 }
@@ -51,7 +52,7 @@ pub struct Judged<'j> {
     /// Windows of these keys are computed, if there are any.
     pub windows: &'j dyn Fn(&WindowKey) -> bool,
     /// Why what a run said of a window holds no more.
-    pub since: &'j dyn Fn(&WindowKey, &str) -> Causes,
+    pub since: &'j dyn Fn(&WindowKey) -> Causes,
     /// Bills in here are, by their rows.
     pub bills: &'j dyn Fn(&PeriodRow) -> bool,
     /// The one customer whose usage is.
@@ -106,11 +107,9 @@ impl Reconciliation {
             let after = difference.after.as_ref().map(Said::from);
             let recorded = recorded.remove(&row.key);
             let mut causes = difference.causes.clone();
-            if let Some(adjustment) = &recorded
-                && (causes.is_empty() || causes.names().eq([Cause::StoreAltered]))
-            {
+            if recorded.is_some() && (causes.is_empty() || causes.names().eq([Cause::StoreAltered])) {
                 // It differs from what was said, not from what is stored.
-                causes = (judged.since)(&row.key, &adjustment.run_id);
+                causes = (judged.since)(&row.key);
             }
             let before = recorded.map_or(stored, |adjustment| adjustment.said);
             // What is another's by now, a run of one customer cannot judge.
@@ -119,11 +118,11 @@ impl Reconciliation {
             }
         }
         // Neither stored nor computed any more, or stored as it is computed: taken back.
-        for (key, Adjustment { said, run_id, .. }) in recorded {
+        for (key, Adjustment { said, .. }) in recorded {
             let at = computed.binary_search_by(|window| window.row.key.cmp(&key)).ok();
             let now = at.and_then(|at| computed.get(at)).filter(|_| !closed.hold(&key.period));
             if (judged.windows)(&key) && !is_of_others(&said) {
-                let causes = (judged.since)(&key, &run_id);
+                let causes = (judged.since)(&key);
                 self.record(&key, &causes, said.as_ref(), now.map(|window| Said::from(&*window.row)).as_ref());
             }
         }
@@ -136,9 +135,15 @@ impl Reconciliation {
             return;
         }
         let causes = if causes.is_empty() {
-            let cause = if after.is_some() { Cause::LateEvent } else { Cause::EventVoided };
-            let counted = after.or(before).map_or(1, |said| said.values.event_count.max(1));
-            Causes::from([(cause, counted)])
+            let values =
+                |said: Option<&Said>| said.map_or((0, Decimal::ZERO), |said| (said.values.event_count, said.values.quantity));
+            let ((was, quantity_before), (is, quantity_after)) = (values(before), values(after));
+            Causes::from([match was.cmp(&is) {
+                Ordering::Less => (Cause::LateEvent, is - was),
+                Ordering::Greater => (Cause::EventVoided, was - is),
+                Ordering::Equal if quantity_before == quantity_after => (Cause::TierShift, 1),
+                Ordering::Equal => (Cause::EventAmended, 1),
+            }])
         } else {
             causes.clone()
         };
@@ -170,13 +175,36 @@ impl Reconciliation {
 }
 
 impl Adjustments {
+    /// Whether the bills of closed periods, as they are stored or as the ledger says that they
+    /// should be, are those that are `due`.
+    ///
+    /// # Errors
+    /// Where the ledger cannot be read.
+    pub fn tell(store: &dyn AggregateStore, job: &str, stored: Vec<PeriodRow>, due: &[PeriodRow]) -> Result<bool> {
+        let mut said: BTreeMap<PeriodKey, PeriodRow> = stored.into_iter().map(|row| (row.key.clone(), row)).collect();
+        let is_as_due = |said: &BTreeMap<PeriodKey, PeriodRow>| {
+            said.len() == due.len() && due.iter().all(|row| said.get(&row.key).is_some_and(|said| said.says_the_same(row)))
+        };
+        if is_as_due(&said) {
+            return Ok(true);
+        }
+        let keys: BTreeSet<_> = said.keys().chain(due.iter().map(|row| &row.key)).cloned().collect();
+        for (key, row) in Adjustments::of_bills(store, job, |key| keys.contains(key))? {
+            match row {
+                Some(row) => drop(said.insert(key, row)),
+                None => drop(said.remove(&key)),
+            }
+        }
+        Ok(is_as_due(&said))
+    }
+
     /// Those of the periods that `wants` holds, whoever they are of. An ordinary correction that
     /// came later replaces one.
     ///
     /// # Errors
     /// Where the ledger cannot be read.
     pub fn load(store: &dyn AggregateStore, job: &str, wants: impl Fn(&PeriodKey) -> bool) -> Result<Adjustments> {
-        let Adjustments { mut windows, mut bills } = Adjustments::default();
+        let mut windows: BTreeMap<WindowKey, Adjustment> = BTreeMap::new();
         store.ledger(job, &mut |entry| {
             if !wants(&entry.key.period) {
                 return Ok(());
@@ -186,13 +214,23 @@ impl Adjustments {
                 let said = |values| Said { customer_id: entry.customer_id, currency: entry.currency, values };
                 // Of what moves to another customer, the second one says what was stored for the first.
                 let known = windows.get(&entry.key).map(|known: &Adjustment| known.stored);
-                let (run_id, stored) = (entry.run_id, known.unwrap_or(entry.before));
-                windows.insert(entry.key, Adjustment { said: entry.after.map(said), causes, run_id, stored });
+                let stored = known.unwrap_or(entry.before);
+                windows.insert(entry.key, Adjustment { said: entry.after.map(said), causes, stored });
             } else {
                 windows.remove(&entry.key);
             }
             Ok(())
         })?;
+        Ok(Adjustments { windows, bills: Adjustments::of_bills(store, job, wants)? })
+    }
+
+    /// The last adjustment of each bill that `wants` holds.
+    fn of_bills(
+        store: &dyn AggregateStore,
+        job: &str,
+        wants: impl Fn(&PeriodKey) -> bool,
+    ) -> Result<BTreeMap<PeriodKey, Option<PeriodRow>>> {
+        let mut bills = BTreeMap::new();
         store.period_ledger(job, &mut |entry| {
             if !wants(&entry.key) || (!entry.is_adjustment() && !bills.contains_key(&entry.key)) {
                 return Ok(());
@@ -206,7 +244,7 @@ impl Adjustments {
             }
             Ok(())
         })?;
-        Ok(Adjustments { windows, bills })
+        Ok(bills)
     }
 }
 

@@ -68,11 +68,19 @@ impl Evidence<'_> {
         }
     }
 
-    /// Why a window of a closed period is not what a run recorded of it.
-    pub fn since(&self, key: &WindowKey, run_id: &str) -> Causes {
+    /// Why a window of a closed period is not what the last run of everything found: where it was
+    /// not what was recorded of it, that was recorded.
+    pub fn since(&self, key: &WindowKey) -> Causes {
         let news = self.all_news(key, News::default()).causes();
-        let changed = || self.basis_of(run_id).map(|then| self.changed_definitions(then, None, None, None, None));
-        if news.is_empty() { changed().unwrap_or_default() } else { news }
+        let Some(changed) = self.changed.as_ref().filter(|_| news.is_empty()) else { return news };
+        let Some(then) = self.basis_of(changed.run_id) else { return news };
+        self.changed_definitions(
+            then,
+            Some(changed.differences.meters.contains_key(&*key.period.meter_id)),
+            Some(changed.subscription(&key.period)),
+            Some(changed.customer(&key.period)),
+            Some(changed.price(&key.period)),
+        )
     }
 
     /// Definitions that changed since a run; where a row's own digest is known, it
@@ -263,7 +271,7 @@ impl Judge<'_> {
         let key = &after.row.key;
         // Of a row that is not there, what was taken back tells nothing.
         let stands = |run: &RunRecord| !self.evidence.taken_back.contains(run.run_id.as_str());
-        let Some(run) = self.last_covering(&after.row, stands) else {
+        let Some(run) = self.last_covering(&after.row, false, stands) else {
             // A level that is carried in has no event of its own.
             return (Causes::from([(Cause::FirstComputation, after.row.event_count.max(1))]), true);
         };
@@ -347,19 +355,19 @@ impl Judge<'_> {
         let stood = |run: &RunRecord| reverted.as_ref().is_none_or(|range| at(&run.run_id).is_none_or(|at| !range.contains(&at)));
         // Clocks that go wrong may say that it did not read so far, but it wrote the row.
         let writer = || by.and_then(|by| runs.get(by)).filter(|run| run.mode.computes());
-        self.last_covering(&stored.row, stood).or_else(writer)
+        self.last_covering(&stored.row, true, stood).or_else(writer)
     }
 
     /// The last run that computed this row's window: it covers the window, was about
     /// this part of the job, and came after the window began.
-    fn last_covering(&self, row: &WindowRow, wants: impl Fn(&RunRecord) -> bool) -> Option<&RunRecord> {
+    fn last_covering(&self, row: &WindowRow, is_stored: bool, wants: impl Fn(&RunRecord) -> bool) -> Option<&RunRecord> {
         let covers = |run: &&RunRecord| {
             let period = &row.key.period;
             let began = |until: Option<Timestamp>| until.is_none_or(|until| row.key.window_start <= until);
             run.range.is_some_and(|range| range.covers(row.window()))
                 && run.basis.scope.holds(&period.tenant_id, &row.customer_id, &period.meter_id)
-                && began(run.input.events_until)
-                && began(run.input.ingested_until)
+                // Of a row that was there, no clock that goes wrong says otherwise.
+                && (is_stored || (began(run.input.events_until) && began(run.input.ingested_until)))
                 && wants(run)
         };
         self.evidence.runs.iter().rev().find(covers)

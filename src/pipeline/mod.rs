@@ -448,7 +448,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             is_settled && (request.range.is_none() || range.covers(row.period()))
         };
         let windows = |key: &WindowKey| range::holds_window(range, key, reference, job.timezone);
-        let since = |key: &WindowKey, run_id: &str| evidence.since(key, run_id);
+        let since = |key: &WindowKey| evidence.since(key);
         let customer = request.scope.customer.as_deref();
         let judged = Judged { windows: &windows, since: &since, bills: &is_known, customer };
         changes.adjust(&mut recorded, &closed, &priced.windows, &judged);

@@ -94,17 +94,20 @@ fn a_month_that_was_taken_back_stays_away() {
 /// Where it is closed, its bill stays, and what it should be is recorded once.
 #[test]
 fn closed_months_are_adjusted() {
-    let workspace = flat_world();
-    workspace.run(&["--start", "2026-01-01", "--end", "2026-03-01"]);
-    assert_eq!(workspace.trueup(&["close", "job.yaml", "--period", "2026-02"]).code, 0);
-    workspace.edit("prices.yaml", "\"10\"", "\"12\"");
-    workspace.run(&["--yes"]);
-    assert_eq!(bills(&workspace), ["s1 2026-01-01 12", "s1 2026-02-01 10"]);
-    let adjusted = || workspace.query("SELECT row_after FROM period_corrections WHERE kind = 'adjust'");
-    assert!(adjusted().len() == 1 && adjusted()[0]["row_after"].contains("\"12\""), "{:?}", adjusted());
-    is_sound(&workspace);
-    workspace.run(&["--incremental"]);
-    assert_eq!(adjusted().len(), 1);
+    for mode in ["--full", "--incremental"] {
+        let workspace = flat_world();
+        workspace.run(&[]);
+        workspace.run(&["--start", "2026-01-01", "--end", "2026-03-01"]);
+        assert_eq!(workspace.trueup(&["close", "job.yaml", "--period", "2026-02"]).code, 0);
+        workspace.edit("prices.yaml", "\"10\"", "\"12\"");
+        workspace.run(&[mode, "--yes"]);
+        assert_eq!(bills(&workspace), ["s1 2026-01-01 12", "s1 2026-02-01 10"]);
+        let adjusted = || workspace.query("SELECT row_after FROM period_corrections WHERE kind = 'adjust'");
+        assert!(adjusted().len() == 1 && adjusted()[0]["row_after"].contains("\"12\""), "{:?}", adjusted());
+        is_sound(&workspace);
+        workspace.run(&["--incremental"]);
+        assert_eq!(adjusted().len(), 1);
+    }
 }
 
 /// A run that skips looks neither at closed bills beyond its events nor at those that are right.

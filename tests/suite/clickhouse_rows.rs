@@ -281,7 +281,7 @@ fn verify_says_that_a_run_is_published_in_part() {
     workspace.run(&[]);
     workspace.edit("prices.yaml", "\"0.01\"", "\"0.02\"");
     assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 3);
-    scratch.sql("INSERT INTO runs SELECT * REPLACE ('zz' AS run_id, 1 AS stage) FROM runs FINAL WHERE stage = 2");
+    scratch.sql("INSERT INTO runs SELECT * REPLACE ('zz' AS run_id, 1 AS stage) FROM (SELECT * FROM runs FINAL WHERE stage = 2)");
     workspace
         .trueup(&["verify", "job.yaml"])
         .fails_with(5, &["run zz is being published, or was interrupted", "trueup resume job.yaml"]);

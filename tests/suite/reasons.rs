@@ -319,3 +319,21 @@ fn an_adjustment_that_is_taken_back_says_why() {
     workspace.run(&[]);
     assert_eq!(reasons(&workspace), ["s2 01-07T00:00 adjust {\"subscription_changed\":1}"]);
 }
+
+/// A closed period names what an open one would: no table that changed elsewhere.
+#[test]
+fn adjustments_name_no_rows_that_changed_elsewhere() {
+    let workspace = world();
+    workspace.write("prices.yaml", PER_UNIT);
+    workspace.run(&[]);
+    assert_eq!(workspace.trueup(&["close", "job.yaml", "--period", "2026-01"]).code, 0);
+    send(&workspace, "late", &[("z", "x2", "2026-01-10", 1)]);
+    workspace.run(&[]);
+    let customers = workspace.read("customers.csv") + "t,c9,x9\n";
+    workspace.write("customers.csv", customers);
+    workspace.run(&[]);
+    send(&workspace, "late", &[]);
+    workspace.run(&[]);
+    assert_eq!(reasons(&workspace), ["s2 01-10T00:00 adjust {\"event_voided\":1}"]);
+    is_sound(&workspace);
+}

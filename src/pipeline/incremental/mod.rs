@@ -33,6 +33,7 @@ use anyhow::{Result, bail};
 use rustc_hash::{FxHashMap, FxHashSet};
 use serde::Serialize;
 
+use super::adjustments::Adjustments;
 use super::closed::ClosedPeriods;
 use super::keys::SplitKeys;
 use super::lateness::Horizon;
@@ -43,7 +44,7 @@ use super::range::Completeness;
 use super::unused::{self, Billed};
 use super::{Inputs, Request};
 use crate::config::{Incremental, Source};
-use crate::model::aggregate::{StoredWindow, WindowRow};
+use crate::model::aggregate::{PeriodRow, StoredWindow, WindowRow};
 use crate::model::basis::ReferenceDigests;
 use crate::model::run::{RunBasis, RunMode, RunRecord};
 use crate::model::timestamp::Timestamp;
@@ -346,13 +347,13 @@ impl Baseline<'_> {
 }
 
 /// Lets everything be computed where a bill outside of `range` is not as it should be: there is no
-/// usage that could mark it. Those of closed periods wait for a full run.
+/// usage that could mark it. Of closed periods, the ledger has to tell what they should be.
 ///
 /// # Errors
 /// A [`Retreat`] then; where the store cannot be read, or a cost overflows.
 pub fn check_bills(inputs: &Inputs<'_>, past: &Past, billed: &Billed, (range, horizon): (Span, Option<Timestamp>)) -> Result<()> {
     let Inputs { job, reference, store: Some(store), .. } = *inputs else { return Ok(()) };
-    let mut stored = store.periods_outside(&job.name, range)?;
+    let stored = store.periods_outside(&job.name, range)?;
     let closed = ClosedPeriods::of(&stored);
     let closed = match horizon {
         Some(until) => closed.with_horizon(Horizon::new(until, &past.runs), reference, &stored),
@@ -360,10 +361,10 @@ pub fn check_bills(inputs: &Inputs<'_>, past: &Past, billed: &Billed, (range, ho
     };
     let mut due = Vec::new();
     unused::add_periods(&mut due, reference, &Names::new(reference), billed, |_, _, period| !period.overlaps(range))?;
-    for rows in [&mut stored, &mut due] {
-        rows.retain(|row| !closed.hold(&row.key));
-    }
-    if stored == due {
+    let is_open = |row: &PeriodRow| !closed.hold(&row.key);
+    let (stored, invoiced): (Vec<_>, Vec<_>) = stored.into_iter().partition(is_open);
+    let (due, of_closed): (Vec<_>, Vec<_>) = due.into_iter().partition(is_open);
+    if stored == due && Adjustments::tell(store, &job.name, invoiced, &of_closed)? {
         return Ok(());
     }
     Err(Retreat { why: "bills changed of periods without usage".to_owned(), is_choice: false }.into())
