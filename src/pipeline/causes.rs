@@ -203,6 +203,8 @@ pub struct Judge<'j> {
     pub moved: &'j FxHashSet<Arc<PeriodKey>>,
     /// Places where a price gives way to another.
     pub replaced: &'j FxHashSet<Slot>,
+    /// Of runs among all of them, by their id: there may be many, and many rows.
+    pub places: FxHashMap<&'j str, usize>,
 }
 
 impl Judge<'_> {
@@ -347,15 +349,12 @@ impl Judge<'_> {
     /// The last run that computed the window of a stored row as it is. Where the row was restored,
     /// that was before the run that was taken back.
     fn covering_run(&self, stored: &StoredWindow) -> Option<&RunRecord> {
-        let runs = self.evidence.runs;
-        let at = |run_id: &str| runs.iter().position(|run| run.run_id == run_id);
+        let at = |run_id: &str| self.places.get(run_id).copied();
         let by = at(&stored.run_id);
         // From the run that was taken back until it was, the row was another.
-        let reverted = by.and_then(|by| Some(at(runs.get(by)?.reverted()?)?..=by));
+        let reverted = by.and_then(|by| Some(at(self.evidence.runs.get(by)?.reverted()?)?..=by));
         let stood = |run: &RunRecord| reverted.as_ref().is_none_or(|range| at(&run.run_id).is_none_or(|at| !range.contains(&at)));
-        // Clocks that go wrong may say that it did not read so far, but it wrote the row.
-        let writer = || by.and_then(|by| runs.get(by)).filter(|run| run.mode.computes());
-        self.last_covering(&stored.row, true, stood).or_else(writer)
+        self.last_covering(&stored.row, true, stood)
     }
 
     /// The last run that computed this row's window: it covers the window, was about

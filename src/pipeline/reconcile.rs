@@ -79,7 +79,8 @@ pub fn reconcile(
     let mut out =
         Reconciliation { corrections: Vec::with_capacity(new), upserts: Vec::with_capacity(new), ..Reconciliation::default() };
     let replaced = replaced_slots(&pairs);
-    let judge = Judge { evidence, known: &known, moved: &moved, replaced: &replaced };
+    let places = evidence.runs.iter().enumerate().map(|(at, run)| (run.run_id.as_str(), at)).collect();
+    let judge = Judge { evidence, known: &known, moved: &moved, replaced: &replaced, places };
     for pair in pairs {
         match pair {
             pair if closed.hold(pair.period()) => out.set_aside(pair, range, &judge),
