@@ -55,8 +55,9 @@ pub fn execute(session: &Session, arguments: &InitArguments) -> Result<u8> {
     for (name, content) in FILES {
         let path = folder.join(name);
         if let Err(error) = write(&path, content) {
-            // Half a job would only be in the way.
-            for path in written.iter().chain([&path]) {
+            // Half a job would only be in the way; what somebody else made meanwhile is theirs.
+            let is_ours = error.kind() != std::io::ErrorKind::AlreadyExists;
+            for path in written.iter().chain(is_ours.then_some(&path)) {
                 let _ = fs::remove_file(path);
             }
             return Err(error).with_context(|| format!("cannot write {}: nothing was written", path.display()));
