@@ -303,6 +303,10 @@ fn explain(sql: &str, error: Error) -> anyhow::Error {
     match error_code(&error) {
         Some(516) => anyhow!("ClickHouse refused user or password: check connections.clickhouse ({error})"),
         Some(60) => anyhow!("ClickHouse knows no such table: `{start}…`: {error}"),
+        None if matches!(error, Error::Network(_) | Error::TimedOut) => {
+            let remedy = "is it running, and is connections.clickhouse.url right?";
+            anyhow::Error::new(error).context(format!("ClickHouse did not answer `{start}…`: {remedy}"))
+        }
         _ => anyhow::Error::new(error).context(format!("ClickHouse: `{start}…`")),
     }
 }

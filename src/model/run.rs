@@ -103,9 +103,20 @@ pub struct RunInput {
     pub files: Vec<InputFile>,
     /// The greatest ingestion time read: later events are new.
     pub ingested_until: Option<Timestamp>,
-    /// The last event time read: what lies later was not computed, in range or not.
+    /// The time of the first event that counts, in range or not. Copies that others replace or
+    /// void do not.
+    #[serde(default)]
+    pub events_from: Option<Timestamp>,
+    /// That of the last one: what lies later was not computed.
     #[serde(default)]
     pub events_until: Option<Timestamp>,
+}
+
+impl RunInput {
+    /// From the first to the last event that counts.
+    pub fn events(&self) -> Option<(Timestamp, Timestamp)> {
+        self.events_from.zip(self.events_until)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,7 +156,8 @@ impl RunRecord {
     pub fn known(&self) -> Option<Span> {
         let billed = self.coverage("billed").and_then(|billed| serde_json::from_value::<Span>(billed.clone()).ok());
         let both = |range: Span, billed: Span| Span { start: range.start.max(billed.start), end: range.end.min(billed.end) };
-        self.range.map(|range| billed.map_or(range, |billed| both(range, billed)))
+        let known = self.range.map(|range| billed.map_or(range, |billed| both(range, billed)));
+        known.filter(|known| known.start < known.end)
     }
 
     /// Its range, where somebody asked for it.

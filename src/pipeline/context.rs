@@ -8,6 +8,7 @@ use super::incremental::marks::Marks;
 use super::letters::OpenDeadLetters;
 use super::matches::Partitioning;
 use crate::config::Deduplicate;
+use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
 
 /// Settings of one computation, shared by all threads.
@@ -22,6 +23,8 @@ pub struct Context<'r> {
     pub reach: Span,
     pub parts: Partitioning,
     pub repeated: RepeatedKeys,
+    /// The first and the last event that counted in the run that this one builds on.
+    pub times_before: Option<(Timestamp, Timestamp)>,
     pub open_dead_letters: OpenDeadLetters,
     /// What is computed, where it is not everything.
     pub marks: Option<Marks>,

@@ -190,12 +190,12 @@ pub struct Copies<'b> {
 }
 
 impl<'b> Copies<'b> {
-    /// Decides about the copies of one key; `lost` is told the event time of each that
-    /// does not count. `None` where there is no copy.
-    pub fn of(copies: &[Copy<'b>], keep: Keep, mut lost: impl FnMut(Option<Timestamp>)) -> Option<Self> {
+    /// Decides about the copies of one key; `lost` is told each that does not count. `None`
+    /// where there is no copy.
+    pub fn of(copies: &[Copy<'b>], keep: Keep, mut lost: impl FnMut(&EventRef<'b>)) -> Option<Self> {
         let (first, others) = copies.split_first()?;
         let mut decided = Copies::new(*first);
-        others.iter().for_each(|copy| lost(decided.add(*copy, keep)));
+        others.iter().for_each(|copy| lost(&decided.add(*copy, keep)));
         Some(decided)
     }
 
@@ -221,13 +221,13 @@ impl<'b> Copies<'b> {
         })
     }
 
-    /// Adds a copy; returns the event time of the one of the two that does not count.
-    fn add(&mut self, challenger: Copy<'b>, keep: Keep) -> Option<Timestamp> {
+    /// Adds a copy; returns the one of the two that does not count.
+    fn add(&mut self, challenger: Copy<'b>, keep: Keep) -> EventRef<'b> {
         self.any_deleted |= challenger.event.deleted;
         self.any_known_deleted |= challenger.event.deleted && challenger.known;
         if !challenger.beats(&self.kept, keep) {
             self.remember(challenger, keep);
-            return challenger.event.timestamp;
+            return challenger.event;
         }
         let loser = std::mem::replace(&mut self.kept, challenger);
         if self.kept.known {
@@ -235,7 +235,7 @@ impl<'b> Copies<'b> {
         } else if loser.known {
             self.counted_before = Some(loser);
         }
-        loser.event.timestamp
+        loser.event
     }
 
     /// Notes a copy that does not count now, if it is the one that did before.

@@ -65,17 +65,19 @@ impl Lateness {
 /// How far ahead the clocks of those who send events may be.
 const AHEAD: i64 = 24 * 60 * MINUTE;
 
-/// Warns of events in `range` that are dated well after `now`: they lengthen it, and count in
-/// windows that have not begun.
+/// Warns of events that are dated well after `now`, the `last` one of them in `range`: they
+/// lengthen it, and count in windows that have not begun.
 pub fn warn_of_the_future<'s>(
     splits: impl Iterator<Item = (&'s Split, &'s SplitKeys)>,
-    range: Span,
+    (range, last): (Span, Option<Timestamp>),
     now: Timestamp,
 ) -> Option<String> {
     let limit = Timestamp::from_nanos(now.nanos().saturating_add(AHEAD));
-    let last = splits.filter_map(|(split, keys)| Some((keys.extent?.1, split)));
-    let ahead: Vec<_> = last.filter(|(last, _)| *last > limit && range.contains(*last)).collect();
-    let (last, split) = ahead.iter().max_by_key(|(last, _)| *last)?;
+    let last = last.filter(|last| *last > limit && range.contains(*last))?;
+    // Of those that reach so far, one has it.
+    let ends = splits.filter_map(|(split, keys)| Some((keys.extent?.1, split)));
+    let ahead: Vec<_> = ends.filter(|(end, _)| *end > limit).collect();
+    let (_, split) = ahead.iter().filter(|(end, _)| *end >= last).min_by_key(|(end, _)| *end)?;
     let files = ahead.iter().map(|(_, split)| &split.name).collect::<BTreeSet<_>>().len();
     let others = if files > 1 { format!(" and {} more", files - 1) } else { String::new() };
     Some(format!(

@@ -17,13 +17,13 @@ use super::letters::VisitedLetters;
 use super::matches::{Arrived, Match, Matches, NO_WINDOW};
 use super::places::{Numbered, Places};
 use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, StateKey, index};
+use super::times::Times;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
 use crate::model::counts::{EventCounts, UsageCounts};
 use crate::model::meter::Aggregation;
 use crate::model::property::Property;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
-use crate::source::Field;
 use crate::source::{EventBatch, EventRef, RowChoice};
 
 /// How an event relates to the run before.
@@ -84,6 +84,7 @@ pub struct Matcher<'c, 'r> {
     pub usage: UsageCounts,
     pub held: Held,
     pub ingested_until: Option<Timestamp>,
+    pub times: Times,
     pub visited: VisitedLetters,
     /// How many copies were held by the hash of their key, where not all rows are read.
     pub copies: FxHashMap<u64, u64>,
@@ -120,6 +121,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
             usage: UsageCounts::default(),
             held: Held::default(),
             ingested_until: None,
+            times: Times::since(context.times_before),
             visited: VisitedLetters::default(),
             copies: FxHashMap::default(),
             read_again: FxHashSet::default(),
@@ -205,11 +207,6 @@ impl<'c, 'r> Matcher<'c, 'r> {
         let ingested_at = event.ingested_at.or(event.timestamp);
         self.ingested_until = self.ingested_until.max(ingested_at);
         let known = is_known(event.timestamp, ingested_at.unwrap_or(Timestamp::MIN));
-        // Copies of one key can be told by their tenant only where it is part of the key.
-        if self.context.rules.key.contains(&Field::TenantId) && !self.wants_tenant(event) {
-            self.events.out_of_range += 1;
-            return Ok(());
-        }
         if let Some(hash) = hash.filter(|hash| self.context.repeated.contains(*hash)) {
             if self.context.marks.is_some() {
                 *self.copies.entry(hash).or_default() += 1;
@@ -227,7 +224,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
     pub fn settle(&mut self, part: &[u8]) -> Result<()> {
         let problems = held::problems(part)?;
         for copies in held::by_key(part, &problems, self.context.rules)? {
-            if let Some(copies) = Copies::of(&copies, self.context.rules.keep, |time| self.lose(time)) {
+            if let Some(copies) = Copies::of(&copies, self.context.rules.keep, |copy| self.lose(copy)) {
                 self.resolve(&copies)?;
             }
         }
@@ -236,8 +233,9 @@ impl<'c, 'r> Matcher<'c, 'r> {
 
     /// Counts out a copy that does not count. One without a time is a duplicate: nothing
     /// says that it is out of range.
-    fn lose(&mut self, time: Option<Timestamp>) {
-        let inside = time.is_none_or(|t| self.context.range.contains(t));
+    fn lose(&mut self, copy: &EventRef<'_>) {
+        self.times.lose(copy.timestamp);
+        let inside = copy.timestamp.is_none_or(|t| self.context.range.contains(t)) && self.wants_tenant(copy);
         *(if inside { &mut self.events.duplicates } else { &mut self.events.out_of_range }) += 1;
     }
 
@@ -262,6 +260,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
             self.take(&before.event, Purpose::Withdraw(loss), &mut slots)?;
         }
         if is_void {
+            self.times.lose(copies.kept.event.timestamp);
             self.void(&copies.kept.event);
             return Ok(());
         }
@@ -341,6 +340,13 @@ impl<'c, 'r> Matcher<'c, 'r> {
             return Ok(());
         }
         if counting {
+            self.times.add(event.timestamp);
+        }
+        if !self.wants_tenant(event) {
+            self.events.out_of_range += u64::from(counting);
+            return Ok(());
+        }
+        if counting {
             self.note_visit(event);
         }
         let problem = event
@@ -366,7 +372,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
         // A level reaches from any earlier event into the range.
         let is_needed = in_range || context.reach.contains(t);
         let only_levels = !is_needed && context.enricher.has_levels() && t < context.reach.end;
-        if !(is_needed || only_levels) || !context.enricher.wants_tenant(tenant) {
+        if !(is_needed || only_levels) {
             self.events.out_of_range += u64::from(counting);
             return Ok(());
         }
@@ -578,6 +584,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
         self.usage.merge(&other.usage);
         self.held.merge(other.held);
         self.ingested_until = self.ingested_until.max(other.ingested_until);
+        self.times.merge(other.times);
         self.visited.merge(other.visited);
         for (hash, count) in other.copies {
             *self.copies.entry(hash).or_default() += count;

@@ -12,6 +12,7 @@ mod aggregate;
 pub mod by_hand;
 pub mod causes;
 pub mod closed;
+mod compare;
 mod context;
 pub mod deduplicate;
 pub mod draft;
@@ -34,6 +35,7 @@ mod past;
 mod places;
 pub mod price;
 pub mod price_steps;
+mod pricing;
 mod range;
 mod read;
 pub mod reconcile;
@@ -45,6 +47,7 @@ mod sessions;
 mod spill;
 pub mod state;
 mod text_memo;
+mod times;
 pub mod trace;
 pub mod trace_events;
 mod unused;
@@ -55,37 +58,33 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::clock::{Stopwatch, now};
 use crate::config::Job;
-use crate::model::aggregate::{DeadLetter, DeadLetterKey, PeriodKey, PeriodRow, WindowKey};
+use crate::model::aggregate::{DeadLetter, DeadLetterKey, WindowKey};
 use crate::model::basis::Scope;
 use crate::model::counts::{EventCounts, UsageCounts};
-use crate::model::meter::Meter;
-use crate::model::price::Price;
 use crate::model::run::{Origin, RunBasis, RunInput, RunMode, RunRecord};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
-use crate::reference::{Reference, Subscription};
+use crate::reference::Reference;
 use crate::source::{EventSource, Moved, Selection};
 use crate::store::AggregateStore;
-use adjustments::{Adjustments, Judged};
-use causes::{ChangedRows, CurrentDigests, Evidence, Unpriced};
+use compare::{Compared, Comparison};
 use context::Context;
 use draft::Draft;
 use enrich::Enricher;
 use incremental::keep::{self, Keep, Prepared};
 use incremental::snapshot::{STATE, Snapshot};
 use incremental::values::ListKeeper;
-use incremental::{Again, Baseline, Coverage, Marked, Mode, Passes, Retreat, stored_windows};
+use incremental::{Coverage, Mode, Passes, Retreat};
 pub use key_cache::KeyCache;
 pub use lateness::{Horizon, Lateness};
 use matches::Partitioning;
 use names::Names;
-use past::{Past, ledger_rows};
-use price::{Priced, Ranks};
+use past::Past;
+use pricing::Pricing;
 pub use range::{Completeness, Request};
-use read::{enrich_all, known_keys, read_keys, resolve};
+use read::{enrich_all, known_keys, read_keys};
 pub use reconcile::Totals;
 use reconcile::{PeriodChanges, Reconciliation};
-use session_changes::SessionChanges;
 use state::News;
 
 /// What a run would do: everything is computed, nothing is written.
@@ -244,11 +243,6 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         Some(_) => asked,
         None => range::resolve(request, job, reference, keys.extent)?,
     };
-    // Whatever part of the job is computed, its bills are those of the whole.
-    let billed_events = match request.range {
-        Some(_) => asked,
-        None => range::resolve(&Request::default(), job, reference, keys.extent)?,
-    };
     let whole = match request.range {
         Some(_) => asked,
         None => {
@@ -259,49 +253,22 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             [of_events, stored].into_iter().flatten().reduce(Span::union).and_then(|range| lateness.settled(range))
         }
     };
-    let mut billed = past.billed(request, billed_events, &lateness);
     // Rows without a time may be all there is: they are still accounted for.
     let mut range = whole.unwrap_or(EMPTY);
     let reach = range::reach(range, reference, &request.scope);
 
     // What changed since the run before, if the rest can be skipped.
     let snapshot = Snapshot::of(reference, range.end);
-    let (all_keys, came_again) = (&keys.splits, &keys.came_again);
-    let passes = baseline.as_ref().ok().map(|baseline| Passes { inputs, baseline, splits: &splits, keys: all_keys, came_again });
-    let kept = baseline.as_ref().ok().and_then(|baseline| baseline.kept(inputs));
-    let marked = passes.as_ref().map(|passes| passes.marks(&snapshot, (range, reach), kept.as_ref(), &mut timeline)).transpose();
-    let marked = marked.map_err(Retreat::of)?;
-    let (mut marks, changed, mut skipping, differences, again) = match marked {
-        Some(Marked { marks, changed, skipping, differences, again }) => {
-            let of = |baseline: &Baseline<'_>| (baseline.run.run_id.clone(), differences);
-            (Some(marks), Some(changed), Some(skipping), baseline.as_ref().ok().map(of), again)
-        }
-        None => (None, None, None, past.differences(store, &job.name, &snapshot, &basis), Again::default()),
-    };
-    if let (Some(passes), Some(marks)) = (&passes, &marks)
-        && passes.are_in_vain(request, marks, kept.as_ref())
-    {
-        let why = match kept {
-            None => "what is new touches much of what there is",
-            Some(_) => "many runs have built on the last one of everything",
-        };
-        return Err(Retreat { why: why.to_owned(), is_choice: true }.into());
-    }
-    let known = marks.as_mut().map(|marks| {
-        timeline.step("read stored", None, || {
-            let stored = stored_windows::read(inputs, &past, (request, &lateness), (range, reach), marks, kept.as_ref())?;
-            let rows = stored.windows.len() as u64;
-            Ok((stored, rows))
-        })
+    let ahead = baseline.as_ref().ok().map(|baseline| {
+        let passes = Passes { inputs, baseline, splits: &splits, keys: &keys.splits, came_again: &keys.came_again };
+        passes.look_ahead(&snapshot, &past, (request, &lateness), (range, reach), &mut timeline)
     });
-    let known = known.transpose()?;
-    if baseline.is_ok() {
-        incremental::check_bills(inputs, &past, &billed, (range, lateness.horizon))?;
-    }
+    let (mut ahead, marks) = ahead.transpose()?.unzip();
 
     // read -> enrich
     let rows = keys.splits.iter().map(|keys| keys.rows).sum();
-    let may_keep = baseline.is_err() || kept.is_some();
+    let kept = ahead.as_ref().and_then(|ahead| ahead.kept.as_ref());
+    let may_keep = ahead.is_none() || kept.is_some();
     let context = Context {
         enricher: Enricher::new(reference, request.scope.clone()),
         rules: &job.deduplicate,
@@ -310,6 +277,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         reach,
         parts: Partitioning::of(reference),
         repeated: keys.repeated,
+        times_before: baseline.as_ref().ok().and_then(|baseline| baseline.run.input.events()),
         open_dead_letters: past.open_dead_letters(reference),
         marks,
         has_kept: kept.is_some(),
@@ -317,19 +285,23 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         keep_in: may_keep.then(|| keep::folder(inputs, request, rows)).flatten(),
     };
     let coverage = past.coverage(reach, &splits, &request.scope);
-    let mut seen = match (&passes, &mut skipping, &context.marks) {
-        (Some(passes), Some(skipping), Some(marks)) => timeline.step("enrich", None, || {
-            let choice = changed.filter(|_| kept.is_some()).unwrap_or_else(|| marks.choice(reference));
-            let seen = passes.enrich(&context, &coverage, (&choice, &again), skipping).map_err(Retreat::of)?;
-            let seen = resolve(&context, seen, threads)?;
-            let read = seen.events.read;
-            Ok((seen, read))
-        }),
-        _ => enrich_all(inputs, &context, (&splits, &keys.splits), &coverage, &mut timeline),
-    }?;
+    let mut seen = match &mut ahead {
+        Some(ahead) => ahead.enrich(&context, &coverage, &mut timeline)?,
+        None => enrich_all(inputs, &context, (&splits, &keys.splits), &coverage, &mut timeline)?,
+    };
     // Promise 8: what was read in several passes is of one state.
     inputs.source.check_unchanged(&splits)?;
     invariants::conservation(&seen.events, &seen.usage)?;
+    // Whatever part of the job is computed, its bills are those of the whole.
+    let billed_events = match request.range {
+        Some(_) => asked,
+        None => range::resolve(&Request::default(), job, reference, seen.times.all())?,
+    };
+    let mut billed = past.billed(request, billed_events, &lateness);
+    if let Ok(baseline) = &baseline {
+        incremental::check_times(inputs, request, baseline, (&seen.times, billed_events))?;
+        incremental::check_bills(inputs, &past, &billed, (range, lateness.horizon))?;
+    }
 
     // aggregate -> price
     let names = Names::new(reference);
@@ -338,127 +310,68 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         lost.iter().map(|(key, news)| (names.window_key(key, &seen.dimensions), *news)).collect();
     let mut matches = seen.take_matches();
     let replaced = std::mem::take(&mut seen.read_again);
-    if let (Some(kept), Some(marks)) = (&kept, &context.marks) {
-        matches.kept = Some(kept.matches(&context, marks, &replaced, &mut seen.dimensions));
-    }
-    if let (Some(marks), Some(stored), Some(skipping)) = (&context.marks, &known, &mut skipping) {
-        let add = |key, known| matches.add(key, known);
-        let stood_in = stored_windows::stand_in(marks, stored, (inputs, kept.as_ref()), &mut seen.dimensions, add);
-        (skipping.stored_windows, skipping.carried_periods) = (stood_in.windows, stood_in.carried);
-    }
+    let stood_in = ahead.as_ref().map(|ahead| ahead.add_what_is_known(&mut matches, &context, &replaced, &mut seen.dimensions));
     let keeper = context.keep_in.as_deref().map(ListKeeper::new);
+    let pricing = Pricing {
+        job,
+        reference,
+        threads,
+        request,
+        lateness: &lateness,
+        context: &context,
+        names: &names,
+        dimensions: &seen.dimensions,
+        lost: &lost,
+        keeper: keeper.as_ref(),
+    };
     let mut priced = timeline.step("aggregate and price", None, || {
-        let dimensions = &seen.dimensions;
-        let ranks = Ranks::new(reference, dimensions);
-        let (places, keeper) = ((dimensions, &ranks), keeper.as_ref());
-        let price = |windows, range| price::price(windows, places, reference, &names, range, job.timezone, keeper);
-        let mut priced = if levels {
-            let mut windows = matches.all()?;
-            // Where nobody asked for an end, what a level costs later in its period belongs to the range.
-            let open = request.range.is_none() && lateness.settled_until.is_none();
-            let mut reached = billed.whole().filter(|_| open).unwrap_or(range);
-            levels::carry_in(&mut windows, (dimensions, &lost), reference, &mut reached, open, job.timezone);
-            range = range.union(reached);
-            billed.add(&Scope::default(), reached);
-            price(windows, range)?
-        } else {
-            Priced::of_parts(matches.each(threads, |windows| price(windows, range))?)
-        };
-        let wants = |(at, subscription): (usize, &Subscription), (meter, price): (usize, &Price), period: Span| {
-            request.scope.holds(&subscription.tenant_id, &subscription.customer_id, &price.meter_id)
-                && context.marks.as_ref().is_none_or(|marks| period.overlaps(range) && marks.hold(at, meter, period))
-        };
-        unused::add_periods(&mut priced.periods, reference, &names, &billed, wants)?;
+        let priced = pricing.price(&mut matches, &mut range, &mut billed)?;
         let rows = priced.windows.len() as u64;
         Ok((priced, rows))
     })?;
     invariants::telescoping_cost(&priced)?;
-    if let (Some(skipping), Some(kept)) = (&mut skipping, &matches.kept) {
-        skipping.kept_matches = kept.count();
-    }
+    let kept_matches = matches.kept.as_ref().map_or(0, |kept| kept.count());
     let shards = std::mem::take(&mut matches.shards);
     drop(matches);
-    if let Some(marks) = &context.marks
-        && priced.rounded.iter().any(|meter| marks.stand_alone(*meter as usize))
-    {
-        return Err(Retreat {
-            why: "what windows cost that were not read depends on a rounded cost".to_owned(),
-            is_choice: true,
-        }
-        .into());
+    if let Some(ahead) = &mut ahead {
+        ahead.check_priced(&context, &priced)?;
+        ahead.skipping.add_known(&stood_in.unwrap_or_default(), kept_matches);
     }
     let rounded = std::mem::take(&mut priced.rounded);
+    let kept = ahead.as_ref().and_then(|ahead| ahead.kept.as_ref());
     let keep = match context.keep_in.as_ref().zip(keeper) {
-        Some((folder, lists)) => {
-            Keep::of(folder, &context, (shards, &seen.dimensions), kept.as_ref(), &replaced, (lists, rounded))
-        }
+        Some((folder, lists)) => Keep::of(folder, &context, (shards, &seen.dimensions), kept, &replaced, (lists, rounded)),
         None => Keep::nothing(inputs, request),
     };
 
     // reconcile
     let reach = range::reach(range, reference, &request.scope);
     let marks = context.marks.as_ref();
-    let stored = known.map_or_else(|| past.read(inputs, (request, &lateness), (range, reach)), Ok)?;
+    let (stored, differences, skipping) = match ahead {
+        Some(ahead) => (ahead.stored, Some(ahead.differences), Some(ahead.skipping)),
+        None => {
+            let stored = past.read(inputs, (request, &lateness), (range, reach))?;
+            (stored, past.differences(store, &job.name, &snapshot, &basis), None)
+        }
+    };
     let stored = stored.comparable(&request.scope, range, (marks, reference), &priced);
     if levels && request.range.is_some() {
         priced.keep_bills_in(range, &stored.periods);
     }
-    let (closed, invoiced) = (stored.closed, stored.invoiced);
-    let ids = |of: fn(&Meter) -> bool| -> FxHashSet<_> {
-        reference.meters.iter().filter(|meter| of(meter)).map(|meter| meter.id.as_str()).collect()
-    };
-    let session_meters = ids(sessions::is_session);
-    let is_session = |key: &PeriodKey| session_meters.contains(&*key.meter_id);
-    let evidence = Evidence {
-        runs: &past.runs,
-        taken_back: RunRecord::taken_back(&past.runs),
+    let comparison = Comparison {
+        inputs,
+        request,
+        past: &past,
+        lateness: &lateness,
         basis: &basis,
+        range,
+        marks,
         withdrawn: &withdrawn,
-        sessions: SessionChanges::find(&stored.windows, &priced.windows, &withdrawn, is_session),
-        current: CurrentDigests::of(reference),
-        unpriced: Unpriced::of(&seen.dead_letters),
-        levels: ids(Meter::keeps_a_level),
-        changed: differences.as_ref().map(|(run_id, differences)| ChangedRows::new(run_id, differences, reference)),
+        dead_letters: &seen.dead_letters,
+        differences: differences.as_ref(),
     };
-    let mut changes = timeline.step("reconcile", None, || {
-        let changes = reconcile::reconcile(&stored.windows, &priced.windows, range, &closed, &evidence);
-        Ok((changes, stored.windows.len() as u64))
-    })?;
-    // Only what was closed once can have been adjusted.
-    let may_be_adjusted = || !closed.is_empty() || past.have_closed_or_adjusted();
-    let all = Scope { customer: None, ..request.scope.clone() };
-    let wants = |period: &PeriodKey| {
-        marks.is_none_or(|marks| closed.hold(period) && marks.hold_key(period, reference))
-            && all.holds(&period.tenant_id, "", &period.meter_id)
-    };
-    let recorded = store.filter(|_| may_be_adjusted()).map(|store| Adjustments::load(store, &job.name, wants)).transpose()?;
-    if let Some(recorded) = &recorded {
-        changes.explain_by(recorded);
-    }
-    if let Some(store) = store.filter(|_| changes.asks_the_ledger()) {
-        let rows = ledger_rows(store, &job.name)?;
-        changes.ask_the_ledger(|key| rows.contains(key));
-    }
-    let stored_periods = if job.guard.max_cost_change.is_some() { stored.periods.clone() } else { Vec::new() };
-    let bills = if recorded.is_some() { priced.periods.clone() } else { Vec::new() };
-    let mut periods = reconcile::reconcile_periods(stored.periods, std::mem::take(&mut priced.periods), &closed, &invoiced);
-    if let Some(mut recorded) = recorded {
-        let is_known = |row: &PeriodRow| {
-            let is_settled = lateness.settled_until.is_none_or(|until| row.period_end <= until);
-            is_settled && (request.range.is_none() || range.covers(row.period()))
-        };
-        let windows = |key: &WindowKey| range::holds_window(range, key, reference, job.timezone);
-        let since = |key: &WindowKey| evidence.since(key);
-        let customer = request.scope.customer.as_deref();
-        let judged = Judged { windows: &windows, since: &since, bills: &is_known, customer };
-        changes.adjust(&mut recorded, &closed, &priced.windows, &judged);
-        periods.adjust(&mut recorded, &closed, &bills, &judged);
-    }
-    changes.add_carried(&priced.carried);
-    changes.check_totals()?;
-    let foreign_definitions = past.foreign_definitions(&stored.windows, &priced.windows, &basis);
-    invariants::ledger_replay(&stored.windows, &changes, &priced, range, &closed)?;
-    invariants::nothing_outside_the_range(&stored.windows, &changes, range)?;
+    let Compared { changes, periods, foreign_definitions, windows: stored, bills } =
+        comparison.reconcile(stored, &mut priced, &mut timeline)?;
     let known_letters: FxHashSet<_> = past.dead_letters.iter().map(|stored| &stored.letter.key).collect();
     let new_letters: FxHashSet<_> =
         seen.dead_letters.iter().map(|letter| &letter.key).filter(|key| !known_letters.contains(key)).collect();
@@ -467,14 +380,15 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let resolved = past.resolved(job, reference, &request.scope, covered, &seen.dead_letters, marks.map(|_| &seen.visited));
 
     let files = splits.iter().zip(&keys.splits);
-    let future = lateness::warn_of_the_future(files.clone(), range, started_at);
+    let last = seen.times.all().map(|(_, last)| last);
+    let future = lateness::warn_of_the_future(files.clone(), (range, last), started_at);
     let files = files.map(|(split, keys)| split.input(keys.rows));
-    let coverage = incremental::coverage(&baseline, skipping, &priced.windows, &stored.windows);
+    let coverage = incremental::coverage(&baseline, skipping, &priced.windows, &stored);
     let leaves_windows = lateness.settled_until.is_some();
-    let billed = billed_events.filter(|events| request.range.is_none() && *events != range);
+    let billed = Some(billed_events.unwrap_or(EMPTY)).filter(|events| request.range.is_none() && *events != range);
     let coverage = Coverage { leaves_windows, asked_for: request.range.is_some(), billed, ..coverage };
     let is_part = coverage.mode == Mode::Part;
-    let base = guard::Base { windows: stored.windows, periods: stored_periods };
+    let base = guard::Base { windows: stored, periods: bills };
     let base = guard::wide_enough(inputs, base, (&changes, &periods), (range, reach), baseline.is_err())?;
     Ok(Plan {
         range: whole.map(|_| range),
@@ -490,7 +404,8 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             files: files.collect(),
             // What was new once is never new again, even if a source shrinks.
             ingested_until: seen.ingested_until.max(past.ingested_until()),
-            events_until: keys.extent.map(|(_, last)| last),
+            events_from: seen.times.all().map(|(first, _)| first),
+            events_until: seen.times.all().map(|(_, last)| last),
         },
         basis,
         steps: timeline.steps,

@@ -175,10 +175,11 @@ fn moved_files(then: &[InputFile], now: &[InputFile]) -> Vec<String> {
         files.iter().map(|file| (file.name.clone(), file.fingerprint.clone())).collect()
     };
     let (before, after) = (fingerprints(then), fingerprints(now));
-    let gone = then.iter().filter(|file| !after.contains_key(&file.name)).map(|file| format!("input {} is gone", file.name));
+    let gone =
+        then.iter().filter(|file| !after.contains_key(&file.name)).map(|file| format!("input {} is gone", shown(&file.name)));
     let changed = now.iter().filter_map(|file| match before.get(&file.name) {
-        None => Some(format!("input {} is new", file.name)),
-        Some(fingerprint) if *fingerprint != file.fingerprint => Some(format!("input {} changed", file.name)),
+        None => Some(format!("input {} is new", shown(&file.name))),
+        Some(fingerprint) if *fingerprint != file.fingerprint => Some(format!("input {} changed", shown(&file.name))),
         Some(_) => None,
     });
     let mut moved: Vec<_> = gone.chain(changed).collect();
@@ -188,6 +189,15 @@ fn moved_files(then: &[InputFile], now: &[InputFile]) -> Vec<String> {
         moved.push(format!("{more} more inputs moved"));
     }
     moved
+}
+
+/// A name as people read it: that of a part of a table is a condition, which may be long.
+fn shown(name: &str) -> String {
+    const MOST: usize = 120;
+    match name.char_indices().nth(MOST) {
+        Some((at, _)) => format!("{} …", name.get(..at).unwrap_or_default()),
+        None => name.to_owned(),
+    }
 }
 
 /// The fault of a plan that no longer holds (exit code 7).

@@ -45,6 +45,7 @@ pub fn widen(inputs: &Inputs<'_>, request: &Request, past: &Past, range: Span, t
             reach,
             parts: Partitioning::default(),
             repeated: keys.repeated,
+            times_before: None,
             open_dead_letters: OpenDeadLetters::default(),
             marks: None,
             has_kept: false,

@@ -228,6 +228,7 @@ pub fn trace(inputs: &Inputs<'_>, question: Question) -> Result<Option<Trace>> {
         reach: search.range,
         parts: Partitioning::default(),
         repeated,
+        times_before: None,
         open_dead_letters: OpenDeadLetters::default(),
         marks: None,
         has_kept: false,

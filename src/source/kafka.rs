@@ -204,12 +204,14 @@ impl KafkaSource {
             Some(since) => {
                 format!("messages since {since} are needed (the first billing period of the range, less source.margin)")
             }
-            None => "a run without a range needs every message".to_owned(),
+            None => "every message is needed (without a range, or for a level of `weighted_sum`)".to_owned(),
         };
         let remedy = match earliest {
             Some(earliest) => {
                 let possible = plus(earliest, self.margin);
-                format!("choose a shorter range with --start and --end, whose first billing period begins after {possible}")
+                let others = if since.is_none() { ", and with --meter one that keeps no level" } else { "" };
+                let range = "choose a shorter range with --start and --end, whose first billing period begins after";
+                format!("{range} {possible}{others}")
             }
             None => "wait until the partition has messages older than the range, or lengthen the topic's retention".to_owned(),
         };

@@ -184,3 +184,75 @@ fn a_range_bills_no_level_of_a_period_that_it_only_touches() {
     assert!(tables(&workspace) == before, "{:?}", bills(&workspace));
     is_sound(&workspace);
 }
+
+/// A later copy of an event, or its void.
+fn send_again(workspace: &Workspace, file: &str, day: &str, rest: &str) {
+    let line = format!(
+        r#"{{"tenant_id": "t", "id": "b", "event_name": "call", "external_customer_id": "x1",
+            "timestamp": "{day}T12:00:00Z", "ingested_at": "2127-01-01T00:00:00Z", "properties": {{"n": 1}}{rest}}}"#
+    );
+    workspace.write(&format!("events/{file}.ndjson"), line.replace('\n', " ") + "\n");
+}
+
+/// An event with a wrong date bills the months up to it until it is sent again or voided; so
+/// the warning says.
+#[test]
+fn a_wrong_date_that_is_sent_again_or_voided_bills_nothing() {
+    for mode in ["--full", "--incremental"] {
+        for (day, rest) in [("2026-01-02", ""), ("2126-04-01", ", \"deleted\": true")] {
+            let workspace = flat_world();
+            send(&workspace, "misdated", &[("b", "x1", "2126-04-01", 1)]);
+            let warnings = workspace.run(&[])["warnings"].to_string();
+            assert!(warnings.contains("dated up to 2126-04-01T12:00:00Z") && warnings.contains("misdated"), "{warnings}");
+            assert_eq!(bills(&workspace).len(), 1204);
+            send_again(&workspace, "again", day, rest);
+            let report = workspace.run(&[mode, "--yes"]);
+            assert_eq!(report["warnings"].as_array().unwrap().len(), 0, "{report}");
+            assert_eq!(bills(&workspace), ["s1 2026-01-01 10"], "{mode} {day}");
+            is_sound(&workspace);
+            // What is new is found from there on.
+            send(&workspace, "later", &[("c", "x1", "2026-03-08", 1)]);
+            workspace.run(&["--incremental", "--yes"]);
+            assert_eq!(bills(&workspace).len(), 3);
+            is_sound(&workspace);
+            let before = tables(&workspace);
+            std::fs::remove_file(workspace.path("trueup.db")).unwrap();
+            workspace.run(&[]);
+            assert!(tables(&workspace)[1] == before[1]);
+        }
+    }
+}
+
+/// A part of the job reads events of other tenants too: their wrong dates bill nobody.
+#[test]
+fn a_tenant_is_billed_as_the_whole_job_bills_it() {
+    let workspace = flat_world();
+    send(&workspace, "misdated", &[("b", "x1", "2026-04-01", 1)]);
+    send_again(&workspace, "again", "2026-01-02", "");
+    workspace.edit("customers.csv", "t,c1,x1\n", "t,c1,x1\nu,c1,x1\n");
+    workspace.edit(
+        "subscriptions.csv",
+        "t,s1,c1,pro,USD,month,2025-01-01\n",
+        "t,s1,c1,pro,USD,month,2025-01-01\nu,s9,c1,pro,USD,month,2025-01-01\n",
+    );
+    let report = workspace.run(&["--tenant", "u"]);
+    assert_eq!(bills(&workspace), ["s9 2026-01-01 10"]);
+    assert_eq!((&report["events"]["read"], &report["events"]["out_of_range"]), (&3.into(), &3.into()), "{report}");
+    workspace.run(&[]);
+    assert_eq!(bills(&workspace), ["s1 2026-01-01 10", "s9 2026-01-01 10"]);
+    is_sound(&workspace);
+}
+
+/// Shorter windows end sooner: the bills that only reached to the end of longer ones go.
+#[test]
+fn bills_end_with_shorter_windows() {
+    let workspace = flat_world();
+    workspace.edit("subscriptions.csv", "USD,month", "USD,week");
+    workspace.edit("meters.yaml", "property: n", "property: n, window: month");
+    workspace.run(&[]);
+    assert_eq!(bills(&workspace).len(), 5);
+    workspace.edit("meters.yaml", ", window: month", "");
+    workspace.run(&["--incremental", "--yes"]);
+    assert_eq!(bills(&workspace), ["s1 2025-12-29 10"]);
+    is_sound(&workspace);
+}

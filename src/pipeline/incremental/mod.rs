@@ -16,6 +16,7 @@
 //! ([`Retreat`]). That nobody altered the store cannot be proved here: a full run and
 //! `verify` see it.
 
+mod ahead;
 mod choice;
 pub mod keep;
 pub mod kept;
@@ -41,6 +42,7 @@ use super::names::Names;
 use super::past::Past;
 use super::price::PricedWindow;
 use super::range::Completeness;
+use super::times::Times;
 use super::unused::{self, Billed};
 use super::{Inputs, Request};
 use crate::config::{Incremental, Source};
@@ -54,6 +56,7 @@ use kept::Kept;
 pub use marks::Marks;
 pub use passes::{Again, Marked, Passes};
 use snapshot::{STATE, Snapshot};
+use stored_windows::StoodIn;
 
 /// How much of a job a run looked at, and why.
 #[derive(Debug, Clone, Serialize)]
@@ -100,6 +103,14 @@ pub struct Skipping {
     pub rows: u64,
     pub all_files: u64,
     pub all_rows: u64,
+}
+
+impl Skipping {
+    /// Counts what was not read, but known.
+    pub fn add_known(&mut self, stood_in: &StoodIn, kept_matches: u64) {
+        (self.stored_windows, self.carried_periods) = (stood_in.windows, stood_in.carried);
+        self.kept_matches = kept_matches;
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -224,6 +235,9 @@ fn find<'p>(
     let is_plain = |key: &[Field]| key.len() == 2 && key.contains(&Field::TenantId) && key.contains(&Field::Id);
     if !is_plain(&job.deduplicate.key) && past.dead_letters.iter().any(|letter| letter.resolved_run_id.is_none()) {
         return Ok(Err("there are dead letters, and deduplicate.key is not tenant_id and id".to_owned()));
+    }
+    if run.input.events_until.is_some() && run.input.events_from.is_none() {
+        return Ok(Err(format!("when the first event of run {} was is not known", run.run_id)));
     }
     let snapshot = match store.state(&job.name, STATE)? {
         Some((run_id, content)) if run_id == run.run_id => Snapshot::decode(&content).ok(),
@@ -368,6 +382,29 @@ pub fn check_bills(inputs: &Inputs<'_>, past: &Past, billed: &Billed, (range, ho
         return Ok(());
     }
     Err(Retreat { why: "bills changed of periods without usage".to_owned(), is_choice: false }.into())
+}
+
+/// Lets everything be computed where bills without usage may reach less far than in the baseline:
+/// an event counts no more that was the first one or the last one, or windows are shorter. From a
+/// topic that has no longer everything, a run goes on, and bills reach to where they did.
+///
+/// # Errors
+/// A [`Retreat`] then.
+pub fn check_times(
+    inputs: &Inputs<'_>,
+    request: &Request,
+    baseline: &Baseline<'_>,
+    (times, billed): (&Times, Option<Span>),
+) -> Result<()> {
+    let has_to_go_on = matches!(inputs.job.source, Source::Kafka { .. }) && request.completeness == Completeness::Incremental;
+    let why = if !times.are_proved() {
+        "the first or the last of all events was replaced or voided"
+    } else if baseline.run.known().is_some_and(|known| billed.is_none_or(|billed| !billed.covers(known))) {
+        "windows end sooner than they did"
+    } else {
+        return Ok(());
+    };
+    if has_to_go_on { Ok(()) } else { Err(Retreat { why: why.to_owned(), is_choice: true }.into()) }
 }
 
 /// What the record and the report say.
