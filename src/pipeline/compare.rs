@@ -45,6 +45,7 @@ pub struct Compared {
     pub periods: PeriodChanges,
     /// Rows that name definitions which they were not computed with.
     pub foreign_definitions: Vec<WindowKey>,
+    pub closed: ClosedPeriods,
     pub windows: Vec<StoredWindow>,
     /// Empty where no guard asks for them.
     pub bills: Vec<PeriodRow>,
@@ -95,7 +96,7 @@ impl Comparison<'_> {
         let foreign_definitions = self.past.foreign_definitions(&windows, &priced.windows, self.basis);
         invariants::ledger_replay(&windows, &changes, priced, self.range, &closed)?;
         invariants::nothing_outside_the_range(&windows, &changes, self.range)?;
-        Ok(Compared { changes, periods, foreign_definitions, windows, bills: guarded })
+        Ok(Compared { changes, periods, foreign_definitions, closed, windows, bills: guarded })
     }
 
     /// What tells the causes of corrections.

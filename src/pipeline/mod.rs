@@ -74,7 +74,7 @@ use enrich::Enricher;
 use incremental::keep::{self, Keep, Prepared};
 use incremental::snapshot::{STATE, Snapshot};
 use incremental::values::ListKeeper;
-use incremental::{Coverage, Mode, Passes, Retreat};
+use incremental::{Coverage, Mode, Passes, Retreat, edges};
 pub use key_cache::KeyCache;
 pub use lateness::{Horizon, Lateness};
 use matches::Partitioning;
@@ -298,8 +298,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         None => range::resolve(&Request::default(), job, reference, seen.times.all())?,
     };
     let mut billed = past.billed(request, billed_events, &lateness);
-    if let Ok(baseline) = &baseline {
-        incremental::check_times(inputs, request, baseline, (&seen.times, billed_events))?;
+    if baseline.is_ok() {
         incremental::check_bills(inputs, &past, &billed, (range, lateness.horizon))?;
     }
 
@@ -370,8 +369,12 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         dead_letters: &seen.dead_letters,
         differences: differences.as_ref(),
     };
-    let Compared { changes, periods, foreign_definitions, windows: stored, bills } =
-        comparison.reconcile(stored, &mut priced, &mut timeline)?;
+    let compared = comparison.reconcile(stored, &mut priced, &mut timeline)?;
+    let event_times = match &baseline {
+        Ok(baseline) => edges::event_times((inputs, request, baseline), &seen.times, &compared)?,
+        Err(_) => seen.times.all(),
+    };
+    let Compared { changes, periods, foreign_definitions, windows: stored, bills, .. } = compared;
     let known_letters: FxHashSet<_> = past.dead_letters.iter().map(|stored| &stored.letter.key).collect();
     let new_letters: FxHashSet<_> =
         seen.dead_letters.iter().map(|letter| &letter.key).filter(|key| !known_letters.contains(key)).collect();
@@ -380,7 +383,7 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let resolved = past.resolved(job, reference, &request.scope, covered, &seen.dead_letters, marks.map(|_| &seen.visited));
 
     let files = splits.iter().zip(&keys.splits);
-    let last = seen.times.all().map(|(_, last)| last);
+    let last = event_times.map(|(_, last)| last);
     let future = lateness::warn_of_the_future(files.clone(), (range, last), started_at);
     let files = files.map(|(split, keys)| split.input(keys.rows));
     let coverage = incremental::coverage(&baseline, skipping, &priced.windows, &stored);
@@ -404,8 +407,8 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
             files: files.collect(),
             // What was new once is never new again, even if a source shrinks.
             ingested_until: seen.ingested_until.max(past.ingested_until()),
-            events_from: seen.times.all().map(|(first, _)| first),
-            events_until: seen.times.all().map(|(_, last)| last),
+            events_from: event_times.map(|(first, _)| first),
+            events_until: last,
         },
         basis,
         steps: timeline.steps,

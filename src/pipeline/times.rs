@@ -7,10 +7,18 @@ use crate::model::timestamp::Timestamp;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Times {
     found: Option<(Timestamp, Timestamp)>,
-    /// What the run before says.
+    /// What the run before says: no event that counted lies beyond.
     before: Option<(Timestamp, Timestamp)>,
-    /// Whether an event counts no more that was the first one then, or the last one.
-    lost: (bool, bool),
+    lost: Lost,
+}
+
+/// Which ends of the time of events are not what they were.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lost {
+    /// An event counts no more that may have been the first one.
+    pub first: bool,
+    /// One that may have been the last.
+    pub last: bool,
 }
 
 impl Times {
@@ -30,27 +38,27 @@ impl Times {
     /// Takes the time of a copy that does not count.
     pub fn lose(&mut self, time: Option<Timestamp>) {
         if let (Some(t), Some((first, last))) = (time, self.before) {
-            self.lost.0 |= t == first;
-            self.lost.1 |= t == last;
+            self.lost.first |= t <= first;
+            self.lost.last |= t >= last;
         }
     }
 
     pub fn merge(&mut self, other: Times) {
         self.found = union(self.found, other.found);
-        self.lost.0 |= other.lost.0;
-        self.lost.1 |= other.lost.1;
+        self.lost.first |= other.lost.first;
+        self.lost.last |= other.lost.last;
     }
 
-    /// From the first to the last event that counts, or may count still.
+    /// From the first to the last event that counts, or did before.
     pub fn all(&self) -> Option<(Timestamp, Timestamp)> {
         union(self.found, self.before)
     }
 
-    /// Whether [`Times::all`] reaches no further than events that count.
-    pub fn are_proved(&self) -> bool {
-        let Some((first, last)) = self.before else { return true };
+    /// Where [`Times::all`] may reach further than events that count.
+    pub fn lost(&self) -> Lost {
+        let Some((first, last)) = self.before else { return Lost::default() };
         let (begins, ends) = self.found.map_or((false, false), |found| (found.0 <= first, found.1 >= last));
-        (begins || !self.lost.0) && (ends || !self.lost.1)
+        Lost { first: self.lost.first && !begins, last: self.lost.last && !ends }
     }
 }
 
@@ -66,32 +74,32 @@ mod tests {
         Some(Timestamp::from_nanos(t))
     }
 
+    const FIRST: Lost = Lost { first: true, last: false };
+    const LAST: Lost = Lost { first: false, last: true };
+
     #[test]
-    fn what_is_lost_at_an_edge_leaves_it_unproved() {
+    fn what_is_lost_at_an_end_leaves_it_open() {
         let mut times = Times::since(at(10).zip(at(20)));
         times.add(at(12));
         times.lose(at(15));
-        // It was no longer one of those that count.
-        times.lose(at(30));
-        assert!(times.are_proved());
+        assert_eq!(times.lost(), Lost::default());
         times.lose(at(20));
-        assert!(!times.are_proved());
+        assert_eq!(times.lost(), LAST);
         let mut others = Times::since(at(10).zip(at(20)));
         others.add(at(21));
         times.merge(others);
-        assert!(times.are_proved());
-        assert_eq!(times.all(), at(10).zip(at(21)));
-        times.lose(at(10));
-        assert!(!times.are_proved());
+        assert_eq!((times.lost(), times.all()), (Lost::default(), at(10).zip(at(21))));
+        times.lose(at(9));
+        assert_eq!(times.lost(), FIRST);
         times.add(at(10));
-        assert!(times.are_proved());
+        assert_eq!(times.lost(), Lost::default());
     }
 
     #[test]
     fn without_a_run_before_nothing_is_lost() {
         let mut times = Times::default();
         times.lose(at(5));
-        assert!(times.are_proved() && times.all().is_none());
+        assert!(times.lost() == Lost::default() && times.all().is_none());
         times.add(at(7));
         times.add(None);
         assert_eq!(times.all(), at(7).zip(at(7)));

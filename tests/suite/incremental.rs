@@ -78,10 +78,14 @@ fn apply(change: Change, number: usize, workspace: &Workspace, settings: &mut Se
     settings.write(workspace);
 }
 
-/// The store is what a full run leaves in a fresh one, and no full run finds more to do.
-fn check_against_a_fresh_store(workspace: &Workspace) {
+/// The store is what a full run leaves in a fresh one that was asked for the same ranges, and no
+/// full run finds more to do.
+fn check_against_a_fresh_store(workspace: &Workspace, asked: &[Request]) {
     for file in ["fresh.db", "fresh.db-wal", "fresh.db-shm"] {
         let _ = fs::remove_file(workspace.path(file));
+    }
+    for request in asked {
+        promises::run(workspace, "fresh", request, 1);
     }
     promises::run(workspace, "fresh", &full(), 1);
     let (grown, fresh) = (state(workspace, "trueup"), state(workspace, "fresh"));
@@ -110,6 +114,7 @@ proptest! {
         Format::Parquet.write(&workspace, "first", &events);
         let completeness = if keeps { Completeness::Incremental } else { Completeness::Auto };
         promises::run(&workspace, "trueup", &Request { completeness, ..Request::default() }, threads);
+        let mut asked = Vec::new();
         for (number, (change, kind)) in steps.into_iter().enumerate() {
             apply(change, number, &workspace, &mut settings, &mut events);
             let request = match kind {
@@ -123,11 +128,13 @@ proptest! {
             let is_whole = request.range.is_none() && request.scope.is_whole();
             promises::run(&workspace, "trueup", &request, threads);
             if is_whole {
-                check_against_a_fresh_store(&workspace);
+                check_against_a_fresh_store(&workspace, &asked);
+            } else if request.range.is_some() {
+                asked.push(request);
             }
         }
         promises::run(&workspace, "trueup", &Request::default(), threads);
-        check_against_a_fresh_store(&workspace);
+        check_against_a_fresh_store(&workspace, &asked);
     }
 }
 

@@ -18,6 +18,7 @@
 
 mod ahead;
 mod choice;
+pub mod edges;
 pub mod keep;
 pub mod kept;
 pub mod marks;
@@ -42,7 +43,6 @@ use super::names::Names;
 use super::past::Past;
 use super::price::PricedWindow;
 use super::range::Completeness;
-use super::times::Times;
 use super::unused::{self, Billed};
 use super::{Inputs, Request};
 use crate::config::{Incremental, Source};
@@ -382,29 +382,6 @@ pub fn check_bills(inputs: &Inputs<'_>, past: &Past, billed: &Billed, (range, ho
         return Ok(());
     }
     Err(Retreat { why: "bills changed of periods without usage".to_owned(), is_choice: false }.into())
-}
-
-/// Lets everything be computed where bills without usage may reach less far than in the baseline:
-/// an event counts no more that was the first one or the last one, or windows are shorter. From a
-/// topic that has no longer everything, a run goes on, and bills reach to where they did.
-///
-/// # Errors
-/// A [`Retreat`] then.
-pub fn check_times(
-    inputs: &Inputs<'_>,
-    request: &Request,
-    baseline: &Baseline<'_>,
-    (times, billed): (&Times, Option<Span>),
-) -> Result<()> {
-    let has_to_go_on = matches!(inputs.job.source, Source::Kafka { .. }) && request.completeness == Completeness::Incremental;
-    let why = if !times.are_proved() {
-        "the first or the last of all events was replaced or voided"
-    } else if baseline.run.known().is_some_and(|known| billed.is_none_or(|billed| !billed.covers(known))) {
-        "windows end sooner than they did"
-    } else {
-        return Ok(());
-    };
-    if has_to_go_on { Ok(()) } else { Err(Retreat { why: why.to_owned(), is_choice: true }.into()) }
 }
 
 /// What the record and the report say.
