@@ -1,14 +1,27 @@
 //! The only place that reads the wall clock.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Result, bail};
 
 use crate::model::timestamp::Timestamp;
 
 /// The current time, in whole milliseconds: enough to tell runs apart, and to read.
 #[allow(clippy::disallowed_methods)]
 pub fn now() -> Timestamp {
-    let now = Timestamp::from(chrono::Utc::now());
-    Timestamp::from_nanos(now.nanos() / 1_000_000 * 1_000_000)
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let millis = i64::try_from(since.as_millis()).unwrap_or(i64::MAX);
+    Timestamp::from_nanos(millis.saturating_mul(1_000_000))
+}
+
+/// # Errors
+/// Where the clock is so wrong that what it says could not be stored.
+pub fn check() -> Result<()> {
+    let now = now();
+    if Timestamp::in_range(now.nanos()).is_none() {
+        bail!("the clock of this machine says {now}: set it right, for runs are ordered by it");
+    }
+    Ok(())
 }
 
 /// A stopwatch, started.

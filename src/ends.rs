@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use crate::config::{Job, Keep, Source, Store, cache_folder, operator};
+use crate::config::{Job, Keep, ReferenceTable, Source, Store, cache_folder, operator};
 use crate::fault::{FaultKind, configuration, fault};
 use crate::model::run::{InputFile, Origin, Override, RunRecord};
 use crate::pipeline::draft::Draft;
@@ -125,7 +125,11 @@ pub fn apply(job: &Job, path: &Path, saved: SavedPlan, yes: bool) -> Result<RunR
     let lock = Lock::take(&lock_path(job), &job.name, None, yes)?;
     let result = (|| {
         let mut store = write_store(job)?;
-        let files = input_files(job, &reference, &saved)?;
+        let files = match input_files(job, &reference, &saved) {
+            // A file that is gone has moved as well.
+            Err(error) if matches!(job.source, Source::Files { .. }) => return Err(stale(path, &[format!("{error:#}")])),
+            files => files?,
+        };
         let moved = saved.moved(&job.name, &pipeline::basis(job, &reference, &saved.request.scope), &files, &*store)?;
         if !moved.is_empty() {
             return Err(stale(path, &moved));
@@ -305,6 +309,27 @@ fn key_cache(job: &Job, writes: bool) -> KeyCache {
         }),
     };
     KeyCache { folder: folder.map(|folder| folder.join(&job.name)), job: job.digest.clone(), writes }
+}
+
+/// Refuses to write over what a job is made of.
+///
+/// # Errors
+/// A configuration fault where `out` is the job file, its store, or something that it reads.
+pub fn check_output(job: &Job, out: &Path) -> Result<()> {
+    let Ok(out_file) = out.canonicalize() else { return Ok(()) };
+    let is_out = |path: &Path| path.canonicalize().is_ok_and(|path| path == out_file);
+    let tables = [&job.reference.customers, &job.reference.subscriptions, &job.reference.meters, &job.reference.prices];
+    let is_table = |table: &&ReferenceTable| matches!(table, ReferenceTable::File(path) if is_out(path));
+    let what = match (&job.store, &job.source) {
+        _ if is_out(&job.path) => "the job file",
+        (Store::Sqlite { path }, _) if is_out(path) => "the job's store",
+        _ if tables.iter().any(is_table) => "one of the job's reference tables",
+        (_, Source::Files { patterns, .. }) if patterns.iter().any(|pattern| pattern.matches_file(&out_file)) => {
+            "one of the job's event files"
+        }
+        _ => return Ok(()),
+    };
+    Err(configuration(format!("--out {}: that is {what}: choose another file", out.display())))
 }
 
 /// What people call the store.

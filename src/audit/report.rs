@@ -7,7 +7,8 @@ use anyhow::{Context as _, Result};
 use rustc_hash::FxHashSet;
 
 use crate::model::aggregate::{CorrectionKind, PeriodRow, WindowKey};
-use crate::model::decimal::{Decimal, DecimalSum};
+use crate::model::decimal::Decimal;
+use crate::model::decimal_sum::DecimalSum;
 use crate::model::run::RunRecord;
 use crate::store::{AggregateStore, Corrections, LedgerEntry, StoredDeadLetter};
 

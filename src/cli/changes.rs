@@ -9,7 +9,8 @@ use anyhow::Result;
 use super::output::{Style, counted, number, table};
 use crate::audit::describe;
 use crate::model::aggregate::{Correction, CorrectionKind, Values};
-use crate::model::decimal::{Decimal, DecimalSum};
+use crate::model::decimal::Decimal;
+use crate::model::decimal_sum::DecimalSum;
 
 /// Rows that are shown before the rest is folded.
 const SHOWN: usize = 10;

@@ -15,7 +15,7 @@ use super::{Format, Session};
 use crate::config::Job;
 use crate::ends;
 use crate::model::aggregate::PeriodRow;
-use crate::model::decimal::DecimalSum;
+use crate::model::decimal_sum::DecimalSum;
 use crate::model::run::{Origin, RunRecord};
 use crate::pipeline::by_hand::{self, PeriodChoice};
 use crate::reference::Reference;

@@ -48,6 +48,7 @@ pub fn execute(session: &Session, arguments: &ExportArguments) -> Result<u8> {
         let names: Vec<_> = Table::NAMES.iter().map(|(name, _)| *name).collect();
         configuration(format!("table `{}` is unknown: use one of {}", arguments.table, names.join(", ")))
     })?;
+    arguments.out.as_deref().map_or(Ok(()), |out| ends::check_output(&job, out))?;
     let store = ends::read_store(&job)?;
     let store = store.with_context(|| format!("job {} has no store yet: run it first", job.name))?;
     let mut rows: Vec<Vec<Cell>> = Vec::new();

@@ -144,6 +144,7 @@ impl Session {
 /// Whatever the command could not do; [`crate::fault::exit_code`] has its code.
 pub fn dispatch(arguments: Arguments) -> Result<u8> {
     crate::telemetry::start(arguments.verbose, arguments.quiet);
+    crate::clock::check()?;
     let threads = arguments.threads.map(usize::from);
     let threads = threads.or_else(|| std::thread::available_parallelism().ok().map(NonZeroUsize::get));
     let session = Session {

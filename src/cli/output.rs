@@ -22,7 +22,9 @@ pub fn emit(text: &str) -> Result<()> {
 pub fn emit_bytes(bytes: &[u8]) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(anyhow::Error::new(error).context("what was done stands, but its report cannot be written to standard output"))
+        }
         _ => Ok(()),
     }
 }

@@ -79,6 +79,7 @@ pub fn execute(session: &Session, arguments: &PlanArguments) -> Result<u8> {
         completeness: arguments.completeness.choice(),
         ..arguments.range.request(job.timezone)?
     };
+    arguments.out.as_deref().map_or(Ok(()), |out| ends::check_output(&job, out))?;
     let progress = Progress::new(session.quiet);
     let (mut plan, store) = ends::preview(&job, &request, session.threads, &progress, arguments.out.is_some())?;
     drop(progress);

@@ -20,6 +20,7 @@ use crate::model::counts::RowCounts;
 use crate::model::decimal::Decimal;
 use crate::pipeline::{Completeness, Plan, Request};
 use crate::store::AggregateStore;
+use crate::store::rows::Unreadable;
 
 #[derive(Debug, Args)]
 pub struct VerifyArguments {
@@ -57,7 +58,8 @@ pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
     let request = Request { completeness: Completeness::Recomputed, ..arguments.range.request(job.timezone)? };
     let mut tries = 0..3;
     let (drift, findings) = loop {
-        let (drift, findings, is_of_one_state) = compare(session, &job, &request)?;
+        let compared = compare(session, &job, &request);
+        let (drift, findings, is_of_one_state) = compared.or_else(unreadable)?;
         // Somebody who published meanwhile makes it look wrong.
         if is_of_one_state || drift.is_none(&findings) || tries.next().is_none() {
             break (drift, findings);
@@ -77,6 +79,18 @@ pub fn execute(session: &Session, arguments: &VerifyArguments) -> Result<u8> {
         Format::Text => emit(&text(&job, &drift, &findings)?)?,
     }
     Ok(if sound { 0 } else { 3 })
+}
+
+/// What is found where a row was altered so that nothing can be compared.
+///
+/// # Errors
+/// Any other error.
+fn unreadable(error: anyhow::Error) -> Result<(Drift, Vec<Finding>, bool)> {
+    let Some(Unreadable { table, row }) = error.downcast_ref() else { return Err(error) };
+    let problem = format!("cannot be read ({}), so nothing was compared: {}", error.root_cause(), Unreadable::REMEDY);
+    let drift = Drift { rows: RowCounts::default(), corrections: Vec::new(), bills: Vec::new() };
+    let finding = Finding { table, row: row.clone(), problem };
+    Ok((drift, vec![finding], true))
 }
 
 /// What differs, and whether no run was published meanwhile.

@@ -112,7 +112,7 @@ impl std::fmt::Display for ReferenceTable {
 pub struct Guard {
     pub max_changed_rows: Option<Limit>,
     pub max_cost_change: Option<Limit>,
-    /// Rows whose events are gone from the source, though nobody voided them: none,
+    /// Rows with events that are gone from the source, though nobody voided them: none,
     /// where a guard is set and says nothing else.
     pub max_vanished_rows: Option<Limit>,
 }
@@ -462,6 +462,9 @@ impl Validator<'_> {
             "sqlite" => match &raw.path {
                 Some(_) if raw.database.is_some() => {
                     Err(self.error(&raw.kind, "store.database does not belong to kind sqlite: use `path`"))
+                }
+                Some(path) if path.is_empty() || path.ends_with('/') => {
+                    Err(self.error(&raw.kind, format!("store.path `{path}` must name the database file, as data/trueup.db does")))
                 }
                 Some(path) => Ok(Store::Sqlite { path: self.resolve(path) }),
                 None => Err(self.error(&raw.kind, "store.path must name the database file")),

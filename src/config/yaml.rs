@@ -68,6 +68,10 @@ fn located(path: &Path, text: &str, error: &serde_saphyr::Error) -> String {
     let words = [
         (", set DuplicateKeyPolicy in Options if acceptable", ": it must stand once"),
         ("cannot deserialize null into string; use Option<String>", "a text is missing here"),
+        (
+            "use from_str_multiple or from_str_multiple_with_options",
+            "a file holds one document: remove what stands after the line `---`",
+        ),
         ("invalid u32", "this must be a whole number from 0 on"),
         ("invalid u64", "this must be a whole number from 0 on"),
     ];

@@ -17,7 +17,7 @@ const MAX_UNITS: i128 = 99_999_999_999_999_999_999_999_999_999_999_999_999;
 
 /// A decimal with 18 places; magnitudes are below 10^20.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct Decimal(i128);
+pub struct Decimal(pub(super) i128);
 
 /// Why a text or a result is not a [`Decimal`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -48,7 +48,7 @@ impl Decimal {
     pub const ONE: Decimal = Decimal(ONE);
 
     /// The value `units * 10^-18`.
-    fn from_units(units: i128) -> Result<Self> {
+    pub(super) fn from_units(units: i128) -> Result<Self> {
         if units.unsigned_abs() > MAX_UNITS.unsigned_abs() {
             return Err(DecimalError::Overflow);
         }
@@ -193,61 +193,8 @@ impl Decimal {
     }
 }
 
-/// A running sum in 256 bits: it overflows at the end or not at all, so the order
-/// of its terms does not matter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DecimalSum(i256);
-
-impl Default for DecimalSum {
-    fn default() -> Self {
-        DecimalSum(i256::ZERO)
-    }
-}
-
-impl DecimalSum {
-    pub fn add(&mut self, value: Decimal) {
-        self.0 = self.0.wrapping_add(i256::from_i128(value.0));
-    }
-
-    pub fn merge(&mut self, other: DecimalSum) {
-        self.0 = self.0.wrapping_add(other.0);
-    }
-
-    /// Adds `value` for as long as `nanos`.
-    pub fn add_weighted(&mut self, value: DecimalSum, nanos: i64) {
-        self.0 = self.0.wrapping_add(value.0.wrapping_mul(i256::from_i128(nanos.into())));
-    }
-
-    pub fn is_zero(self) -> bool {
-        self.0 == i256::ZERO
-    }
-
-    /// Little-endian bytes for digests.
-    pub fn to_le_bytes(self) -> [u8; 32] {
-        self.0.to_le_bytes()
-    }
-
-    /// # Errors
-    /// [`DecimalError::Overflow`] where the total needs more than 38 digits.
-    pub fn total(self) -> Result<Decimal> {
-        Decimal::from_units(self.0.to_i128().ok_or(DecimalError::Overflow)?)
-    }
-
-    /// The total divided by `count`, rounded half away from zero at 18 places.
-    ///
-    /// # Errors
-    /// [`DecimalError::Overflow`], also for a count of zero.
-    pub fn mean(self, count: u64) -> Result<Decimal> {
-        if count == 0 {
-            return Err(DecimalError::Overflow);
-        }
-        let quotient = divide(self.0, i256::from_i128(count.into()), Rounding::HalfUp);
-        Decimal::from_units(quotient.to_i128().ok_or(DecimalError::Overflow)?)
-    }
-}
-
 /// The quotient as a whole number; the divisor is not zero.
-fn divide(dividend: i256, divisor: i256, rounding: Rounding) -> i256 {
+pub(super) fn divide(dividend: i256, divisor: i256, rounding: Rounding) -> i256 {
     let (quotient, rest) = (dividend.wrapping_div(divisor), dividend.wrapping_rem(divisor));
     if rest == i256::ZERO {
         return quotient;
@@ -477,6 +424,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::model::decimal_sum::DecimalSum;
 
     fn d(text: &str) -> Decimal {
         text.parse().unwrap()

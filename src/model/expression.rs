@@ -99,7 +99,7 @@ impl Expression {
     /// # Errors
     /// What is wrong with the text, in words.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let parsed = FlatEx::<Exact, Operators>::parse(&with_braces(text)).map_err(|error| error.to_string())?;
+        let parsed = FlatEx::<Exact, Operators>::parse(&infix(&with_braces(text))?).map_err(|error| error.to_string())?;
         let properties = parsed.var_names().to_vec();
         if properties.is_empty() {
             return Err("it names no property".to_owned());
@@ -154,6 +154,54 @@ fn with_braces(text: &str) -> String {
     out
 }
 
+/// Writes `min(a, b)` as `((a) min (b))`: the library reads no call within the second value of another.
+fn infix(text: &str) -> Result<String, String> {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(first) = rest.chars().next() {
+        let length = match first {
+            '{' => rest.find('}').map_or(rest.len(), |end| end + 1),
+            _ if first.is_alphabetic() => rest.find(|c: char| !c.is_alphanumeric()).unwrap_or(rest.len()),
+            _ => first.len_utf8(),
+        };
+        let (word, after) = rest.split_at_checked(length).unwrap_or((rest, ""));
+        let call = after.trim_start().strip_prefix('(').filter(|_| ["min", "max"].contains(&word));
+        let Some((values, after)) = call.and_then(values) else {
+            out.push_str(word);
+            rest = after;
+            continue;
+        };
+        let [first, second] = values.as_slice() else {
+            return Err(format!("`{word}` takes two values, here are {}", values.len()));
+        };
+        out.push_str(&format!("(({}) {word} ({}))", infix(first)?, infix(second)?));
+        rest = after;
+    }
+    Ok(out)
+}
+
+/// The values of a call, from after its opening parenthesis, and what comes after the closing one.
+fn values(text: &str) -> Option<(Vec<&str>, &str)> {
+    let (mut depth, mut in_name, mut start, mut found) = (0_u32, false, 0, Vec::new());
+    for (at, c) in text.char_indices() {
+        match c {
+            '{' | '}' => in_name = c == '{',
+            _ if in_name => {}
+            '(' => depth += 1,
+            ')' | ',' if depth == 0 => {
+                found.push(text.get(start..at)?);
+                start = at + 1;
+                if c == ')' {
+                    return Some((found, text.get(start..)?));
+                }
+            }
+            ')' => depth -= 1,
+            _ => {}
+        }
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -184,13 +232,30 @@ mod tests {
         is("0.1000000000000000005 + z", "0.100000000000000001");
         is("1000000 * a / 3", "33333.333333333333333333");
         is("{usage.out} * 2", "6");
+        is("max(0, min(usage.out, 2)) + z", "2");
+        is("min(max(a, max (b, usage.out)), 10 * abs(min(b, -a))) * 2", "2");
+        is("max({a}, b * min(usage.out, 2)) - z", "0.4");
     }
 
     #[test]
     fn failures_are_told() {
         assert_eq!(value("1 / z", &[("z", "0")]).unwrap_err(), "divides by zero");
         assert!(value("z * z", &[("z", "99999999999999999999")]).unwrap_err().contains("38 digits"));
-        for text in ["", "a +", "(a", "a b", "1 + 2", "a ** b", "system('x')", "a; b", "a)", "min(a"] {
+        for text in [
+            "",
+            "a +",
+            "(a",
+            "a b",
+            "1 + 2",
+            "a ** b",
+            "system('x')",
+            "a; b",
+            "a)",
+            "min(a",
+            "min(a)",
+            "max(a, b, c)",
+            "min(a, )",
+        ] {
             assert!(Expression::parse(text).is_err(), "{text}");
         }
     }

@@ -7,6 +7,7 @@ pub mod causes;
 pub mod columns;
 pub mod counts;
 pub mod decimal;
+pub mod decimal_sum;
 pub mod digest;
 pub mod expression;
 mod hopping;

@@ -5,7 +5,8 @@
 //! has it: where both a number of events and an amount are free, an event is free as
 //! far as both allow.
 
-use super::decimal::{Decimal, DecimalError, DecimalSum};
+use super::decimal::{Decimal, DecimalError};
+use super::decimal_sum::DecimalSum;
 use super::timestamp::Timestamp;
 
 /// A percentage price.

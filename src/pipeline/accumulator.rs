@@ -5,7 +5,8 @@ use rustc_hash::FxHashMap;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::enrich::Value;
-use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
+use crate::model::decimal::{Decimal, DecimalError};
+use crate::model::decimal_sum::DecimalSum;
 use crate::model::meter::{Aggregation, ChargeOn, Meter};
 use crate::model::timestamp::Timestamp;
 
@@ -380,7 +381,7 @@ impl Accumulator {
         match self {
             Accumulator::Count(count) => Ok(Decimal::from_u64(*count)),
             Accumulator::Sum(sum) if measure.multiplier == Decimal::ONE => sum.total(),
-            Accumulator::Sum(sum) => sum.total()?.checked_mul(measure.multiplier),
+            Accumulator::Sum(sum) => sum.times(measure.multiplier),
             Accumulator::Avg(sum, count) => sum.mean(*count),
             Accumulator::Min(value) | Accumulator::Max(value) => Ok(value.unwrap_or_default()),
             Accumulator::Latest(latest) => Ok(latest.as_ref().map_or(Decimal::ZERO, |latest| latest.value)),

@@ -195,6 +195,10 @@ impl KnownBasis {
     }
 }
 
+/// What can change which events a window counts, beside the events.
+const DEFINITIONS: [Cause; 5] =
+    [Cause::CustomerChanged, Cause::SubscriptionChanged, Cause::PriceChanged, Cause::MeterChanged, Cause::JobChanged];
+
 /// Finds causes.
 pub struct Judge<'j> {
     pub evidence: &'j Evidence<'j>,
@@ -208,13 +212,15 @@ pub struct Judge<'j> {
 }
 
 impl Judge<'_> {
-    /// Where a period is closed, what differs from its row is not all new.
-    pub fn update(&self, before: &StoredWindow, after: &PricedWindow, is_closed: bool) -> Causes {
+    /// Why a row changes, and whether events of it are gone from the source, though nobody voided
+    /// them. Where a period is closed, what differs from its row is not all new.
+    pub fn update(&self, before: &StoredWindow, after: &PricedWindow, is_closed: bool) -> (Causes, bool) {
         let (was, is) = (&before.row, &after.row);
         let usage_changed = !was.same_usage(is);
         // News that left the usage as it was explain nothing.
         let news = if usage_changed { self.evidence.all_news(&is.key, after.news.all()) } else { News::default() };
         let mut causes = self.limited(news, was, is, is_closed).causes();
+        let (has_news, no_longer) = (!causes.is_empty(), news.voided + news.amended + news.duplicates);
         let moved_to_another = was.customer_id != is.customer_id || was.currency != is.currency;
         let is_shifted = self.moved.contains(&is.key.period);
         let mut changed = |cause: Cause, is_changed: bool| {
@@ -223,11 +229,15 @@ impl Judge<'_> {
             }
         };
         // A digest on the row can be old news: the last run that computed it tells.
-        let then = self.covering_run(before).map(|run| &run.basis.reference);
+        let run = self.covering_run(before);
+        let then = run.map(|run| &run.basis.reference);
         let now = &self.evidence.basis.reference;
         let since = |table: fn(&ReferenceDigests) -> &String| then.is_none_or(|then| table(then) != table(now));
         let charged_otherwise = was.cost != is.cost || was.currency != is.currency;
-        let price_changed = charged_otherwise && was.basis.price != is.basis.price && since(|tables| &tables.prices);
+        // Where it holds no more, events of the window are not charged by it.
+        let price_changed = (charged_otherwise || (usage_changed && !has_news))
+            && was.basis.price != is.basis.price
+            && since(|tables| &tables.prices);
         let recharged = was.cost != is.cost && !price_changed;
         changed(Cause::PriceChanged, price_changed);
         changed(
@@ -245,8 +255,26 @@ impl Judge<'_> {
             Cause::CustomerChanged,
             (usage_changed || moved_to_another) && was.basis.customer != is.basis.customer && since(|tables| &tables.customers),
         );
+        if usage_changed
+            && causes.is_empty()
+            && let Some((run, changed)) =
+                run.zip(self.evidence.changed.as_ref()).filter(|(run, changed)| changed.run_id == run.run_id)
+        {
+            // Rows of the tables beside those that this one was computed with.
+            let period = &is.key.period;
+            let is_bound_otherwise = changed.customer(period);
+            causes.extend(self.evidence.changed_definitions(
+                &run.basis,
+                Some(false),
+                Some(is_bound_otherwise || changed.subscription(period)),
+                Some(is_bound_otherwise),
+                Some(changed.price(period)),
+            ));
+        }
         if !causes.is_empty() {
-            return causes;
+            let is_smaller = was.event_count > is.event_count.saturating_add(no_longer);
+            let vanished = usage_changed && is_smaller && !DEFINITIONS.iter().any(|cause| causes.hold(*cause));
+            return (causes, vanished);
         }
         let job_changed =
             self.evidence.basis_of(&before.run_id).is_some_and(|basis| basis.job_digest != self.evidence.basis.job_digest);
@@ -265,7 +293,7 @@ impl Judge<'_> {
             (Cause::StoreAltered, 1)
         };
         causes.insert(cause, count);
-        causes
+        (causes, cause == Cause::EventVoided)
     }
 
     /// The causes, and whether they are proved.

@@ -173,11 +173,16 @@ impl<'r> Enricher<'r> {
         self.scope.tenant.as_ref().is_none_or(|wanted| wanted == tenant)
     }
 
-    /// Whether events of this subscription belong to the scope; `None` stands for
-    /// an event whose customer is not known.
-    pub fn wants_customer(&self, subscription: Option<&Subscription>) -> bool {
+    /// Whether an event of this customer at `t` belongs to the scope; `None` stands for one
+    /// that is not known.
+    pub fn wants_customer(&self, customer: Option<&ExternalCustomer>, t: Timestamp) -> bool {
         let Some(wanted) = &self.scope.customer else { return true };
-        subscription.is_some_and(|subscription| subscription.customer_id == *wanted)
+        customer.and_then(|customer| customer.customer_id(t)).is_some_and(|id| id == *wanted)
+    }
+
+    /// Whether it looks at a customer or a meter alone: of other events, it says nothing.
+    pub fn is_of_few(&self) -> bool {
+        self.scope.customer.is_some() || self.scope.meter.is_some()
     }
 
     /// What to do with events of this name; `None` where no meter knows it.

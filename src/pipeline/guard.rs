@@ -167,8 +167,8 @@ fn check_windows(guard: &Guard, stored: &[StoredWindow], changes: &Reconciliatio
         if exceeds(Decimal::from_u64(changes.vanished.len() as u64), base, limit)? {
             return Err(refused(
                 &format!(
-                    "{} of {} stored rows would be retracted, because their events are gone from the source though nobody voided \
-                     them, more than max_vanished_rows {limit}",
+                    "{} of {} stored rows would be retracted or lose events, because their events are gone from the source \
+                     though nobody voided them, more than max_vanished_rows {limit}",
                     changes.vanished.len(),
                     stored.len()
                 ),

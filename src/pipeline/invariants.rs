@@ -9,7 +9,7 @@ use super::reconcile::Reconciliation;
 use crate::fault::{FaultKind, fault};
 use crate::model::aggregate::{Correction, CorrectionKind, StoredWindow, Values, WindowKey};
 use crate::model::counts::{EventCounts, UsageCounts};
-use crate::model::decimal::DecimalSum;
+use crate::model::decimal_sum::DecimalSum;
 use crate::model::window::Span;
 
 /// A promise, by the name that reports use.

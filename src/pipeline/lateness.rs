@@ -1,7 +1,6 @@
 //! What a job says of late events: how far back a run looks, when a window has settled,
 //! and the horizon beyond which nothing changes any more.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -74,14 +73,11 @@ pub fn warn_of_the_future<'s>(
 ) -> Option<String> {
     let limit = Timestamp::from_nanos(now.nanos().saturating_add(AHEAD));
     let last = last.filter(|last| *last > limit && range.contains(*last))?;
-    // Of those that reach so far, one has it.
+    // Of those that reach so far, one has it; in others may be copies that count no more.
     let ends = splits.filter_map(|(split, keys)| Some((keys.extent?.1, split)));
-    let ahead: Vec<_> = ends.filter(|(end, _)| *end > limit).collect();
-    let (_, split) = ahead.iter().filter(|(end, _)| *end >= last).min_by_key(|(end, _)| *end)?;
-    let files = ahead.iter().map(|(_, split)| &split.name).collect::<BTreeSet<_>>().len();
-    let others = if files > 1 { format!(" and {} more", files - 1) } else { String::new() };
+    let (_, split) = ends.filter(|(end, _)| *end >= last).min_by_key(|(end, _)| *end)?;
     Some(format!(
-        "events are dated up to {last}, after now (in {}{others}): void them or send them again as they should be, \
+        "events are dated up to {last}, after now (in {}): void them or send them again as they should be, \
          or leave them out by a range or `lateness.lookback`",
         split.name
     ))

@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::state::{Interner, NO_PRICE, News, StateKey, WindowState, index};
 use super::windows::Windows;
-use crate::model::decimal::DecimalSum;
+use crate::model::decimal_sum::DecimalSum;
 use crate::model::meter::Meter;
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;

@@ -393,13 +393,14 @@ impl<'c, 'r> Matcher<'c, 'r> {
         }
         let customer =
             self.memo.customers.get([tenant, external_id], || context.enricher.reference.customer(tenant, external_id));
-        let subscription = context.enricher.subscription_of(customer, external_id, t);
-        let found = subscription.as_ref().ok().and_then(|index| context.enricher.reference.subscriptions.get(*index));
-        if !context.enricher.wants_customer(found) {
+        if !context.enricher.wants_customer(customer, t) {
             self.count_event(counting, false, |events| &mut events.metered);
             return Ok(());
         }
-        let subscription = match subscription {
+        if counting && context.enricher.is_of_few() {
+            self.visited.visit(&context.open_dead_letters, event);
+        }
+        let subscription = match context.enricher.subscription_of(customer, external_id, t) {
             Ok(subscription) => subscription,
             Err(rejection) => {
                 self.reject_event(event, counting, in_range, &rejection);

@@ -379,8 +379,12 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     let new_letters: FxHashSet<_> =
         seen.dead_letters.iter().map(|letter| &letter.key).filter(|key| !known_letters.contains(key)).collect();
     let dead_letter_rows = (known_letters.len() + new_letters.len()) as u64;
-    let covered = (range, inputs.source.reads_rows_without_time(&selection));
-    let resolved = past.resolved(job, reference, &request.scope, covered, &seen.dead_letters, marks.map(|_| &seen.visited));
+    // Without a range, what lies beyond all events is gone too.
+    let settled = Span { start: Timestamp::MIN, end: lateness.settled_until.unwrap_or(Timestamp::MAX) };
+    let judged = request.range.map_or(settled, |_| range);
+    let covered = (judged, inputs.source.reads_rows_without_time(&selection));
+    let visited = (marks.is_some() || context.enricher.is_of_few()).then_some(&seen.visited);
+    let resolved = past.resolved(job, reference, &request.scope, covered, &seen.dead_letters, visited);
 
     let files = splits.iter().zip(&keys.splits);
     let last = event_times.map(|(_, last)| last);

@@ -224,10 +224,10 @@ impl Past {
     ) -> Vec<DeadLetterKey> {
         let again: FxHashSet<_> = found.iter().map(|letter| &letter.key).collect();
         let is_covered = |letter: &DeadLetter| {
-            // A part of a job covers only what it can tell apart.
-            let in_scope = scope.customer.is_none()
-                && scope.tenant.as_ref().is_none_or(|tenant| *tenant == letter.key.tenant_id)
-                && scope.meter.as_ref().is_none_or(|meter| *meter == letter.key.meter_id);
+            // What is wrong with an event as a whole, any of its meters tells.
+            let is_of = |meter: &String| letter.key.meter_id.is_empty() || *meter == letter.key.meter_id;
+            let in_scope = scope.tenant.as_ref().is_none_or(|tenant| *tenant == letter.key.tenant_id)
+                && scope.meter.as_ref().is_none_or(is_of);
             let tumbling =
                 || reference.meters.iter().map(|meter| meter.window).filter(|window| matches!(window, WindowKind::Tumbling(_)));
             let is_covered = |t| range.contains(t) && tumbling().all(|window| range.covers(window.slot(t, job.timezone)));

@@ -16,7 +16,8 @@ use super::names::Names;
 use super::state::{Interner, KeptNews, StateKey, WindowState};
 use super::windows::Windows;
 use crate::model::aggregate::{PeriodKey, PeriodRow, Text, WindowKey, WindowRow};
-use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
+use crate::model::decimal::{Decimal, DecimalError};
+use crate::model::decimal_sum::DecimalSum;
 use crate::model::meter::{ChargeOn, Meter};
 use crate::model::percentage::Fees;
 use crate::model::price::{Adjustments, Price, Share, Usage};
@@ -292,7 +293,8 @@ impl PeriodPricing<'_> {
         for (state_key, state) in self.states {
             let (quantity, cost) = accumulation.add(state).with_context(|| {
                 format!(
-                    "pricing the window {} of subscription `{}`, meter `{}`, price `{}`, dimensions {}",
+                    "pricing the window {} of subscription `{}`, meter `{}`, price `{}`, dimensions {} (void or amend the events \
+                     that make it so large)",
                     state_key.window_start, key.subscription_id, key.meter_id, key.price_id, key.dimensions
                 )
             })?;

@@ -17,7 +17,7 @@ use crate::model::aggregate::{
     WindowRow,
 };
 use crate::model::counts::RowCounts;
-use crate::model::decimal::DecimalSum;
+use crate::model::decimal_sum::DecimalSum;
 use crate::model::window::Span;
 
 /// What must change in the store, and why.
@@ -33,7 +33,7 @@ pub struct Reconciliation {
     /// Windows outside of the range whose stored usage is not what the events say,
     /// or that are not stored yet.
     pub stale_outside: u64,
-    /// The customers of rows whose events are gone from the source, though nobody voided them.
+    /// The customers of rows that lose events which are gone from the source, though nobody voided them.
     pub vanished: Vec<Text>,
     /// Corrections whose cause only the ledger can prove, by index.
     pub(super) unproved: Vec<usize>,
@@ -93,7 +93,9 @@ pub fn reconcile(
                     }
                 } else if covered || before.row.same_usage(&after.row) {
                     out.rows.updated += 1;
-                    out.correct(Some(&before.row), Some(&after.row), judge.update(before, after, false));
+                    let (causes, vanished) = judge.update(before, after, false);
+                    out.vanished.extend(vanished.then(|| after.row.customer_id.clone()));
+                    out.correct(Some(&before.row), Some(&after.row), causes);
                 } else {
                     out.stale_outside += 1;
                 }
@@ -151,7 +153,7 @@ impl Reconciliation {
                 // It may have been adjusted, and be right again.
                 (Some(&before.row), Some(&after.row), Causes::new())
             }
-            Pair::Both(before, after) => (Some(&before.row), Some(&after.row), judge.update(before, after, true)),
+            Pair::Both(before, after) => (Some(&before.row), Some(&after.row), judge.update(before, after, true).0),
             Pair::Computed(after) => (None, Some(&after.row), judge.insert(after).0),
             Pair::Stored(before) => (Some(&before.row), None, judge.retract(before).0),
         };

@@ -15,7 +15,8 @@ use crate::model::aggregate::{
     WindowRow,
 };
 use crate::model::counts::RowCounts;
-use crate::model::decimal::{Decimal, DecimalError, DecimalSum};
+use crate::model::decimal::{Decimal, DecimalError};
+use crate::model::decimal_sum::DecimalSum;
 use crate::model::price::Currency;
 use crate::model::run::{RunMode, RunRecord};
 use crate::model::timestamp::Timestamp;

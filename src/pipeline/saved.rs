@@ -1,13 +1,13 @@
 //! Saved plans: the exact changes, with the fingerprints of everything they rest on.
 
 use std::fs::File;
-use std::io::{BufReader, Write};
+use std::io::{self, BufReader, Read as _, Seek as _, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::xxh3_128;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use super::Request;
 use super::draft::Draft;
@@ -56,8 +56,11 @@ impl SavedPlan {
     /// Where the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         let give = |out: &mut dyn Write| {
-            serde_json::to_writer(&mut *out, self)?;
-            out.write_all(b"\n")
+            let mut out = Digested { out, hash: Xxh3::new() };
+            serde_json::to_writer(&mut out, self)?;
+            out.write_all(b"\n")?;
+            let seal = seal(&out.hash);
+            out.write_all(seal.as_bytes())
         };
         whole_file::write(path, give).with_context(|| format!("cannot write the plan {}", path.display()))
     }
@@ -67,7 +70,9 @@ impl SavedPlan {
     pub fn read(path: &Path) -> Result<SavedPlan> {
         let file =
             File::open(path).map_err(|error| configuration(format!("cannot read the plan {}: {error}", path.display())))?;
-        let mut plan: SavedPlan = serde_json::from_reader(BufReader::new(file)).map_err(|error| {
+        let unreadable = || format!("cannot read the plan {}", path.display());
+        let (length, is_sealed) = sealed(&file).with_context(unreadable)?;
+        let mut plan: SavedPlan = serde_json::from_reader(BufReader::new(file.take(length))).map_err(|error| {
             configuration(format!("{} is no saved plan: {error}; make one with `trueup plan JOB --out FILE`", path.display()))
         })?;
         if plan.schema != SCHEMA || plan.trueup_version != env!("CARGO_PKG_VERSION") {
@@ -78,6 +83,9 @@ impl SavedPlan {
                 plan.schema,
                 env!("CARGO_PKG_VERSION")
             )));
+        }
+        if !is_sealed {
+            return Err(stale(path, &["the file is not as it was saved".to_owned()]));
         }
         plan.draft.link();
         Ok(plan)
@@ -134,6 +142,52 @@ impl SavedPlan {
             None => "stored rows are not what the plan saw (`trueup verify` names them)".to_owned(),
         }))
     }
+}
+
+/// Hashes what is written.
+struct Digested<'w> {
+    out: &'w mut dyn Write,
+    hash: Xxh3,
+}
+
+impl Write for Digested<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.hash.update(bytes.get(..written).unwrap_or_default());
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// The last line of a plan: whoever approved it did not approve another one.
+fn seal(hash: &Xxh3) -> String {
+    format!("{{\"digest\":\"{:032x}\"}}\n", hash.digest128())
+}
+
+/// The length of a plan without its last line, and whether that is the one that it was saved with.
+/// The file is read from the start again after this.
+fn sealed(mut file: &File) -> io::Result<(u64, bool)> {
+    let all = file.metadata()?.len();
+    let mut hash = Xxh3::new();
+    let length = all.saturating_sub(seal(&hash).len() as u64);
+    let (mut buffer, mut left) = (vec![0; 1 << 16], length);
+    while left > 0 {
+        let most = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
+        let read = file.read(buffer.get_mut(..most).unwrap_or_default())?;
+        if read == 0 {
+            break;
+        }
+        hash.update(buffer.get(..read).unwrap_or_default());
+        left -= read as u64;
+    }
+    let mut last = Vec::new();
+    file.read_to_end(&mut last)?;
+    file.rewind()?;
+    let is_sealed = left == 0 && last == seal(&hash).as_bytes();
+    Ok((if is_sealed || last.starts_with(b"{\"digest\":") { length } else { all }, is_sealed))
 }
 
 /// A digest of all that is stored of a job's windows and bills.

@@ -1,5 +1,7 @@
 //! Customers and subscriptions, and their join.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
 use chrono::NaiveDate;
 use chrono_tz::Tz;
@@ -154,8 +156,10 @@ pub(super) fn bind(customers: &Customers, subscriptions: &Subscriptions) -> Resu
     let mut entry = |tenant: &str, external: &str, visit: &mut dyn FnMut(&mut ExternalCustomer)| {
         visit(by_tenant.entry(tenant.to_owned()).or_default().entry(external.to_owned()).or_default());
     };
-    for_each_row(&customers.frame, &mut |tenant, external, span, _| {
-        entry(tenant, external, &mut |customer| customer.validity.push(span));
+    let ids = customers.frame.column("customer_id")?.str()?;
+    for_each_row(&customers.frame, &mut |tenant, external, span, row| {
+        let id = Arc::from(ids.get(row).unwrap_or_default());
+        entry(tenant, external, &mut |customer| customer.validity.push((span, Arc::clone(&id))));
     })?;
     let joined = customers.frame.join(&subscriptions.frame, KEY, KEY, JoinArgs::new(JoinType::Inner), None)?;
     for_each_row(&joined, &mut |tenant, external, span, subscription| {

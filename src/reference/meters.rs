@@ -101,8 +101,16 @@ fn validate(row: &Located<RawMeter>, default_window: WindowSize) -> Result<Meter
         return Err(row.error("hopping windows overlap: their sum is no usage, so charge_on must be period"));
     }
     let filters = raw.filters.iter().map(|filter| validate_filter(row, filter)).collect::<Result<Vec<_>>>()?;
+    for (key, text) in [("meter_id", &raw.meter_id), ("event_name", &raw.event_name)] {
+        if text.is_empty() {
+            return Err(row.error(format!("{key} is empty")));
+        }
+    }
     let mut dimensions = raw.dimensions.clone();
     dimensions.sort();
+    if dimensions.iter().any(String::is_empty) {
+        return Err(row.error("a dimension is empty: name a property"));
+    }
     if let Some(twice) = dimensions.iter().zip(dimensions.iter().skip(1)).find(|(a, b)| a == b) {
         return Err(row.error(format!("dimension `{}` is named twice", twice.0)));
     }
@@ -255,7 +263,8 @@ pub(super) fn boolean<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool
         FilterValue::Bool(value) => Ok(value),
         FilterValue::Text(text) if text.eq_ignore_ascii_case("true") || text == "1" => Ok(true),
         FilterValue::Text(text) if text.eq_ignore_ascii_case("false") || text == "0" || text.is_empty() => Ok(false),
-        other => Err(serde::de::Error::custom(format!("{other:?} is neither true nor false"))),
+        FilterValue::Text(text) => Err(serde::de::Error::custom(format!("`{text}` is neither true nor false"))),
+        _ => Err(serde::de::Error::custom("this must be true or false")),
     }
 }
 

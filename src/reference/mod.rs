@@ -10,6 +10,7 @@ mod prices;
 mod table;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -59,18 +60,24 @@ pub struct Subscription {
 /// What an external customer id stands for, over time.
 #[derive(Debug, Default)]
 pub struct ExternalCustomer {
-    pub validity: Vec<Span>,
+    /// When it stands for which customer.
+    pub validity: Vec<(Span, Arc<str>)>,
     /// While the customer is valid and the subscription active: its index.
     pub bindings: Vec<(Span, usize)>,
 }
 
 impl ExternalCustomer {
+    /// Whom an event at `t` belongs to, with or without a subscription.
+    pub fn customer_id(&self, t: Timestamp) -> Option<&str> {
+        self.validity.iter().find(|(span, _)| span.contains(t)).map(|(_, id)| &**id)
+    }
+
     /// The index of the subscription that an event at `t` belongs to.
     ///
     /// # Errors
     /// [`Unbound`] where there is not exactly one.
     pub fn subscription(&self, t: Timestamp) -> Result<usize, Unbound> {
-        if !self.validity.iter().any(|span| span.contains(t)) {
+        if self.customer_id(t).is_none() {
             return Err(Unbound::CustomerNotFound);
         }
         let mut active = self.bindings.iter().filter(|(span, _)| span.contains(t)).map(|(_, index)| *index);
@@ -174,7 +181,8 @@ impl Reference {
             let bound: Vec<_> = customer.bindings.iter().filter(|(_, index)| *index == subscription).collect();
             // A binding lies in the validity of the row that it comes from.
             let leads = |row: &&Span| bound.iter().any(|(span, _)| row.covers(*span));
-            rows.extend(customer.validity.iter().filter(leads).map(|row| (id.as_str(), *row)));
+            let validity = customer.validity.iter().map(|(row, _)| row).filter(leads);
+            rows.extend(validity.map(|row| (id.as_str(), *row)));
         }
         rows.sort_unstable();
         rows

@@ -111,6 +111,9 @@ pub(super) fn read(table: &ReferenceTable, meters: &[Meter]) -> Result<Vec<Price
     let rows: Vec<Located<RawPrice>> = definitions::read(table, "prices", &NESTED)?;
     let mut prices: Vec<Price> = Vec::new();
     for row in &rows {
+        if row.value.price_id.is_empty() {
+            return Err(row.error("price_id is empty: that stands for usage without a price"));
+        }
         let price = validate(row, meters)?;
         for (known, earlier) in prices.iter().zip(&rows) {
             if known.id == price.id {
@@ -161,7 +164,7 @@ fn validate(row: &Located<RawPrice>, meters: &[Meter]) -> Result<Price> {
     let model = model(row)?;
     let options = options(row)?;
     check_percentage(row, &model, &options, meter)?;
-    let digest = Digest::new("price").text(&currency.code).text(&format!("{model:?} {options:?}")).hex();
+    let digest = Digest::new("price").text(&currency.code).text(&format!("{model:?} {options:?} {valid:?}")).hex();
     Ok(Price {
         id: raw.price_id.clone(),
         plan_id: raw.plan_id.clone(),

@@ -1,13 +1,14 @@
 //! Events from Arrow record batches, as Parquet files and databases deliver them;
 //! nested properties become JSON text.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use anyhow::{Context, Result, bail};
 use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, StringArray, StringBuilder};
 use arrow::compute::{cast, max, min};
-use arrow::datatypes::{DataType, Field as ArrowField, Int32Type, Int64Type, TimeUnit};
-use arrow::json::writer::{EncoderOptions, make_encoder};
+use arrow::datatypes::{DataType, Field as ArrowField, FieldRef, Float64Type, Int32Type, Int64Type, TimeUnit};
+use arrow::error::ArrowError;
+use arrow::json::writer::{Encoder, EncoderFactory, EncoderOptions, NullableEncoder, make_encoder};
 use chrono::{DateTime, SecondsFormat};
 
 use super::batch::{Texts, flag};
@@ -128,7 +129,7 @@ fn plain_texts(array: &ArrayRef) -> Result<StringArray> {
     };
     let textual = matches!(plain, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View) || plain.is_integer();
     if !textual {
-        bail!("no text");
+        bail!("a text is needed: write the column as text (UTF-8)");
     }
     Ok(cast(array, &DataType::Utf8)?.as_string::<i32>().clone())
 }
@@ -231,13 +232,50 @@ fn bytes_in(data_type: &DataType, path: &str) -> Option<String> {
     }
 }
 
+/// JSON has no word for floating-point numbers that are none, and null would be a value that is
+/// absent: they become texts, which no meter takes for a number.
+#[derive(Debug)]
+struct NoNumbers;
+
+/// Floating-point numbers, as they are and as JSON.
+struct Floats<'a> {
+    values: ArrayRef,
+    encoder: NullableEncoder<'a>,
+}
+
+impl EncoderFactory for NoNumbers {
+    fn make_default_encoder<'a>(
+        &self,
+        field: &'a FieldRef,
+        array: &'a dyn Array,
+        _: &'a EncoderOptions,
+    ) -> std::result::Result<Option<NullableEncoder<'a>>, ArrowError> {
+        static PLAIN: LazyLock<EncoderOptions> = LazyLock::new(EncoderOptions::default);
+        if !array.data_type().is_floating() {
+            return Ok(None);
+        }
+        let values = cast(array, &DataType::Float64)?;
+        let floats = Floats { values, encoder: make_encoder(field, array, &PLAIN)? };
+        Ok(Some(NullableEncoder::new(Box::new(floats), array.nulls().cloned())))
+    }
+}
+
+impl Encoder for Floats<'_> {
+    fn encode(&mut self, row: usize, out: &mut Vec<u8>) {
+        match self.values.as_primitive::<Float64Type>().value(row) {
+            value if value.is_finite() => self.encoder.encode(row, out),
+            value => out.extend_from_slice(format!("\"{value}\"").as_bytes()),
+        }
+    }
+}
+
 /// A nested column as JSON text.
 fn encoded(array: &ArrayRef) -> Result<StringArray> {
     if let Some(path) = bytes_in(array.data_type(), "it") {
         bail!("{path} holds bytes: write them as text (UTF-8)");
     }
     let field = Arc::new(ArrowField::new("properties", array.data_type().clone(), true));
-    let options = EncoderOptions::default();
+    let options = EncoderOptions::default().with_encoder_factory(Arc::new(NoNumbers));
     let mut encoder = make_encoder(&field, array.as_ref(), &options)?;
     let mut out = StringBuilder::with_capacity(array.len(), array.len() * 64);
     let mut text = Vec::new();

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use rustc_hash::FxHashSet;
 
 use super::LedgerEntry;
-use super::rows::Cells;
+use super::rows::{Cells, Unreadable};
 use crate::model::aggregate::{Basis, PeriodKey, PeriodRow, StoredWindow, Text, Values, WindowKey, WindowRow};
 use crate::model::digest::SetDigest;
 use crate::model::timestamp::Timestamp;
@@ -70,7 +70,8 @@ impl WindowReader {
     /// # Errors
     /// Names the row and its column where a cell holds nothing that fits.
     pub fn read(&mut self, row: &dyn Cells) -> Result<StoredWindow> {
-        self.read_cells(row).with_context(|| format!("usage_windows {}", key_of(row, WindowReader::WINDOW[0])))
+        let row_of = || key_of(row, WindowReader::WINDOW[0]);
+        self.read_cells(row).with_context(|| Unreadable { table: "usage_windows", row: row_of() })
     }
 
     fn read_cells(&mut self, row: &dyn Cells) -> Result<StoredWindow> {
@@ -137,7 +138,8 @@ impl PeriodReader {
     /// # Errors
     /// As [`WindowReader::read`].
     pub fn read(&mut self, row: &dyn Cells) -> Result<PeriodRow> {
-        self.read_cells(row).with_context(|| format!("usage_periods {}", key_of(row, WindowReader::WINDOW[0] - 1)))
+        let row_of = || key_of(row, WindowReader::WINDOW[0] - 1);
+        self.read_cells(row).with_context(|| Unreadable { table: "usage_periods", row: row_of() })
     }
 
     fn read_cells(&mut self, row: &dyn Cells) -> Result<PeriodRow> {

@@ -32,6 +32,25 @@ pub trait Cells {
     }
 }
 
+/// A stored row that says nothing, because somebody altered it.
+#[derive(Debug, Clone)]
+pub struct Unreadable {
+    pub table: &'static str,
+    /// What is known of its key.
+    pub row: String,
+}
+
+impl Unreadable {
+    pub const REMEDY: &str = "repair it from a backup; of usage_windows or usage_periods, delete it, and `trueup run --full` \
+                              writes it anew";
+}
+
+impl std::fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {} cannot be read, so somebody altered it: {}", self.table, self.row, Unreadable::REMEDY)
+    }
+}
+
 fn required<'r>(row: &'r dyn Cells, column: &str) -> Result<Cow<'r, str>> {
     row.cell(column)?.with_context(|| format!("column {column} is NULL"))
 }
@@ -76,6 +95,11 @@ fn period_key(row: &dyn Cells) -> Result<PeriodKey> {
 
 /// A row of `runs`.
 pub fn run(row: &dyn Cells) -> Result<RunRecord> {
+    let row_of = || row.cell("run_id").ok().flatten().unwrap_or(Cow::Borrowed("?")).into_owned();
+    run_of(row).with_context(|| Unreadable { table: "runs", row: row_of() })
+}
+
+fn run_of(row: &dyn Cells) -> Result<RunRecord> {
     let (start, end) = (optional(row, "range_start")?, optional(row, "range_end")?);
     Ok(RunRecord {
         run_id: string(row, "run_id")?,
@@ -99,6 +123,11 @@ pub fn run(row: &dyn Cells) -> Result<RunRecord> {
 
 /// A row of `dead_letters`.
 pub fn dead_letter(row: &dyn Cells) -> Result<StoredDeadLetter> {
+    let row_of = || row.cell("event_id").ok().flatten().unwrap_or(Cow::Borrowed("?")).into_owned();
+    dead_letter_of(row).with_context(|| Unreadable { table: "dead_letters", row: row_of() })
+}
+
+fn dead_letter_of(row: &dyn Cells) -> Result<StoredDeadLetter> {
     let reason = required(row, "reason")?;
     Ok(StoredDeadLetter {
         letter: DeadLetter {

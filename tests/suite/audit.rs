@@ -2,7 +2,7 @@
 
 use insta::assert_snapshot;
 use serde_json::{Value, json};
-use trueup::model::decimal::DecimalSum;
+use trueup::model::decimal_sum::DecimalSum;
 
 use crate::support::{Workspace, normalised};
 

@@ -284,7 +284,7 @@ fn compressed_files_that_break_off_are_refused() {
     for (name, bytes) in [("events/cut.ndjson.gz", gzip), ("events/cut.ndjson.zst", zstd)] {
         for length in [bytes.len() / 2, bytes.len() - 1] {
             workspace.write(name, &bytes[..length]);
-            run_refused(&workspace, 1, &[name, "breaks off"]);
+            run_refused(&workspace, 1, &[name, "truncated, damaged, or no"]);
         }
         workspace.write(name, "neither of the two");
         run_refused(&workspace, 1, &[name]);

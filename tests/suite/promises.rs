@@ -16,7 +16,7 @@ use trueup::audit::check_ledger;
 use trueup::config::{Job, Source, Store};
 use trueup::model::aggregate::{Cause, DeadLetterKey, PeriodKey, PeriodRow, WindowKey, WindowRow};
 use trueup::model::basis::Scope;
-use trueup::model::decimal::DecimalSum;
+use trueup::model::decimal_sum::DecimalSum;
 use trueup::model::run::Origin;
 use trueup::model::timestamp::Timestamp;
 use trueup::model::window::Span;

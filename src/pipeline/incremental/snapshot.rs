@@ -154,7 +154,7 @@ impl Snapshot {
 
 impl External {
     fn of(customer: &ExternalCustomer, reference: &Reference) -> External {
-        let mut meaning: Vec<String> = customer.validity.iter().map(|span| format!("valid {span:?}")).collect();
+        let mut meaning: Vec<String> = customer.validity.iter().map(|(span, _)| format!("valid {span:?}")).collect();
         let mut subscriptions = BTreeSet::new();
         for (span, index) in &customer.bindings {
             let id = reference.subscriptions.get(*index).map_or("", |subscription| &subscription.id);

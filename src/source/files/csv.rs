@@ -113,9 +113,7 @@ pub(super) fn read(
     let places = locate(path, &header, columns)?;
     let mut builder = BatchBuilder::default();
     let (mut record, mut next) = (::csv::ByteRecord::new(), ::csv::ByteRecord::new());
-    let mut advance = |record: &mut ::csv::ByteRecord| {
-        reader.read_byte_record(record).with_context(|| format!("events file {} breaks off", path.display()))
-    };
+    let mut advance = |record: &mut ::csv::ByteRecord| reader.read_byte_record(record).with_context(|| super::broken(path, 0));
     let mut more = advance(&mut record)?;
     // One record ahead: only the last one is the end.
     while more {

@@ -29,13 +29,23 @@ pub struct FilePattern {
     shown: String,
     /// For matching: only what people wrote is a pattern, the folder's name is none.
     glob: String,
+    /// The folder that everything which matches lies in.
+    base: PathBuf,
 }
+
+/// What makes a name a pattern.
+const SPECIAL: [char; 3] = ['*', '?', '['];
 
 impl FilePattern {
     /// The pattern `written`, relative to `folder`; `None` where the folder's name is not UTF-8.
     pub fn new(folder: &Path, written: &str) -> Option<Self> {
         let escaped = PathBuf::from(glob::Pattern::escape(folder.to_str()?));
-        Some(FilePattern { shown: folder.join(written).display().to_string(), glob: escaped.join(written).display().to_string() })
+        let names = Path::new(written).components().take_while(|name| !name.as_os_str().to_string_lossy().contains(SPECIAL));
+        Some(FilePattern {
+            shown: folder.join(written).display().to_string(),
+            glob: escaped.join(written).display().to_string(),
+            base: folder.join(names.collect::<PathBuf>()),
+        })
     }
 
     /// The files that match. Folders are passed over; anything else that is no file is an error.
@@ -58,8 +68,21 @@ impl FilePattern {
         Ok(files)
     }
 
+    /// Whether a file is one of those that match, by its canonical path.
+    pub fn matches_file(&self, path: &Path) -> bool {
+        let files = self.files().unwrap_or_default();
+        files.iter().any(|file| file.canonicalize().is_ok_and(|file| file == path))
+    }
+
     fn matches(&self, pattern: &str) -> Result<Vec<PathBuf>> {
-        let paths = glob::glob(pattern).with_context(|| format!("source path `{}` is no glob pattern", self.shown))?;
+        let invalid = || format!("source path `{}` is no glob pattern", self.shown);
+        if pattern.contains("**") {
+            let pattern = glob::Pattern::new(pattern).with_context(invalid)?;
+            let mut found = Vec::new();
+            walk(&self.base, &pattern, &mut found)?;
+            return Ok(found);
+        }
+        let paths = glob::glob(pattern).with_context(invalid)?;
         paths.map(|entry| entry.with_context(|| format!("reading what `{}` matches", self.shown))).collect()
     }
 
@@ -68,7 +91,7 @@ impl FilePattern {
         let mut folder = PathBuf::new();
         for component in Path::new(&self.glob).components() {
             let pattern = component.as_os_str().to_string_lossy();
-            if pattern.contains(['*', '?', '[']) {
+            if pattern.contains(SPECIAL) {
                 let matching =
                     glob::Pattern::new(&pattern).with_context(|| format!("source path `{}` is no glob pattern", self.shown))?;
                 let parent = if folder.as_os_str().is_empty() { ".".to_owned() } else { folder.display().to_string() };
@@ -80,6 +103,43 @@ impl FilePattern {
         }
         Ok(())
     }
+}
+
+/// Finds what matches in a folder and below. As with `**` in shells, links to folders are not
+/// followed: they can lead in circles.
+fn walk(folder: &Path, pattern: &glob::Pattern, found: &mut Vec<PathBuf>) -> Result<()> {
+    const OPTIONS: glob::MatchOptions =
+        glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: false };
+    crate::interrupt::check()?;
+    if pattern.matches_path_with(folder, OPTIONS) {
+        found.push(folder.to_owned());
+    }
+    let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    if !here.is_dir() {
+        return Ok(());
+    }
+    let reading = || format!("reading folder {}", here.display());
+    for entry in here.read_dir().with_context(reading)? {
+        let entry = entry.with_context(reading)?;
+        let path = folder.join(entry.file_name());
+        if entry.file_type().with_context(reading)?.is_dir() {
+            walk(&path, pattern, found)?;
+        } else if pattern.matches_path_with(&path, OPTIONS) && !(path.is_symlink() && path.is_dir()) {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// What to say of a file that cannot be read to its end.
+fn broken(path: &Path, lines: u64) -> String {
+    let name = path.extension().unwrap_or_default().to_string_lossy();
+    let what = match name.as_ref() {
+        "gz" | "zst" => format!("is truncated, damaged, or no .{name} file"),
+        _ => "cannot be read".to_owned(),
+    };
+    let place = if lines > 0 { format!(" (after line {lines})") } else { String::new() };
+    format!("events file {} {what}{place}: replace it and run again", path.display())
 }
 
 fn reject_unreadable_names_in(folder: &Path, pattern: &glob::Pattern) -> Result<()> {

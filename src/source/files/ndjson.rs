@@ -22,9 +22,7 @@ pub(super) fn read(
     let mut line = Vec::new();
     for number in 1u64.. {
         line.clear();
-        let read = input
-            .read_until(b'\n', &mut line)
-            .with_context(|| format!("events file {} breaks off after line {}", path.display(), number - 1))?;
+        let read = input.read_until(b'\n', &mut line).with_context(|| super::broken(path, number - 1))?;
         if read == 0 {
             break;
         }

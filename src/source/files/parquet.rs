@@ -11,8 +11,8 @@ use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
 };
-use parquet::basic::Encoding;
-use parquet::file::metadata::ColumnChunkMetaData;
+use parquet::basic::{Compression as Codec, Encoding};
+use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData};
 use parquet::file::reader::ChunkReader;
 
 use super::{Compression, open};
@@ -159,6 +159,10 @@ fn read_groups<R: ChunkReader + 'static>(
             roots.push(index);
         }
     }
+    if let Some(codec) = unread_codec(builder.metadata()) {
+        let remedy = "write it with zstd, snappy, gzip or lz4";
+        bail!("events file {} is compressed by {codec}, which is not read: {remedy}", path.display());
+    }
     let mask = ProjectionMask::roots(builder.parquet_schema(), roots);
     let (group, slice) = match part {
         Part::RowGroup(group) => (Some(*group), None),
@@ -181,9 +185,20 @@ fn read_groups<R: ChunkReader + 'static>(
         .build()
         .with_context(|| format!("events file {}", path.display()))?;
     for batch in reader {
-        let batch = batch.with_context(|| format!("events file {} is damaged after row {row}", path.display()))?;
+        let batch = batch
+            .with_context(|| format!("events file {} is damaged after row {row}: replace it and run again", path.display()))?;
         sink(&convert(&format!("events file {}", path.display()), row, &batch, columns)?)?;
         row += u64::try_from(batch.num_rows())?;
     }
     Ok(())
+}
+
+/// A compression of some column that this build has no code for.
+fn unread_codec(metadata: &ParquetMetaData) -> Option<&'static str> {
+    let columns = metadata.row_groups().iter().flat_map(|group| group.columns());
+    columns.map(|column| column.compression()).find_map(|compression| match compression {
+        Codec::BROTLI(_) => Some("brotli"),
+        Codec::LZO => Some("LZO"),
+        _ => None,
+    })
 }

@@ -29,6 +29,10 @@ const CACHE_KIBIBYTES: i64 = 64 * 1024;
 /// A connection belongs to one thread: it needs no locks of its own.
 const READ_ONLY: OpenFlags = OpenFlags::SQLITE_OPEN_READ_ONLY.union(OpenFlags::SQLITE_OPEN_NO_MUTEX);
 
+/// As SQLite has it, but a path is a path: no name of one is an address with parameters.
+const WRITE: OpenFlags =
+    OpenFlags::SQLITE_OPEN_READ_WRITE.union(OpenFlags::SQLITE_OPEN_CREATE).union(OpenFlags::SQLITE_OPEN_NO_MUTEX);
+
 /// A SQLite database with the tables of the contract.
 #[derive(Debug)]
 pub struct SqliteStore {
@@ -45,7 +49,11 @@ impl SqliteStore {
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder).with_context(unwritable)?;
         }
-        let mut connection = Connection::open(path).with_context(unwritable)?;
+        if path.is_dir() {
+            bail!("store {} is a folder: name a file in it", path.display());
+        }
+        remove_what_readers_left(path).with_context(unwritable)?;
+        let mut connection = Connection::open_with_flags(as_file(path), WRITE).with_context(unwritable)?;
         connection.busy_timeout(std::time::Duration::from_secs(30))?;
         // A version check comes first: a newer store is left as it is.
         migrate::check_version(&connection, path)?;
@@ -68,6 +76,9 @@ impl SqliteStore {
     pub fn open_read_only(path: &Path) -> Result<Option<SqliteStore>> {
         if !path.exists() {
             return Ok(None);
+        }
+        if path.is_dir() {
+            bail!("store {} is a folder: name a file in it", path.display());
         }
         let connection = connect_read_only(path)?;
         match migrate::check_version(&connection, path)? {
@@ -100,14 +111,14 @@ impl SqliteStore {
 /// for that; where it may not and nobody is writing, the file can be read as it is.
 fn connect_read_only(path: &Path) -> Result<Connection> {
     let unreadable = || format!("store {}: cannot be read", path.display());
-    let connection = Connection::open_with_flags(path, READ_ONLY).with_context(unreadable)?;
+    let connection = Connection::open_with_flags(as_file(path), READ_ONLY).with_context(unreadable)?;
     connection.busy_timeout(std::time::Duration::from_secs(30))?;
     if !needs_writing(&connection) {
         return Ok(connection);
     }
     // A first publication that was killed left its journal: rolling it back takes writing.
     if beside(path, "-journal").exists() {
-        let writer = Connection::open(path).with_context(unreadable)?;
+        let writer = Connection::open_with_flags(as_file(path), WRITE).with_context(unreadable)?;
         writer.busy_timeout(std::time::Duration::from_secs(30))?;
         if !needs_writing(&writer) && !needs_writing(&connection) {
             return Ok(connection);
@@ -130,6 +141,29 @@ fn connect_read_only(path: &Path) -> Result<Connection> {
 fn needs_writing(connection: &Connection) -> bool {
     let probe = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get::<_, i64>(0));
     matches!(probe.err().and_then(|error| error.sqlite_error_code()), Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen))
+}
+
+/// The path as SQLite takes none for a name of its own, such as `:memory:`.
+fn as_file(path: &Path) -> PathBuf {
+    if path.is_absolute() { path.to_owned() } else { Path::new(".").join(path) }
+}
+
+/// Removes the write-ahead log that a reader of another user began, and left because only a writer
+/// may end it. It is empty: who may not write the store cannot have written there, and who may would
+/// find it closed for ever.
+fn remove_what_readers_left(path: &Path) -> std::io::Result<()> {
+    let log = beside(path, "-wal");
+    let is_empty = std::fs::metadata(&log).is_ok_and(|log| log.len() == 0);
+    let denied = |file: &Path| {
+        let opened = std::fs::File::options().append(true).open(file);
+        opened.is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied)
+    };
+    if is_empty && denied(&log) && !denied(path) {
+        tracing::info!(path = %log.display(), "removing an empty log of another user");
+        std::fs::remove_file(log)?;
+        std::fs::remove_file(beside(path, "-shm"))?;
+    }
+    Ok(())
 }
 
 /// A file of SQLite's own beside the store.

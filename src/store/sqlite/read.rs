@@ -12,7 +12,7 @@ use crate::model::run::RunRecord;
 use crate::model::timestamp::{SECOND, Timestamp};
 use crate::model::window::Span;
 use crate::store::reader::{LedgerReader, PeriodReader, WindowReader};
-use crate::store::rows::{self, Cells};
+use crate::store::rows::{self, Cells, Unreadable};
 use crate::store::{
     Cell, Corrections, LedgerEntry, PeriodEntry, RowSink, Stamp, StoredDeadLetter, SubscriptionKey, Table, WindowChoice,
 };
@@ -65,8 +65,14 @@ pub(super) fn extent(connection: &Connection, job: &str) -> Result<Option<Span>>
     let sql = "SELECT min(rtrim(window_start, 'Z')), max(rtrim(window_end, 'Z')) FROM usage_windows WHERE job = ?1";
     let (start, end): (Option<String>, Option<String>) =
         connection.query_row(sql, [job], |row| Ok((row.get(0)?, row.get(1)?)))?;
-    let Some((start, end)) = start.zip(end) else { return Ok(None) };
-    Ok(Some(Span { start: start.parse::<Timestamp>()?, end: end.parse::<Timestamp>()? }))
+    let instant = |text: &str| {
+        let row = || Unreadable { table: "usage_windows", row: format!("whose window begins or ends at `{text}`") };
+        text.parse::<Timestamp>().with_context(row)
+    };
+    Ok(match start.zip(end) {
+        Some((start, end)) => Some(Span { start: instant(&start)?, end: instant(&end)? }),
+        None => None,
+    })
 }
 
 /// Rows of `usage_windows` whose window touches a span of whole seconds, and perhaps others.
