@@ -13,6 +13,7 @@ use crate::model::aggregate::{Basis, Cause, Causes, DeadLetter, PeriodKey, Reaso
 use crate::model::basis::ReferenceDigests;
 use crate::model::run::{RunBasis, RunRecord};
 use crate::model::timestamp::Timestamp;
+use crate::model::window::Span;
 use crate::reference::{Reference, Subscription};
 
 /// What earlier runs and definitions say about causes.
@@ -150,7 +151,8 @@ impl<'e> ChangedRows<'e> {
 #[derive(Debug, Default)]
 pub struct CurrentDigests {
     pub meters: FxHashMap<Text, Text>,
-    pub prices: FxHashMap<Text, Text>,
+    /// When each price holds.
+    pub prices: FxHashMap<Text, Span>,
     /// Tenant and subscription, then the digests of subscription and customer.
     pub subscriptions: FxHashMap<(Text, Text), (Text, Text)>,
 }
@@ -161,7 +163,7 @@ impl CurrentDigests {
         let subscription = |s: &Subscription| ((text(&s.tenant_id), text(&s.id)), (text(&s.digest), text(&s.customer_digest)));
         CurrentDigests {
             meters: reference.meters.iter().map(|meter| (text(&meter.id), text(&meter.digest))).collect(),
-            prices: reference.prices.iter().map(|price| (text(&price.id), text(&price.digest))).collect(),
+            prices: reference.prices.iter().map(|price| (text(&price.id), price.valid)).collect(),
             subscriptions: reference.subscriptions.iter().map(subscription).collect(),
         }
     }
@@ -344,7 +346,7 @@ impl Judge<'_> {
         let price_is_gone = match &*key.period.price_id {
             "" => self.replaced.contains(&Slot::of(key)),
             id => {
-                !current.prices.contains_key(id)
+                current.prices.get(id).is_none_or(|valid| !valid.overlaps(before.row.window()))
                     || self.replaced.contains(&Slot::of(key))
                     || self.evidence.unpriced.hold(&before.row)
             }

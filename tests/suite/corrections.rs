@@ -487,6 +487,18 @@ fn a_source_that_shrank_is_refused_by_the_guard() {
     assert_eq!(workspace.dump(), before);
     workspace.edit("job.yaml", "max_changed_rows: \"100%\"", "max_vanished_rows: \"30%\"");
     assert_eq!(workspace.run(&[])["rows"]["retracted"], 1);
+    // A window that keeps some of its events lost the others all the same.
+    send(&workspace, "one", &[("g", "x1", "2026-01-07", 1)]);
+    send(&workspace, "other", &[("h", "x1", "2026-01-07", 1)]);
+    workspace.run(&[]);
+    workspace.edit("job.yaml", "max_vanished_rows: \"30%\"", "max_vanished_rows: 0");
+    std::fs::remove_file(workspace.path("events/other.ndjson")).unwrap();
+    send(&workspace, "late", &[("i", "x1", "2026-01-08", 1)]);
+    workspace
+        .trueup(&["run", "job.yaml"])
+        .fails_with(8, &["would be retracted or lose events", "max_vanished_rows 0", "c1 (1 row)"]);
+    workspace.edit("job.yaml", "max_vanished_rows: 0", "max_vanished_rows: \"30%\"");
+    assert_eq!(workspace.run(&[])["causes"]["event_voided"], 1);
     // What somebody voided is no surprise.
     workspace.edit("job.yaml", "max_vanished_rows: \"30%\"", "max_changed_rows: \"100%\"");
     workspace.write("events/voids.ndjson", "{\"tenant_id\":\"t\",\"id\":\"b\",\"deleted\":true}\n");

@@ -25,6 +25,7 @@ mod kept_matches;
 mod lateness;
 mod lease;
 mod parts;
+mod places;
 mod promises;
 mod reasons;
 mod reference;

@@ -337,3 +337,33 @@ fn adjustments_name_no_rows_that_changed_elsewhere() {
     assert_eq!(reasons(&workspace), ["s2 01-10T00:00 adjust {\"event_voided\":1}"]);
     is_sound(&workspace);
 }
+
+/// When a price holds is part of what it says.
+#[test]
+fn a_price_that_ends_sooner_is_why() {
+    let cases = [
+        ("aggregation: sum, property: n", "model: flat, amount: \"10\", prorate: true", "2026-01-25"),
+        ("aggregation: weighted_sum, property: n", "model: per_unit, unit_amount: \"10\"", "2026-01-25"),
+        // Between two events of a window.
+        ("aggregation: sum, property: n, window: month", "model: per_unit, unit_amount: \"10\"", "2026-01-10"),
+    ];
+    for (meter, price, end) in cases {
+        let workspace = world();
+        workspace.write("meters.yaml", format!("meters: [{{meter_id: calls, event_name: call, {meter}}}]\n"));
+        let price = format!("prices: [{{price_id: p, plan_id: pro, meter_id: calls, currency: USD, {price}}}]\n");
+        workspace.write("prices.yaml", &price);
+        workspace.edit("subscriptions.csv", "t,s2,c2,pro,USD,month,2025-01-01\n", "");
+        workspace.edit("customers.csv", "t,c2,x2\n", "");
+        for mode in ["--full", "--incremental"] {
+            workspace.write("prices.yaml", &price);
+            workspace.run(&["--full", "--yes"]);
+            workspace.edit("prices.yaml", "currency: USD,", &format!("currency: USD, valid_to: {end}T00:00:00Z,"));
+            let run = workspace.run(&[mode, "--yes"]);
+            assert!(run["causes"]["price_changed"].as_u64() > Some(0), "{meter} {mode}: {run}");
+            for other in ["store_altered", "event_voided"] {
+                assert!(run["causes"][other].is_null(), "{meter} {mode}: {}", run["causes"]);
+            }
+            is_sound(&workspace);
+        }
+    }
+}
