@@ -43,6 +43,15 @@ fn secret_lines(text: &str) -> Vec<usize> {
     lines.map(|(number, _)| number).collect()
 }
 
+/// A line of an excerpt; the one that says where it is says so by the whole line, which the excerpt
+/// may have cut.
+fn pointing_at(place: &str, line: &str) -> String {
+    match line.split_once("-->") {
+        Some((indent, rest)) if rest.trim_start().starts_with("<input>") => format!("{indent}--> {place}"),
+        _ => line.to_owned(),
+    }
+}
+
 /// `file:line:column: what is wrong`, then the excerpt under the file's own name.
 fn located(path: &Path, text: &str, error: &serde_saphyr::Error) -> String {
     let rendered = error.render();
@@ -61,8 +70,7 @@ fn located(path: &Path, text: &str, error: &serde_saphyr::Error) -> String {
         let number = line.split_once('|').and_then(|(number, _)| number.trim().parse().ok());
         number.is_none_or(|number| !secrets.contains(&number))
     };
-    let excerpt: String =
-        excerpt.filter(is_shown).map(|line| format!("\n{}", line.replace("<input>", &path.display().to_string()))).collect();
+    let excerpt: String = excerpt.filter(is_shown).map(|line| format!("\n{}", pointing_at(&place, line))).collect();
     let said = format!("{place}: {message}{excerpt}");
     // What the reader says to programmers, for people.
     let words = [

@@ -169,16 +169,22 @@ impl CurrentDigests {
     }
 }
 
-/// Digests that stored rows were computed with.
+/// Digests that the stored rows of a subscription were computed with: others may have been computed
+/// since with what is new.
 #[derive(Default)]
-pub struct KnownBasis {
-    meters: FxHashMap<Text, FxHashSet<Text>>,
-    prices: FxHashMap<Text, FxHashSet<Text>>,
-    subscriptions: FxHashMap<(Text, Text), FxHashSet<(Text, Text)>>,
+pub struct KnownBasis<'s>(FxHashMap<(&'s str, &'s str), KnownOf<'s>>);
+
+/// Of one subscription.
+#[derive(Default)]
+struct KnownOf<'s> {
+    meters: FxHashMap<&'s str, FxHashSet<&'s str>>,
+    prices: FxHashMap<&'s str, FxHashSet<&'s str>>,
+    subscription: FxHashSet<&'s str>,
+    customer: FxHashSet<&'s str>,
 }
 
-impl KnownBasis {
-    pub fn of(stored: &[StoredWindow]) -> Self {
+impl<'s> KnownBasis<'s> {
+    pub fn of(stored: &'s [StoredWindow]) -> Self {
         let mut known = KnownBasis::default();
         let mut last: Option<&WindowRow> = None;
         for StoredWindow { row, .. } in stored {
@@ -187,13 +193,18 @@ impl KnownBasis {
             if last.replace(row).is_some_and(is_known) {
                 continue;
             }
-            let Basis { meter, price, subscription, customer } = &*row.basis;
-            known.prices.entry(row.key.period.price_id.clone()).or_default().insert(price.clone());
-            known.meters.entry(row.key.period.meter_id.clone()).or_default().insert(meter.clone());
-            let key = (row.key.period.tenant_id.clone(), row.key.period.subscription_id.clone());
-            known.subscriptions.entry(key).or_default().insert((subscription.clone(), customer.clone()));
+            let (period, Basis { meter, price, subscription, customer }) = (&*row.key.period, &*row.basis);
+            let of = known.0.entry((&period.tenant_id, &period.subscription_id)).or_default();
+            of.prices.entry(&period.price_id).or_default().insert(price);
+            of.meters.entry(&period.meter_id).or_default().insert(meter);
+            of.subscription.insert(subscription);
+            of.customer.insert(customer);
         }
         known
+    }
+
+    fn subscription<'k>(&'k self, period: &'k PeriodKey) -> Option<&'k KnownOf<'k>> {
+        self.0.get(&(&*period.tenant_id, &*period.subscription_id))
     }
 }
 
@@ -204,7 +215,7 @@ const DEFINITIONS: [Cause; 5] =
 /// Finds causes.
 pub struct Judge<'j> {
     pub evidence: &'j Evidence<'j>,
-    pub known: &'j KnownBasis,
+    pub known: &'j KnownBasis<'j>,
     /// Billing periods in which a window's usage is not what is stored.
     pub moved: &'j FxHashSet<Arc<PeriodKey>>,
     /// Places where a price gives way to another.
@@ -312,11 +323,11 @@ impl Judge<'_> {
             return (causes, true);
         }
         let basis = &after.row.basis;
-        let subscription = self.known.subscriptions.get(&(key.period.tenant_id.clone(), key.period.subscription_id.clone()));
-        let meter = self.known.meters.get(&key.period.meter_id).map(|known| !known.contains(&basis.meter));
-        let customer = subscription.map(|known| !known.iter().any(|(_, of)| *of == basis.customer));
-        let subscription = subscription.map(|known| !known.iter().any(|(of, _)| *of == basis.subscription));
-        let price = self.known.prices.get(&key.period.price_id).map(|known| !known.contains(&basis.price));
+        let known = self.known.subscription(&key.period);
+        let meter = known.and_then(|of| of.meters.get(&*key.period.meter_id)).map(|known| !known.contains(&*basis.meter));
+        let price = known.and_then(|of| of.prices.get(&*key.period.price_id)).map(|known| !known.contains(&*basis.price));
+        let customer = known.map(|of| !of.customer.contains(&*basis.customer));
+        let subscription = known.map(|of| !of.subscription.contains(&*basis.subscription));
         // What the tables were to that run is better than what rows say that others may have left.
         let changed = self.evidence.changed.as_ref().filter(|changed| changed.run_id == run.run_id);
         let or = |known: Option<bool>, is_changed: &dyn Fn(&ChangedRows<'_>) -> bool| changed.map(is_changed).or(known);

@@ -367,3 +367,20 @@ fn a_price_that_ends_sooner_is_why() {
         }
     }
 }
+
+/// That somebody else's rows were computed with what a meter says now does not make it old news.
+#[test]
+fn a_meter_that_others_were_computed_with_is_still_why() {
+    let workspace = world();
+    workspace.edit("subscriptions.csv", "t,s2,c2,", "u,s2,c2,");
+    workspace.edit("customers.csv", "t,c2,x2", "u,c2,x2");
+    workspace.write("events/other.ndjson", event("o", "x2", "2026-01-10T12:00:00Z", "2026-01-11", &json!({"tenant_id": "u"})));
+    workspace.run(&[]);
+    workspace.run(&["--start", "2026-01-01", "--end", "2026-03-01", "--customer", "c1"]);
+    workspace.edit("meters.yaml", "property: n", "property: n, window: hour");
+    workspace.run(&["--start", "2026-01-01", "--end", "2026-03-01", "--tenant", "t", "--yes"]);
+    workspace.run(&["--yes"]);
+    let expected = ["s2 01-10T00:00 retract {\"meter_changed\":1}", "s2 01-10T12:00 insert {\"meter_changed\":1}"];
+    assert_eq!(reasons(&workspace), expected);
+    is_sound(&workspace);
+}
