@@ -372,8 +372,8 @@ fn a_price_that_ends_sooner_is_why() {
 #[test]
 fn a_meter_that_others_were_computed_with_is_still_why() {
     let workspace = world();
-    workspace.edit("subscriptions.csv", "t,s2,c2,", "u,s2,c2,");
-    workspace.edit("customers.csv", "t,c2,x2", "u,c2,x2");
+    workspace.edit("subscriptions.csv", "t,s2,c2,", "u,s2,c1,");
+    workspace.edit("customers.csv", "t,c2,x2", "u,c1,x2");
     workspace.write("events/other.ndjson", event("o", "x2", "2026-01-10T12:00:00Z", "2026-01-11", &json!({"tenant_id": "u"})));
     workspace.run(&[]);
     workspace.run(&["--start", "2026-01-01", "--end", "2026-03-01", "--customer", "c1"]);
