@@ -349,11 +349,7 @@ impl<'c, 'r> Matcher<'c, 'r> {
         if counting {
             self.note_visit(event);
         }
-        let problem = event
-            .problem
-            .map(|problem| problem.detail.clone())
-            .or_else(|| event.missing_field().map(|field| format!("`{field}` is missing")));
-        if let Some(detail) = problem {
+        if let Some(detail) = event.fault() {
             let outside = event.timestamp.is_some_and(|t| !context.range.contains(t));
             self.reject_event(event, counting, !outside, &Rejection { reason: Reason::MalformedEvent, detail });
             return Ok(());

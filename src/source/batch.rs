@@ -184,6 +184,13 @@ impl EventRef<'_> {
         problem: None,
     };
 
+    /// Why nothing can be made of it, if so.
+    #[inline]
+    pub fn fault(&self) -> Option<String> {
+        let missing = || self.missing_field().map(|field| format!("`{field}` is missing"));
+        self.problem.map(|problem| problem.detail.clone()).or_else(missing)
+    }
+
     /// What is missing of the fields that every event needs; a void needs only its key.
     #[inline]
     pub fn missing_field(&self) -> Option<&'static str> {
