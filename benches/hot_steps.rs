@@ -179,6 +179,7 @@ fn compare(stored: &[StoredWindow], computed: &[PricedWindow]) -> Reconciliation
         runs: &[],
         taken_back: FxHashSet::default(),
         unpriced: Unpriced::default(),
+        unbound: Default::default(),
         levels: FxHashSet::default(),
         basis: &RunBasis::default(),
         withdrawn: &FxHashMap::default(),

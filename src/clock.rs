@@ -18,7 +18,7 @@ pub fn now() -> Timestamp {
 /// Where the clock is so wrong that what it says could not be stored.
 pub fn check() -> Result<()> {
     let now = now();
-    if Timestamp::in_range(now.nanos()).is_none() {
+    if now.nanos() <= 0 || Timestamp::in_range(now.nanos()).is_none() {
         bail!("the clock of this machine says {now}: set it right, for runs are ordered by it");
     }
     Ok(())

@@ -13,7 +13,7 @@ use crate::pipeline::saved::{SavedPlan, stale};
 use crate::pipeline::{self, Inputs, KeyCache, Observer, Plan, Published, Request, plan};
 use crate::reference::Reference;
 use crate::source::clickhouse::ClickHouseSource;
-use crate::source::files::FileSource;
+use crate::source::files::{FileSource, NoFile};
 use crate::source::kafka::{KafkaSource, Snapshot};
 use crate::source::{EventSource, Moved};
 use crate::store::AggregateStore;
@@ -126,8 +126,8 @@ pub fn apply(job: &Job, path: &Path, saved: SavedPlan, yes: bool) -> Result<RunR
     let result = (|| {
         let mut store = write_store(job)?;
         let files = match input_files(job, &reference, &saved) {
-            // A file that is gone has moved as well.
-            Err(error) if matches!(job.source, Source::Files { .. }) => return Err(stale(path, &[format!("{error:#}")])),
+            // Files that are gone have moved as well.
+            Err(error) if error.is::<NoFile>() => return Err(stale(path, &[format!("{error:#}")])),
             files => files?,
         };
         let moved = saved.moved(&job.name, &pipeline::basis(job, &reference, &saved.request.scope), &files, &*store)?;
@@ -316,6 +316,23 @@ fn key_cache(job: &Job, writes: bool) -> KeyCache {
 /// # Errors
 /// A configuration fault where `out` is the job file, its store, or something that it reads.
 pub fn check_output(job: &Job, out: &Path) -> Result<()> {
+    let place =
+        |path: &Path| Some((std::path::absolute(path).ok()?.parent()?.canonicalize().ok()?, path.file_name()?.to_owned()));
+    if let Store::Sqlite { path } = &job.store {
+        let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+        // What SQLite and runs keep beside it.
+        let beside = ["-wal", "-shm", "-journal"].map(|suffix| {
+            let mut name = path.file_name().unwrap_or_default().to_owned();
+            name.push(suffix);
+            path.with_file_name(name)
+        });
+        if beside.iter().chain([&lock_path(job)]).any(|file| place(file).is_some_and(|file| Some(file) == place(out))) {
+            return Err(configuration(format!(
+                "--out {}: that is a file of the job's store: choose another file",
+                out.display()
+            )));
+        }
+    }
     let Ok(out_file) = out.canonicalize() else { return Ok(()) };
     let is_out = |path: &Path| path.canonicalize().is_ok_and(|path| path == out_file);
     let tables = [&job.reference.customers, &job.reference.subscriptions, &job.reference.meters, &job.reference.prices];

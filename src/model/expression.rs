@@ -165,7 +165,9 @@ fn infix(text: &str) -> Result<String, String> {
             _ => first.len_utf8(),
         };
         let (word, after) = rest.split_at_checked(length).unwrap_or((rest, ""));
-        let call = after.trim_start().strip_prefix('(').filter(|_| ["min", "max"].contains(&word));
+        // Between two values it is written as it is.
+        let is_operator = out.trim_end().ends_with(|c: char| matches!(c, ')' | '}') || c.is_ascii_digit());
+        let call = after.trim_start().strip_prefix('(').filter(|_| ["min", "max"].contains(&word) && !is_operator);
         let Some((values, after)) = call.and_then(values) else {
             out.push_str(word);
             rest = after;
@@ -234,6 +236,7 @@ mod tests {
         is("{usage.out} * 2", "6");
         is("max(0, min(usage.out, 2)) + z", "2");
         is("min(max(a, max (b, usage.out)), 10 * abs(min(b, -a))) * 2", "2");
+        is("usage.out min (a + b)", "0.3");
         is("max({a}, b * min(usage.out, 2)) - z", "0.4");
     }
 

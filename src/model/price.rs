@@ -201,6 +201,13 @@ pub struct Tier {
 
 impl Price {
     /// Changes when anything of the row changes: also what it is the price of, and when.
+    /// The digest of what it says in a span in which it does not hold all the time; `None` where
+    /// it does.
+    pub fn digest_of_part(&self, span: Span) -> Option<String> {
+        let part = Span { start: self.valid.start.max(span.start), end: self.valid.end.min(span.end) };
+        (part != span).then(|| Digest::new("part of a price").text(&self.digest).text(&format!("{part:?}")).hex())
+    }
+
     pub fn row_digest(&self) -> String {
         let texts = [&self.id, &self.plan_id, &self.meter_id, &self.digest];
         let digest = texts.into_iter().fold(Digest::new("price row"), |digest, text| digest.text(text));

@@ -29,10 +29,41 @@ pub struct Evidence<'e> {
     pub current: CurrentDigests,
     /// Where no price holds.
     pub unpriced: Unpriced,
+    /// Where no subscription does, or several do.
+    pub unbound: Unbound,
     /// Meters that keep a level, by their id.
     pub levels: FxHashSet<&'e str>,
     /// What changed in the reference tables, where that is known row by row.
     pub changed: Option<ChangedRows<'e>>,
+}
+
+/// The events that found no customer, or not one subscription, by tenant.
+#[derive(Debug, Default)]
+pub struct Unbound(FxHashMap<String, Vec<(Timestamp, Cause)>>);
+
+impl Unbound {
+    pub fn of(letters: &[DeadLetter]) -> Self {
+        let mut found: FxHashMap<String, Vec<(Timestamp, Cause)>> = FxHashMap::default();
+        for letter in letters {
+            let cause = match letter.key.reason {
+                Reason::CustomerNotFound => Cause::CustomerChanged,
+                Reason::NoActiveSubscription | Reason::AmbiguousReference => Cause::SubscriptionChanged,
+                _ => continue,
+            };
+            let times = letter.event_time.map(|t| (t, cause));
+            found.entry(letter.key.tenant_id.clone()).or_default().extend(times);
+        }
+        found.values_mut().for_each(|times| times.sort_unstable_by_key(|(t, _)| *t));
+        Unbound(found)
+    }
+
+    /// What a change of the tables can have done to events of a window.
+    fn causes(&self, row: &WindowRow) -> impl Iterator<Item = Cause> + '_ {
+        let times = self.0.get(&*row.key.period.tenant_id).map(Vec::as_slice).unwrap_or_default();
+        let window = row.window();
+        let first = times.partition_point(|(t, _)| *t < window.start);
+        times.get(first..).unwrap_or_default().iter().take_while(move |(t, _)| *t < window.end).map(|(_, cause)| *cause)
+    }
 }
 
 /// The events that found no price, by tenant and meter.
@@ -117,25 +148,31 @@ impl Evidence<'_> {
 pub struct ChangedRows<'e> {
     run_id: &'e str,
     differences: &'e Differences,
-    /// Tenant and id of subscriptions that external ids stand for that changed.
+    /// Tenant and id of subscriptions that external ids stand for, or stood for, which belong to
+    /// other customers now, or at other times.
     of_customers: FxHashSet<(&'e str, &'e str)>,
+    /// Of those that are bound otherwise because of other subscriptions.
+    of_subscriptions: FxHashSet<(&'e str, &'e str)>,
 }
 
 impl<'e> ChangedRows<'e> {
     pub fn new(run_id: &'e str, differences: &'e Differences, reference: &'e Reference) -> Self {
-        let before = differences.externals.iter();
-        let before = before.flat_map(|(tenant, _, ids)| ids.iter().map(move |id| (tenant.as_str(), id.as_str())));
-        let changed: FxHashSet<_> = differences.externals.iter().map(|(tenant, id, _)| (tenant.as_str(), id.as_str())).collect();
-        let now = reference.externals().filter(|(tenant, id, _)| changed.contains(&(*tenant, *id)));
-        let now = now.flat_map(|(tenant, _, customer)| {
-            let bound = customer.bindings.iter().filter_map(|(_, at)| reference.subscriptions.get(*at));
-            bound.map(move |subscription| (tenant, subscription.id.as_str()))
-        });
-        ChangedRows { run_id, differences, of_customers: before.chain(now).collect() }
+        let mut rows =
+            ChangedRows { run_id, differences, of_customers: FxHashSet::default(), of_subscriptions: FxHashSet::default() };
+        let now: FxHashMap<_, _> = reference.externals().map(|(tenant, id, customer)| ((tenant, id), customer)).collect();
+        for external in &differences.externals {
+            let tenant = external.tenant.as_str();
+            let now = now.get(&(tenant, external.id.as_str())).into_iter().flat_map(|customer| &customer.bindings);
+            let now = now.filter_map(|(_, at)| Some(reference.subscriptions.get(*at)?.id.as_str()));
+            let bound = external.subscriptions.iter().map(String::as_str).chain(now).map(|id| (tenant, id));
+            if external.is_other_customer { rows.of_customers.extend(bound) } else { rows.of_subscriptions.extend(bound) }
+        }
+        rows
     }
 
     fn subscription(&self, key: &PeriodKey) -> bool {
-        self.differences.subscriptions.contains(&(key.tenant_id.to_string(), key.subscription_id.to_string()))
+        self.of_subscriptions.contains(&(&*key.tenant_id, &*key.subscription_id))
+            || self.differences.subscriptions.contains(&(key.tenant_id.to_string(), key.subscription_id.to_string()))
     }
 
     fn customer(&self, key: &PeriodKey) -> bool {
@@ -208,9 +245,14 @@ impl<'s> KnownBasis<'s> {
     }
 }
 
+/// How many events a window has less than it had, though no copy says why. Others that came make up
+/// for them: they may be the copies that a source has left.
+fn lost(was: &WindowRow, is: &WindowRow, news: News) -> u64 {
+    was.event_count.saturating_sub(is.event_count + news.voided + news.amended + news.duplicates)
+}
+
 /// What can change which events a window counts, beside the events.
-const DEFINITIONS: [Cause; 5] =
-    [Cause::CustomerChanged, Cause::SubscriptionChanged, Cause::PriceChanged, Cause::MeterChanged, Cause::JobChanged];
+const DEFINITIONS: [Cause; 4] = [Cause::CustomerChanged, Cause::SubscriptionChanged, Cause::MeterChanged, Cause::JobChanged];
 
 /// Finds causes.
 pub struct Judge<'j> {
@@ -220,6 +262,8 @@ pub struct Judge<'j> {
     pub moved: &'j FxHashSet<Arc<PeriodKey>>,
     /// Places where a price gives way to another.
     pub replaced: &'j FxHashSet<Slot>,
+    /// How many events prices count more than they did, where nothing came, by place.
+    pub gained: &'j FxHashMap<Slot, u64>,
     /// Of runs among all of them, by their id: there may be many, and many rows.
     pub places: FxHashMap<&'j str, usize>,
 }
@@ -233,7 +277,7 @@ impl Judge<'_> {
         // News that left the usage as it was explain nothing.
         let news = if usage_changed { self.evidence.all_news(&is.key, after.news.all()) } else { News::default() };
         let mut causes = self.limited(news, was, is, is_closed).causes();
-        let (has_news, no_longer) = (!causes.is_empty(), news.voided + news.amended + news.duplicates);
+        let has_news = !causes.is_empty();
         let moved_to_another = was.customer_id != is.customer_id || was.currency != is.currency;
         let is_shifted = self.moved.contains(&is.key.period);
         let mut changed = |cause: Cause, is_changed: bool| {
@@ -247,9 +291,14 @@ impl Judge<'_> {
         let now = &self.evidence.basis.reference;
         let since = |table: fn(&ReferenceDigests) -> &String| then.is_none_or(|then| table(then) != table(now));
         let charged_otherwise = was.cost != is.cost || was.currency != is.currency;
+        let lost = if usage_changed && !is_closed { lost(was, is, news) } else { 0 };
+        let gained = if lost == 0 { None } else { self.gained.get(&Slot::of(&is.key)) };
+        // What another price counts now is not gone.
+        let gone = lost.saturating_sub(gained.copied().unwrap_or_default());
         // Where it holds no more, events of the window are not charged by it.
-        let price_changed = (charged_otherwise || (usage_changed && !has_news))
-            && was.basis.price != is.basis.price
+        let price_changed = (((charged_otherwise || (usage_changed && !has_news) || gone > 0)
+            && was.basis.price != is.basis.price)
+            || gained.is_some())
             && since(|tables| &tables.prices);
         let recharged = was.cost != is.cost && !price_changed;
         changed(Cause::PriceChanged, price_changed);
@@ -275,22 +324,28 @@ impl Judge<'_> {
         {
             // Rows of the tables beside those that this one was computed with.
             let period = &is.key.period;
-            let is_bound_otherwise = changed.customer(period);
+            let (subscription, customer) = (changed.subscription(period), changed.customer(period));
+            let basis = RunBasis { job_digest: self.evidence.basis.job_digest.clone(), ..run.basis.clone() };
             causes.extend(self.evidence.changed_definitions(
-                &run.basis,
+                &basis,
                 Some(false),
-                Some(is_bound_otherwise || changed.subscription(period)),
-                Some(is_bound_otherwise),
-                Some(changed.price(period)),
+                Some(subscription),
+                Some(customer),
+                Some(false),
             ));
         }
-        if !causes.is_empty() {
-            let is_smaller = was.event_count > is.event_count.saturating_add(no_longer);
-            let vanished = usage_changed && is_smaller && !DEFINITIONS.iter().any(|cause| causes.hold(*cause));
-            return (causes, vanished);
+        if usage_changed && causes.is_empty() {
+            causes.extend(self.unbound(was, run));
         }
         let job_changed =
             self.evidence.basis_of(&before.run_id).is_some_and(|basis| basis.job_digest != self.evidence.basis.job_digest);
+        if gone > 0 && !job_changed && !self.loses_otherwise(&causes, is) {
+            causes.insert(Cause::EventVoided, gone + news.voided);
+            return (causes, true);
+        }
+        if !causes.is_empty() {
+            return (causes, false);
+        }
         let (cause, count) = if usage_changed && job_changed {
             (Cause::JobChanged, 1)
         } else if was.events_digest != is.events_digest {
@@ -307,6 +362,13 @@ impl Judge<'_> {
         };
         causes.insert(cause, count);
         (causes, cause == Cause::EventVoided)
+    }
+
+    /// Whether a window may hold fewer events for other reasons than theirs.
+    fn loses_otherwise(&self, causes: &Causes, is: &WindowRow) -> bool {
+        let price = self.evidence.current.prices.get(&is.key.period.price_id);
+        let ends_within = || price.is_some_and(|valid| !valid.covers(is.window()));
+        DEFINITIONS.iter().any(|cause| causes.hold(*cause)) || (causes.hold(Cause::PriceChanged) && ends_within())
     }
 
     /// The causes, and whether they are proved.
@@ -372,8 +434,18 @@ impl Judge<'_> {
                 Some(price_is_gone),
             ));
         }
+        if causes.is_empty() {
+            causes.extend(self.unbound(&before.row, self.covering_run(before)));
+        }
         let proved = !causes.is_empty();
         (causes, proved)
+    }
+
+    /// The tables that changed since a run, so that events of a window are dead letters now.
+    fn unbound(&self, row: &WindowRow, run: Option<&RunRecord>) -> Causes {
+        let changed = run.map(|run| self.evidence.changed_definitions(&run.basis, Some(false), None, None, Some(false)));
+        let changed = changed.unwrap_or_default();
+        self.evidence.unbound.causes(row).filter(|cause| changed.hold(*cause)).map(|cause| (cause, 1)).collect()
     }
 
     /// No more events are late than a window has more, if all others count still: where files were

@@ -5,7 +5,7 @@ use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::adjustments::{Adjustments, Judged};
-use super::causes::{ChangedRows, CurrentDigests, Evidence, Unpriced};
+use super::causes::{ChangedRows, CurrentDigests, Evidence, Unbound, Unpriced};
 use super::closed::ClosedPeriods;
 use super::incremental::Marks;
 use super::incremental::snapshot::Differences;
@@ -45,7 +45,6 @@ pub struct Compared {
     pub periods: PeriodChanges,
     /// Rows that name definitions which they were not computed with.
     pub foreign_definitions: Vec<WindowKey>,
-    pub closed: ClosedPeriods,
     pub windows: Vec<StoredWindow>,
     /// Empty where no guard asks for them.
     pub bills: Vec<PeriodRow>,
@@ -96,7 +95,7 @@ impl Comparison<'_> {
         let foreign_definitions = self.past.foreign_definitions(&windows, &priced.windows, self.basis);
         invariants::ledger_replay(&windows, &changes, priced, self.range, &closed)?;
         invariants::nothing_outside_the_range(&windows, &changes, self.range)?;
-        Ok(Compared { changes, periods, foreign_definitions, closed, windows, bills: guarded })
+        Ok(Compared { changes, periods, foreign_definitions, windows, bills: guarded })
     }
 
     /// What tells the causes of corrections.
@@ -110,6 +109,7 @@ impl Comparison<'_> {
             sessions,
             current: CurrentDigests::of(reference),
             unpriced: Unpriced::of(self.dead_letters),
+            unbound: Unbound::of(self.dead_letters),
             levels: self.meters(Meter::keeps_a_level),
             changed: self.differences.map(|(run_id, differences)| ChangedRows::new(run_id, differences, reference)),
         }

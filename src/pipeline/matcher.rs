@@ -336,6 +336,11 @@ impl<'c, 'r> Matcher<'c, 'r> {
         let context = self.context;
         let counting = matches!(purpose, Purpose::Count(_));
         if event.deleted && event.problem.is_none() && event.missing_field().is_none() {
+            let whole = EventRef { deleted: false, ..*event };
+            // What it voids may be gone from the source: it tells where that was itself.
+            if purpose == Purpose::Count(Arrival::Late) && whole.missing_field().is_none() {
+                self.take(&whole, Purpose::Withdraw(Loss::Voided), slots)?;
+            }
             self.void(event);
             return Ok(());
         }

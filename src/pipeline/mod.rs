@@ -180,8 +180,8 @@ const EMPTY: Span = Span { start: Timestamp::from_nanos(0), end: Timestamp::from
 /// Where the request is empty, the source is not delivered as a whole, a number
 /// overflows, or a promise would be broken.
 pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
-    let with = |completeness| compute(inputs, &Request { completeness, ..request.clone() });
-    let result = compute(inputs, request);
+    let with = |completeness, goes_on| compute(inputs, &Request { completeness, ..request.clone() }, goes_on);
+    let result = compute(inputs, request, false);
     let retreat = match result {
         Err(error) if error.is::<Retreat>() => error.downcast::<Retreat>()?,
         result => return result,
@@ -191,9 +191,9 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
         Completeness::Incremental => Completeness::Full,
         _ => Completeness::Recomputed,
     };
-    let plan = match with(everything) {
+    let plan = match with(everything, false) {
         // The source has no longer everything, but for what is new it does.
-        Err(error) if retreat.is_choice && Moved::is_in(&error) => with(Completeness::Incremental).map_err(|second| {
+        Err(error) if retreat.is_choice && Moved::is_in(&error) => with(Completeness::Incremental, true).map_err(|second| {
             // Neither works: of the two, the whole source is what can be mended.
             if second.is::<Retreat>() { error.context(second) } else { second }
         })?,
@@ -205,7 +205,8 @@ pub fn plan(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     Ok(Plan { request: request.clone(), ..plan })
 }
 
-fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
+/// `goes_on` where there is no other way: the source has no longer everything.
+fn compute(inputs: &Inputs<'_>, request: &Request, goes_on: bool) -> Result<Plan> {
     let started_at = now();
     let Inputs { job, reference, store, progress, threads, .. } = *inputs;
     let mut timeline = Timeline { steps: Vec::new(), observer: progress };
@@ -371,10 +372,10 @@ fn compute(inputs: &Inputs<'_>, request: &Request) -> Result<Plan> {
     };
     let compared = comparison.reconcile(stored, &mut priced, &mut timeline)?;
     let event_times = match &baseline {
-        Ok(baseline) => edges::event_times((inputs, request, baseline), &seen.times, &compared)?,
+        Ok(baseline) => edges::event_times((inputs, goes_on, baseline), &seen.times, &compared)?,
         Err(_) => seen.times.all(),
     };
-    let Compared { changes, periods, foreign_definitions, windows: stored, bills, .. } = compared;
+    let Compared { changes, periods, foreign_definitions, windows: stored, bills } = compared;
     let known_letters: FxHashSet<_> = past.dead_letters.iter().map(|stored| &stored.letter.key).collect();
     let new_letters: FxHashSet<_> =
         seen.dead_letters.iter().map(|letter| &letter.key).filter(|key| !known_letters.contains(key)).collect();
@@ -508,7 +509,8 @@ pub fn selection(request: &Request, range: Option<Span>, reference: &Reference) 
     let levels = reference.has_levels(request.scope.meter.as_deref());
     let range = range.filter(|_| request.range.is_some() && !levels);
     let span = range.map(|range| range::reach(range, reference, &request.scope));
-    Selection { span, tenant: request.scope.tenant.clone() }
+    // How far bills reach without a range, events of all tenants tell.
+    Selection { span, tenant: request.scope.tenant.clone().filter(|_| request.range.is_some()) }
 }
 
 /// What a computation rests on, as it is now.

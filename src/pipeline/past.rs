@@ -224,8 +224,11 @@ impl Past {
     ) -> Vec<DeadLetterKey> {
         let again: FxHashSet<_> = found.iter().map(|letter| &letter.key).collect();
         let is_covered = |letter: &DeadLetter| {
-            // What is wrong with an event as a whole, any of its meters tells.
-            let is_of = |meter: &String| letter.key.meter_id.is_empty() || *meter == letter.key.meter_id;
+            // What was wrong with an event as a whole is right for a meter only if it has no other.
+            let is_of = |meter: &String| match letter.key.meter_id.as_str() {
+                "" => reference.is_alone(meter),
+                of => *meter == of,
+            };
             let in_scope = scope.tenant.as_ref().is_none_or(|tenant| *tenant == letter.key.tenant_id)
                 && scope.meter.as_ref().is_none_or(is_of);
             let tumbling =

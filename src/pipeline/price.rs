@@ -15,7 +15,7 @@ use super::incremental::values::{ListKeeper, NewLists};
 use super::names::Names;
 use super::state::{Interner, KeptNews, StateKey, WindowState};
 use super::windows::Windows;
-use crate::model::aggregate::{PeriodKey, PeriodRow, Text, WindowKey, WindowRow};
+use crate::model::aggregate::{Basis, PeriodKey, PeriodRow, Text, WindowKey, WindowRow};
 use crate::model::decimal::{Decimal, DecimalError};
 use crate::model::decimal_sum::DecimalSum;
 use crate::model::meter::{ChargeOn, Meter};
@@ -271,6 +271,17 @@ impl PeriodPricing<'_> {
         let key = Arc::new(names.period_key(first, dimensions));
         let names = names.of(first);
         let mut accumulation = Accumulation::new(self.parts, period);
+        // What a price of time costs depends on when it holds in the whole period, others on when in a window.
+        let in_part = |span: Span| -> Option<Arc<Basis>> {
+            let price = self.parts.price.and_then(|price| price.digest_of_part(span))?;
+            Some(Arc::new(Basis { price: price.into(), ..Basis::clone(&names.basis) }))
+        };
+        let is_of_time = self.parts.meter.keeps_a_level() || self.parts.price.is_some_and(|price| price.options.prorate);
+        let of_period = if is_of_time { in_part(period) } else { None };
+        let basis = |window: Span| {
+            let of_part = if is_of_time { of_period.clone() } else { in_part(window) };
+            of_part.unwrap_or_else(|| Arc::clone(&names.basis))
+        };
         let emit =
             |windows: &mut Vec<PricedWindow>, window_start: Timestamp, state: &WindowState, quantity: Decimal, cost: Decimal| {
                 windows.push(PricedWindow {
@@ -284,7 +295,7 @@ impl PeriodPricing<'_> {
                         cost,
                         currency: names.currency.clone(),
                         events_digest: state.events_digest,
-                        basis: Arc::clone(&names.basis),
+                        basis: basis(Span { start: window_start, end: state.window_end }),
                     }),
                     news: state.news.clone(),
                 });

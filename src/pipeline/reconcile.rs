@@ -6,7 +6,7 @@ use std::iter::Peekable;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use rustc_hash::FxHashSet;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::causes::{Evidence, Judge, KnownBasis, Slot};
 use super::closed::{ClosedDifference, ClosedPeriods};
@@ -80,7 +80,8 @@ pub fn reconcile(
         Reconciliation { corrections: Vec::with_capacity(new), upserts: Vec::with_capacity(new), ..Reconciliation::default() };
     let replaced = replaced_slots(&pairs);
     let places = evidence.runs.iter().enumerate().map(|(at, run)| (run.run_id.as_str(), at)).collect();
-    let judge = Judge { evidence, known: &known, moved: &moved, replaced: &replaced, places };
+    let gained = gained_by_prices(&pairs);
+    let judge = Judge { evidence, known: &known, moved: &moved, replaced: &replaced, gained: &gained, places };
     for pair in pairs {
         match pair {
             pair if closed.hold(pair.period()) => out.set_aside(pair, range, &judge),
@@ -212,7 +213,9 @@ impl Reconciliation {
         for at in std::mem::take(&mut self.unproved) {
             let Some(correction) = self.corrections.get_mut(at) else { continue };
             let known = in_ledger(&correction.key);
-            if correction.after.is_none() && known {
+            // A level that is carried on has no event of its own.
+            let had_events = correction.values_before().is_some_and(|values| values.event_count > 0);
+            if correction.after.is_none() && known && had_events {
                 self.vanished.push(correction.customer_id.clone());
             }
             let (cause, values) = match (correction.values_after(), correction.values_before()) {
@@ -307,6 +310,29 @@ fn replaced_slots(pairs: &[Pair<'_>]) -> FxHashSet<Slot> {
     let computed =
         pairs.iter().filter_map(|pair| if let Pair::Computed(after) = pair { Some(Slot::of(&after.row.key)) } else { None });
     computed.filter(|slot| stored.contains(slot)).collect()
+}
+
+/// How many events rows have more than they had, where fewer came, by place: where a price takes
+/// over from another in the midst of a window, one row has what the other one lost.
+fn gained_by_prices(pairs: &[Pair<'_>]) -> FxHashMap<Slot, u64> {
+    let mut gained = FxHashMap::default();
+    let shrinks = |pair: &Pair<'_>| matches!(pair, Pair::Both(before, after) if before.row.event_count > after.row.event_count);
+    if !pairs.iter().any(shrinks) {
+        return gained;
+    }
+    for pair in pairs {
+        let (before, after) = match pair {
+            Pair::Both(before, after) => (before.row.event_count, after),
+            Pair::Computed(after) => (0, after),
+            Pair::Stored(_) => continue,
+        };
+        let came = after.news.all().late + after.news.all().resolved;
+        let more = after.row.event_count.saturating_sub(before + came);
+        if more > 0 {
+            *gained.entry(Slot::of(&after.row.key)).or_default() += more;
+        }
+    }
+    gained
 }
 
 /// Changes to `usage_periods`.

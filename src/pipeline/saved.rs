@@ -1,7 +1,7 @@
 //! Saved plans: the exact changes, with the fingerprints of everything they rest on.
 
 use std::fs::File;
-use std::io::{self, BufReader, Read as _, Seek as _, Write};
+use std::io::{self, BufReader, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -71,7 +71,8 @@ impl SavedPlan {
         let file =
             File::open(path).map_err(|error| configuration(format!("cannot read the plan {}: {error}", path.display())))?;
         let unreadable = || format!("cannot read the plan {}", path.display());
-        let (length, is_sealed) = sealed(&file).with_context(unreadable)?;
+        let mut file = rewindable(file).with_context(unreadable)?;
+        let (length, is_sealed) = sealed(&mut *file).with_context(unreadable)?;
         let mut plan: SavedPlan = serde_json::from_reader(BufReader::new(file.take(length))).map_err(|error| {
             configuration(format!("{} is no saved plan: {error}; make one with `trueup plan JOB --out FILE`", path.display()))
         })?;
@@ -162,6 +163,20 @@ impl Write for Digested<'_> {
     }
 }
 
+trait Rewindable: Read + Seek {}
+
+impl<T: Read + Seek> Rewindable for T {}
+
+/// A file that can be read twice, or all that a pipe gives.
+fn rewindable(mut file: File) -> io::Result<Box<dyn Rewindable>> {
+    if file.metadata()?.is_file() {
+        return Ok(Box::new(file));
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(Box::new(io::Cursor::new(bytes)))
+}
+
 /// The last line of a plan: whoever approved it did not approve another one.
 fn seal(hash: &Xxh3) -> String {
     format!("{{\"digest\":\"{:032x}\"}}\n", hash.digest128())
@@ -169,8 +184,9 @@ fn seal(hash: &Xxh3) -> String {
 
 /// The length of a plan without its last line, and whether that is the one that it was saved with.
 /// The file is read from the start again after this.
-fn sealed(mut file: &File) -> io::Result<(u64, bool)> {
-    let all = file.metadata()?.len();
+fn sealed(file: &mut dyn Rewindable) -> io::Result<(u64, bool)> {
+    let all = file.seek(io::SeekFrom::End(0))?;
+    file.rewind()?;
     let mut hash = Xxh3::new();
     let length = all.saturating_sub(seal(&hash).len() as u64);
     let (mut buffer, mut left) = (vec![0; 1 << 16], length);

@@ -167,6 +167,12 @@ impl Reference {
         self.customer(tenant, external_id).map_or(Err(Unbound::CustomerNotFound), |customer| customer.subscription(t))
     }
 
+    /// Whether no other meter counts events of the same name.
+    pub fn is_alone(&self, meter_id: &str) -> bool {
+        let name = self.meters.iter().find(|meter| meter.id == meter_id).map(|meter| &meter.event_name);
+        self.meters.iter().filter(|meter| Some(&meter.event_name) == name).count() == 1
+    }
+
     /// What an external id stands for.
     pub fn customer(&self, tenant: &str, external_id: &str) -> Option<&ExternalCustomer> {
         self.customers.get(tenant)?.get(external_id)

@@ -164,7 +164,7 @@ fn validate(row: &Located<RawPrice>, meters: &[Meter]) -> Result<Price> {
     let model = model(row)?;
     let options = options(row)?;
     check_percentage(row, &model, &options, meter)?;
-    let digest = Digest::new("price").text(&currency.code).text(&format!("{model:?} {options:?} {valid:?}")).hex();
+    let digest = Digest::new("price").text(&currency.code).text(&format!("{model:?} {options:?}")).hex();
     Ok(Price {
         id: raw.price_id.clone(),
         plan_id: raw.plan_id.clone(),

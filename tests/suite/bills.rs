@@ -256,3 +256,24 @@ fn bills_end_with_shorter_windows() {
     assert_eq!(bills(&workspace), ["s1 2025-12-29 10"]);
     is_sound(&workspace);
 }
+
+/// What is closed stays though its events are gone: it does not tell how far events reach.
+#[test]
+fn closed_windows_are_no_witness() {
+    let workspace = flat_world();
+    workspace.edit(
+        "subscriptions.csv",
+        "t,s1,c1,pro,USD,month,2025-01-01\n",
+        "t,s1,c1,pro,USD,month,2025-01-01\nt,s2,c2,pro,USD,month,2025-01-01\n",
+    );
+    send(&workspace, "march", &[("b", "x2", "2026-03-10", 1), ("c", "x1", "2026-03-10", 1)]);
+    workspace.run(&[]);
+    assert_eq!(workspace.trueup(&["close", "job.yaml", "--period", "2026-03", "--customer", "c1"]).code, 0);
+    for id in ["c", "b"] {
+        let void = format!("{{\"tenant_id\":\"t\",\"id\":\"{id}\",\"deleted\":true}}\n");
+        workspace.write(&format!("events/void-{id}.ndjson"), void);
+        workspace.run(&["--incremental", "--yes"]);
+        assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0, "{:?}", bills(&workspace));
+    }
+    assert_eq!(bills(&workspace), ["s1 2026-01-01 10", "s1 2026-03-01 10", "s2 2026-01-01 10"]);
+}

@@ -497,6 +497,13 @@ fn a_source_that_shrank_is_refused_by_the_guard() {
     workspace
         .trueup(&["run", "job.yaml"])
         .fails_with(8, &["would be retracted or lose events", "max_vanished_rows 0", "c1 (1 row)"]);
+    // What a price says does not make up for them.
+    let prices = workspace.read("prices.yaml");
+    for (from, to) in [("unit_amount: \"1\"", "unit_amount: \"2\""), ("currency: USD,", "currency: USD, valid_to: 2027-01-01,")] {
+        workspace.write("prices.yaml", prices.replace(from, to));
+        workspace.trueup(&["run", "job.yaml"]).fails_with(8, &["max_vanished_rows 0", "c1 (1 row)"]);
+    }
+    workspace.write("prices.yaml", prices);
     workspace.edit("job.yaml", "max_vanished_rows: 0", "max_vanished_rows: \"30%\"");
     assert_eq!(workspace.run(&[])["causes"]["event_voided"], 1);
     // What somebody voided is no surprise.

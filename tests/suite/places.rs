@@ -34,9 +34,13 @@ fn an_edited_plan_is_not_applied() {
     let workspace = world();
     assert_eq!(workspace.trueup(&["plan", "job.yaml", "--out", "plan.json"]).code, 0);
     let plan = workspace.read("plan.json");
-    let edits =
-        [plan.replacen("\"1\"", "\"700\"", 1), plan.replace("sequence", "sequense"), plan.lines().next().unwrap().to_owned()];
-    for edited in edits.iter().filter(|edited| **edited != plan) {
+    let edits = [
+        plan.replacen("\"event_count\":1", "\"event_count\":2", 1),
+        plan.replace("\"completeness\":\"auto\"", "\"completeness\":\"full\""),
+        plan.lines().next().unwrap().to_owned(),
+    ];
+    for edited in &edits {
+        assert!(*edited != plan, "{plan}");
         workspace.write("plan.json", edited);
         workspace.trueup(&["apply", "plan.json"]).fails_with(7, &["plan.json is stale: the file is not as it was saved"]);
     }
@@ -56,7 +60,7 @@ fn nothing_is_written_over_what_a_job_is_made_of() {
     workspace.run(&[]);
     symlink("trueup.db", workspace.path("link")).unwrap();
     let before = (workspace.dump(), workspace.read("job.yaml"));
-    for out in ["trueup.db", "link", "job.yaml", "./events/first.ndjson", "customers.csv", "prices.yaml"] {
+    for out in ["trueup.db", "link", "./trueup.db-wal", "job.yaml", "./events/first.ndjson", "customers.csv", "prices.yaml"] {
         for command in [&["plan", "job.yaml", "--out", out][..], &["export", "job.yaml", "runs", "--out", out]] {
             workspace.trueup(command).fails_with(2, &[out, "choose another file"]);
         }
@@ -75,8 +79,17 @@ fn folders_below_are_read_and_circles_are_not() {
     symlink("../..", workspace.path("events/deep/up")).unwrap();
     let run = workspace.run(&[]);
     assert_eq!((&run["events"]["read"], &run["events"]["metered"]), (&5.into(), &5.into()), "{run}");
-    workspace.edit("job.yaml", "**/*.ndjson", "events/**/second.ndjson");
-    assert_eq!(workspace.run(&["--yes"])["events"]["read"], 1);
+    for pattern in ["events/**/second.ndjson", "events/./**/er/*.ndjson", "./events//*/**/second.ndjson"] {
+        workspace.edit("job.yaml", "**/*.ndjson", pattern);
+        assert_eq!(workspace.run(&["--yes"])["events"]["read"], 1, "{pattern}");
+        workspace.edit("job.yaml", pattern, "**/*.ndjson");
+    }
+    // A folder that lies elsewhere is read through its link.
+    workspace.edit("job.yaml", "**/*.ndjson", "events/**/*.ndjson");
+    std::fs::rename(workspace.path("events/deep/er"), workspace.path("archive")).unwrap();
+    symlink("../../archive", workspace.path("events/deep/er")).unwrap();
+    assert_eq!(workspace.run(&[])["events"]["read"], 5);
+    assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
 }
 
 /// JSON has no word for what is no number: it is no value that is absent.
@@ -167,4 +180,18 @@ fn dead_letters_of_parts_are_opened_and_resolved() {
         workspace.run(&["--customer", "c2", "--yes"]);
         assert_eq!(workspace.query(open).len(), before);
     }
+}
+
+/// What was wrong with an event as a whole is right when all meters that want it have counted it.
+#[test]
+fn a_run_of_one_of_several_meters_leaves_dead_letters_of_events_open() {
+    let workspace = world();
+    let more = "{meter_id: all, event_name: call, aggregation: count, unpriced: true}]";
+    workspace.edit("meters.yaml", "property: n}]", &format!("property: n}}, {more}"));
+    workspace.edit("customers.csv", "t,c2,x2\n", "");
+    workspace.run(&[]);
+    workspace.edit("customers.csv", "t,c1,x1\n", "t,c1,x1\nt,c2,x2\n");
+    assert_eq!(workspace.run(&["--meter", "calls", "--yes"])["dead_letters_resolved"], 0);
+    let run = workspace.run(&["--yes"]);
+    assert_eq!((&run["dead_letters_resolved"], &run["causes"]["dead_letter_resolved"]), (&1.into(), &1.into()), "{run}");
 }

@@ -384,3 +384,32 @@ fn a_meter_that_others_were_computed_with_is_still_why() {
     assert_eq!(reasons(&workspace), expected);
     is_sound(&workspace);
 }
+
+/// An end that lies elsewhere is no reason for a window that moved by its tier.
+#[test]
+fn a_price_that_ends_elsewhere_is_not_why() {
+    for mode in ["--full", "--incremental"] {
+        let workspace = world();
+        workspace.run(&[]);
+        send(&workspace, "late", &[("e", "x1", "2026-01-06", 3)]);
+        workspace.edit("prices.yaml", "currency: USD,", "currency: USD, valid_to: 2027-06-01,");
+        workspace.run(&[mode, "--yes"]);
+        let expected = ["s1 01-06T00:00 insert {\"late_event\":1}", "s1 01-20T00:00 update {\"tier_shift\":1}"];
+        assert_eq!(reasons(&workspace), expected, "{mode}");
+        is_sound(&workspace);
+    }
+}
+
+/// A second subscription that begins within a window makes its later events ambiguous.
+#[test]
+fn a_subscription_beside_another_one_is_why() {
+    let workspace = world();
+    workspace.edit("meters.yaml", "property: n", "property: n, window: month");
+    workspace.run(&[]);
+    workspace.edit("subscriptions.csv", "t,s2,", "t,s3,c1,pro,USD,month,2026-01-15\nt,s2,");
+    workspace.edit("customers.csv", "t,c2,x2", "t,c9,x9\nt,c2,x2");
+    workspace.run(&["--yes"]);
+    let of_s1: Vec<_> = reasons(&workspace).into_iter().filter(|row| row.starts_with("s1 01-01")).collect();
+    assert_eq!(of_s1, ["s1 01-01T00:00 update {\"subscription_changed\":1}"]);
+    is_sound(&workspace);
+}

@@ -1,16 +1,16 @@
 //! How far events that count reach, where a run does not look at all of them.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use rustc_hash::FxHashSet;
 
 use super::{Baseline, Retreat};
-use crate::config::Source;
 use crate::model::aggregate::{WindowKey, WindowRow};
 use crate::model::timestamp::Timestamp;
 use crate::model::window::Span;
+use crate::pipeline::closed::ClosedPeriods;
 use crate::pipeline::compare::Compared;
 use crate::pipeline::times::Times;
-use crate::pipeline::{Completeness, Inputs, Request, range};
+use crate::pipeline::{Inputs, Request, range};
 
 /// The first and the last time of events that count, or times as good: those reach to the same
 /// windows, and no event that counts lies beyond. Where the first event counts no more, or the
@@ -18,18 +18,17 @@ use crate::pipeline::{Completeness, Inputs, Request, range};
 ///
 /// # Errors
 /// A [`Retreat`] where that cannot be told, or windows are shorter than they were: bills without
-/// usage may reach less far than before. From a topic that has no longer everything, a run goes on
+/// usage may reach less far than before. Where the source has no longer everything, a run `goes_on`
 /// all the same, and they reach as far. Where the store cannot be read.
 pub fn event_times(
-    (inputs, request, baseline): (&Inputs<'_>, &Request, &Baseline<'_>),
+    (inputs, goes_on, baseline): (&Inputs<'_>, bool, &Baseline<'_>),
     times: &Times,
     compared: &Compared,
 ) -> Result<Option<(Timestamp, Timestamp)>> {
     let Some((mut first, mut last)) = times.all() else { return Ok(None) };
     let around = |first, last| range::resolve(&Request::default(), inputs.job, inputs.reference, Some((first, last)));
-    let has_to_go_on = matches!(inputs.job.source, Source::Kafka { .. }) && request.completeness == Completeness::Incremental;
-    let Some(billed) = around(first, last)?.filter(|_| !has_to_go_on) else { return Ok(times.all()) };
-    if baseline.run.known().is_some_and(|known| !billed.covers(known)) {
+    let Some(billed) = around(first, last)? else { return Ok(times.all()) };
+    if !goes_on && baseline.run.known().is_some_and(|known| !billed.covers(known)) {
         return Err(Retreat { why: "windows end sooner than they did".to_owned(), is_choice: true }.into());
     }
     let lost = times.lost();
@@ -41,7 +40,11 @@ pub fn event_times(
             Ok(around(t, t)?.filter(|span| span.start <= billed.start).map(|_| t))
         };
         let edge = Span { end: Timestamp::from_nanos(billed.start.nanos() + 1), ..billed };
-        first = witness(inputs, compared, edge, reaches)?.ok_or_else(|| unknown("first"))?;
+        first = match witness(inputs, compared, edge, reaches)? {
+            Some(t) => t,
+            None if goes_on => first,
+            None => bail!(unknown("first")),
+        };
     }
     if lost.last {
         let reaches = |row: &WindowRow| {
@@ -49,7 +52,11 @@ pub fn event_times(
             Ok(around(t, t)?.filter(|span| span.end >= billed.end).map(|_| t))
         };
         let edge = Span { start: Timestamp::from_nanos(billed.end.nanos() - 1), ..billed };
-        last = witness(inputs, compared, edge, reaches)?.ok_or_else(|| unknown("last"))?;
+        last = match witness(inputs, compared, edge, reaches)? {
+            Some(t) => t,
+            None if goes_on => last,
+            None => bail!(unknown("last")),
+        };
     }
     Ok(Some((first, last)))
 }
@@ -70,9 +77,11 @@ fn witness(
     }
     let Some(store) = inputs.store else { return Ok(None) };
     let gone: FxHashSet<&WindowKey> = compared.changes.retractions.iter().collect();
+    // What is closed is there whether or not its events are; so it may be beyond a horizon.
+    let closed = ClosedPeriods::of(&store.periods(&inputs.job.name, edge)?);
     for stored in store.windows(&inputs.job.name, edge)? {
-        // What is closed is there whether or not its events are.
-        let stays = !gone.contains(&stored.row.key) && !compared.closed.hold(&stored.row.key.period);
+        let is_open = !closed.hold(&stored.row.key.period) && inputs.job.lateness.horizon.is_none();
+        let stays = is_open && !gone.contains(&stored.row.key);
         if stays && let Some(t) = of(&stored.row)? {
             return Ok(Some(t));
         }

@@ -7,7 +7,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::choice::CustomerChoice;
 use super::separable::{Dependence, Separable};
-use super::snapshot::Differences;
+use super::snapshot::{ChangedExternal, Differences};
 use crate::model::aggregate::{PeriodKey, WindowRow};
 use crate::model::meter::Aggregation;
 use crate::model::property::Property;
@@ -281,7 +281,7 @@ impl Marks {
 
     /// Marks what depends on changed rows, in the periods that `reach` holds.
     pub fn add_differences(&mut self, differences: &Differences, reference: &Reference, reach: Span) {
-        for (tenant, external_id, subscriptions) in &differences.externals {
+        for ChangedExternal { tenant, id: external_id, subscriptions, .. } in &differences.externals {
             self.externals.insert((tenant.clone(), external_id.clone()));
             subscriptions.iter().for_each(|id| self.mark_subscription(tenant, id));
         }

@@ -37,6 +37,9 @@ pub struct Snapshot {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct External {
     digest: String,
+    /// Of whom it stands for when, with or without a subscription.
+    #[serde(default)]
+    customers: String,
     subscriptions: Vec<String>,
 }
 
@@ -61,11 +64,21 @@ impl PriceRow {
     }
 }
 
+/// An external id of a customer that stands for something else.
+#[derive(Debug)]
+pub struct ChangedExternal {
+    pub tenant: String,
+    pub id: String,
+    /// The subscriptions that it stood for.
+    pub subscriptions: Vec<String>,
+    /// Whether the customers table says so, rather than that of subscriptions.
+    pub is_other_customer: bool,
+}
+
 /// Rows of the reference tables that are not what they were.
 #[derive(Debug, Default)]
 pub struct Differences {
-    /// Tenant, external id, and the subscriptions that it stood for.
-    pub externals: Vec<(String, String, Vec<String>)>,
+    pub externals: Vec<ChangedExternal>,
     /// Tenant and id.
     pub subscriptions: BTreeSet<(String, String)>,
     /// With the names of the events that they counted and count.
@@ -76,7 +89,7 @@ pub struct Differences {
 impl Differences {
     /// `price p, meter m and 3 more`, for people.
     pub fn in_words(&self) -> Vec<String> {
-        let externals = self.externals.iter().map(|(tenant, id, _)| format!("customer {id} of tenant {tenant}"));
+        let externals = self.externals.iter().map(|external| format!("customer {} of tenant {}", external.id, external.tenant));
         let subscriptions = self.subscriptions.iter().map(|(tenant, id)| format!("subscription {id} of tenant {tenant}"));
         let meters = self.meters.keys().map(|id| format!("meter {id}"));
         let prices: BTreeSet<_> = self.prices.iter().map(|price| format!("price {}", price.id)).collect();
@@ -134,9 +147,10 @@ impl Snapshot {
     pub fn differences(&self, now: &Snapshot) -> Differences {
         let mut differences = Differences::default();
         for (tenant, id) in changed(&self.externals, &now.externals) {
-            let before = self.externals.get(&tenant).and_then(|ids| ids.get(&id));
+            let [before, after] = [self, now].map(|of| of.externals.get(&tenant).and_then(|ids| ids.get(&id)));
             let subscriptions = before.map(|external| external.subscriptions.clone()).unwrap_or_default();
-            differences.externals.push((tenant, id, subscriptions));
+            let is_other_customer = before.map(|external| &external.customers) != after.map(|external| &external.customers);
+            differences.externals.push(ChangedExternal { tenant, id, subscriptions, is_other_customer });
         }
         differences.subscriptions = changed(&self.subscriptions, &now.subscriptions);
         for (rows, others) in [(&self.meters, &now.meters), (&now.meters, &self.meters)] {
@@ -163,7 +177,10 @@ impl External {
         }
         meaning.sort();
         let digest = meaning.iter().fold(Digest::new("external"), |digest, text| digest.text(text)).hex();
-        External { digest, subscriptions: subscriptions.into_iter().collect() }
+        let mut customers: Vec<_> = customer.validity.iter().map(|(span, id)| format!("{id} {span:?}")).collect();
+        customers.sort();
+        let customers = customers.iter().fold(Digest::new("customers of"), |digest, text| digest.text(text)).hex();
+        External { digest, customers, subscriptions: subscriptions.into_iter().collect() }
     }
 }
 

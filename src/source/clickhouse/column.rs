@@ -115,16 +115,27 @@ impl Column {
             }
             Field::Timestamp | Field::IngestedAt if self.starts_with(&["Date"]) => format!("toDateTime64({name}, 9, 'UTC')"),
             Field::Timestamp | Field::IngestedAt if !self.is_text() => bail!(wrong("a date and time, or RFC 3339 text")),
-            Field::Properties if !self.is_text() => format!("toJSONString({name})"),
+            Field::Properties => {
+                let text =
+                    if self.is_text() { format!("CAST({name} AS Nullable(String))") } else { format!("toJSONString({name})") };
+                // One byte that is no UTF-8 would end the whole stream: this is no JSON, and a dead letter.
+                valid(&text, &format!("toValidUTF8(concat('no UTF-8: ', {text}))"))
+            }
             Field::Deleted if !self.is_text() => {
                 if !self.starts_with(&["Bool", "Int", "UInt", "Nothing"]) || self.starts_with(&["Interval"]) {
                     bail!(wrong("a boolean, a whole number, or text that says true or false"));
                 }
                 format!("toUInt8(ifNull({name}, 0) != 0)")
             }
-            _ => format!("CAST({name} AS Nullable(String))"),
+            // What is empty is missing.
+            _ => valid(&format!("CAST({name} AS Nullable(String))"), "''"),
         })
     }
+}
+
+/// A text, or `otherwise` where it is no UTF-8.
+fn valid(text: &str, otherwise: &str) -> String {
+    format!("if(ifNull(isValidUTF8({text}), 1), {text}, {otherwise})")
 }
 
 /// The columns that a source has, by field.

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail};
+use rustc_hash::FxHashSet;
 
 pub use self::parquet::metadata as parquet_metadata;
 use super::{ColumnMap, EventBatch, EventSource, Part, RowChoice, Selection, Split, Wanted};
@@ -21,6 +22,11 @@ pub struct FileSource {
     patterns: Vec<FilePattern>,
     columns: ColumnMap,
 }
+
+/// A pattern matches nothing.
+#[derive(Debug, thiserror::Error)]
+#[error("source path `{0}` matches no file: check source.paths in the job file (paths are relative to it)")]
+pub struct NoFile(String);
 
 /// A glob pattern of a job file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,7 +50,7 @@ impl FilePattern {
         Some(FilePattern {
             shown: folder.join(written).display().to_string(),
             glob: escaped.join(written).display().to_string(),
-            base: folder.join(names.collect::<PathBuf>()),
+            base: folder.join(names.collect::<PathBuf>()).components().collect(),
         })
     }
 
@@ -63,7 +69,7 @@ impl FilePattern {
             }
         }
         if files.is_empty() {
-            bail!("source path `{}` matches no file: check source.paths in the job file (paths are relative to it)", self.shown);
+            bail!(NoFile(self.shown.clone()));
         }
         Ok(files)
     }
@@ -77,10 +83,10 @@ impl FilePattern {
     fn matches(&self, pattern: &str) -> Result<Vec<PathBuf>> {
         let invalid = || format!("source path `{}` is no glob pattern", self.shown);
         if pattern.contains("**") {
-            let pattern = glob::Pattern::new(pattern).with_context(invalid)?;
-            let mut found = Vec::new();
-            walk(&self.base, &pattern, &mut found)?;
-            return Ok(found);
+            // As paths are made of names.
+            let names: PathBuf = Path::new(pattern).components().collect();
+            let pattern = glob::Pattern::new(&names.display().to_string()).with_context(invalid)?;
+            return Walk::of(&self.base, pattern);
         }
         let paths = glob::glob(pattern).with_context(invalid)?;
         paths.map(|entry| entry.with_context(|| format!("reading what `{}` matches", self.shown))).collect()
@@ -105,30 +111,57 @@ impl FilePattern {
     }
 }
 
-/// Finds what matches in a folder and below. As with `**` in shells, links to folders are not
-/// followed: they can lead in circles.
-fn walk(folder: &Path, pattern: &glob::Pattern, found: &mut Vec<PathBuf>) -> Result<()> {
-    const OPTIONS: glob::MatchOptions =
-        glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: false };
-    crate::interrupt::check()?;
-    if pattern.matches_path_with(folder, OPTIONS) {
-        found.push(folder.to_owned());
+/// What matches in a folder and below; links to folders are followed, each folder is looked at once:
+/// links can lead in circles.
+struct Walk {
+    pattern: glob::Pattern,
+    found: Vec<PathBuf>,
+    /// The folders that were looked at, by their real names.
+    seen: FxHashSet<PathBuf>,
+    /// Links to folders, for when all that need no link are seen.
+    links: Vec<PathBuf>,
+}
+
+impl Walk {
+    fn of(base: &Path, pattern: glob::Pattern) -> Result<Vec<PathBuf>> {
+        let mut walk = Walk { pattern, found: Vec::new(), seen: FxHashSet::default(), links: Vec::new() };
+        walk.look_at(base)?;
+        while let Some(link) = walk.links.pop() {
+            walk.look_at(&link)?;
+        }
+        Ok(walk.found)
     }
-    let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    if !here.is_dir() {
-        return Ok(());
+
+    fn look_at(&mut self, folder: &Path) -> Result<()> {
+        crate::interrupt::check()?;
+        let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let reading = || format!("reading folder {}", here.display());
+        if !here.is_dir() || !self.seen.insert(here.canonicalize().with_context(reading)?) {
+            return Ok(());
+        }
+        self.take(folder);
+        for entry in here.read_dir().with_context(reading)? {
+            let entry = entry.with_context(reading)?;
+            let path = folder.join(entry.file_name());
+            let kind = entry.file_type().with_context(reading)?;
+            if kind.is_dir() {
+                self.look_at(&path)?;
+            } else if kind.is_symlink() && path.is_dir() {
+                self.links.push(path);
+            } else {
+                self.take(&path);
+            }
+        }
+        Ok(())
     }
-    let reading = || format!("reading folder {}", here.display());
-    for entry in here.read_dir().with_context(reading)? {
-        let entry = entry.with_context(reading)?;
-        let path = folder.join(entry.file_name());
-        if entry.file_type().with_context(reading)?.is_dir() {
-            walk(&path, pattern, found)?;
-        } else if pattern.matches_path_with(&path, OPTIONS) && !(path.is_symlink() && path.is_dir()) {
-            found.push(path);
+
+    fn take(&mut self, path: &Path) {
+        const OPTIONS: glob::MatchOptions =
+            glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: false };
+        if self.pattern.matches_path_with(path, OPTIONS) {
+            self.found.push(path.to_owned());
         }
     }
-    Ok(())
 }
 
 /// What to say of a file that cannot be read to its end.

@@ -123,7 +123,7 @@ pub(super) fn read(
     }
     // The footer is at the end: a compressed Parquet file is read as a whole.
     let mut bytes = Vec::new();
-    input.read_to_end(&mut bytes).with_context(|| format!("events file {} breaks off", path.display()))?;
+    input.read_to_end(&mut bytes).with_context(|| super::broken(path, 0))?;
     read_groups(path, bytes::Bytes::from(bytes), &Part::Whole, columns, wanted, sink)
 }
 

@@ -52,7 +52,13 @@ impl SqliteStore {
         if path.is_dir() {
             bail!("store {} is a folder: name a file in it", path.display());
         }
-        remove_what_readers_left(path).with_context(unwritable)?;
+        if let Some(file) = ["-wal", "-shm"].map(|suffix| beside(path, suffix)).into_iter().find(|file| is_denied(file)) {
+            bail!(
+                "store {}: {} belongs to another user, who read the store: remove it once nobody reads, or let this user write it",
+                path.display(),
+                file.display()
+            );
+        }
         let mut connection = Connection::open_with_flags(as_file(path), WRITE).with_context(unwritable)?;
         connection.busy_timeout(std::time::Duration::from_secs(30))?;
         // A version check comes first: a newer store is left as it is.
@@ -111,6 +117,10 @@ impl SqliteStore {
 /// for that; where it may not and nobody is writing, the file can be read as it is.
 fn connect_read_only(path: &Path) -> Result<Connection> {
     let unreadable = || format!("store {}: cannot be read", path.display());
+    // Files of SQLite's that this user leaves could not be written by whom the store belongs to.
+    if is_denied(path) && !["-wal", "-journal"].iter().any(|suffix| beside(path, suffix).exists()) {
+        return open_as_it_is(path).with_context(unreadable);
+    }
     let connection = Connection::open_with_flags(as_file(path), READ_ONLY).with_context(unreadable)?;
     connection.busy_timeout(std::time::Duration::from_secs(30))?;
     if !needs_writing(&connection) {
@@ -132,9 +142,15 @@ fn connect_read_only(path: &Path) -> Result<Connection> {
             unfinished.display()
         );
     }
-    let name = path.to_str().with_context(unreadable)?.replace('%', "%25").replace('?', "%3f").replace('#', "%23");
+    open_as_it_is(path).with_context(unreadable)
+}
+
+/// Opens a store that nobody is writing, without locks and files beside it.
+fn open_as_it_is(path: &Path) -> Result<Connection> {
+    let name =
+        as_file(path).to_str().context("its name is not UTF-8")?.replace('%', "%25").replace('?', "%3f").replace('#', "%23");
     let flags = READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
-    Connection::open_with_flags(format!("file:{name}?immutable=1"), flags).with_context(unreadable)
+    Ok(Connection::open_with_flags(format!("file:{name}?immutable=1"), flags)?)
 }
 
 /// Whether the store cannot be read by this connection without writing beside it.
@@ -148,22 +164,10 @@ fn as_file(path: &Path) -> PathBuf {
     if path.is_absolute() { path.to_owned() } else { Path::new(".").join(path) }
 }
 
-/// Removes the write-ahead log that a reader of another user began, and left because only a writer
-/// may end it. It is empty: who may not write the store cannot have written there, and who may would
-/// find it closed for ever.
-fn remove_what_readers_left(path: &Path) -> std::io::Result<()> {
-    let log = beside(path, "-wal");
-    let is_empty = std::fs::metadata(&log).is_ok_and(|log| log.len() == 0);
-    let denied = |file: &Path| {
-        let opened = std::fs::File::options().append(true).open(file);
-        opened.is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied)
-    };
-    if is_empty && denied(&log) && !denied(path) {
-        tracing::info!(path = %log.display(), "removing an empty log of another user");
-        std::fs::remove_file(log)?;
-        std::fs::remove_file(beside(path, "-shm"))?;
-    }
-    Ok(())
+/// Whether this user may not write a file that is there.
+fn is_denied(file: &Path) -> bool {
+    let opened = std::fs::File::options().append(true).open(file);
+    opened.is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied)
 }
 
 /// A file of SQLite's own beside the store.
