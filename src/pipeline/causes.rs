@@ -248,7 +248,9 @@ impl<'s> KnownBasis<'s> {
 /// How many events a window has less than it had, though no copy says why. Others that came make up
 /// for them: they may be the copies that a source has left.
 fn lost(was: &WindowRow, is: &WindowRow, news: News) -> u64 {
-    was.event_count.saturating_sub(is.event_count + news.voided + news.amended + news.duplicates)
+    // A count that somebody altered is no event.
+    let lost = if was.events_digest == is.events_digest { 0 } else { was.event_count };
+    lost.saturating_sub(is.event_count + news.voided + news.amended + news.duplicates)
 }
 
 /// What can change which events a window counts, beside the events.

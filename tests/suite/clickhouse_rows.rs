@@ -270,6 +270,29 @@ fn an_id_that_looks_like_null_is_an_id() {
     assert!(letters.to_string().contains("\"event_id\":\"ᴺᵁᴸᴸ\""), "{letters}");
 }
 
+/// A byte that is no UTF-8 makes a dead letter of its event, and stops no others.
+#[test]
+fn a_byte_that_is_no_text_is_a_dead_letter() {
+    let Some(url) = clickhouse() else { return };
+    let both = Both::new(&url, "DateTime64(9, 'UTC')", "{key: [tenant_id, id]}");
+    both.hold(&[event("demo", "good", "2026-01-01T10:00:00Z", 1)]);
+    for (id, name, customer, properties) in [
+        ("'note'", "'api.call'", "'acme'", "concat('{\"bytes\": 7, \"note\": \"', unhex('E9'), '\"}')"),
+        ("concat('id', unhex('FF'))", "'api.call'", "'acme'", "'{}'"),
+        ("'name'", "unhex('FF')", "'acme'", "'{}'"),
+        ("'customer'", "'api.call'", "unhex('C3')", "'{}'"),
+    ] {
+        both.scratch.sql(&format!(
+            "INSERT INTO events SELECT 'demo', {id}, {name}, {customer}, toDateTime64('2026-01-01 11:00:00', 9, 'UTC'), \
+             toDateTime64('2026-01-09 00:00:00', 6), {properties}"
+        ));
+    }
+    let run = both.table.run(&[]);
+    assert_eq!((&run["events"]["metered"], &run["dead_letters"]["malformed_event"]), (&1.into(), &4.into()), "{run}");
+    assert_eq!(both.table.run(&[])["rows"]["inserted"], 0);
+    assert_eq!(both.table.trueup(&["verify", "job.yaml"]).code, 0);
+}
+
 /// What is published in part proves nothing, and is no drift.
 #[test]
 fn verify_says_that_a_run_is_published_in_part() {
