@@ -137,6 +137,13 @@ fn nights(shop: &Shop) {
     fs::remove_dir_all(workspace.path("trueup.db.keys")).unwrap();
     let run = shop.night(late("l3", "c", 4, 9));
     assert_eq!(kept(&run), 0);
+    // The last of all events had a wrong date: what it billed goes with it.
+    shop.night(late("last", "a", 5, 10).replace("2026-03-05", "2026-07-05"));
+    let later_bills = || workspace.query("SELECT * FROM usage_periods WHERE period_start >= '2026-04-01'").len();
+    assert!(later_bills() > 0);
+    shop.send("{\"tenant_id\":\"t\",\"id\":\"last\",\"deleted\":true,\"ingested_at\":\"2026-04-11\"}\n");
+    shop.skips_nothing("the last event was replaced or voided");
+    assert_eq!(later_bills(), 0);
 }
 
 #[test]
