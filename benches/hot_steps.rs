@@ -19,7 +19,7 @@ use trueup::model::properties::PropertyPlan;
 use trueup::model::run::{Origin, RunBasis, RunMode};
 use trueup::model::timestamp::Timestamp;
 use trueup::model::window::{BillingCycle, PeriodLength, Span, WindowKind, WindowSize};
-use trueup::pipeline::causes::{CurrentDigests, Evidence, Unpriced};
+use trueup::pipeline::causes::{CurrentDigests, Evidence, NewLetters};
 use trueup::pipeline::closed::ClosedPeriods;
 use trueup::pipeline::deduplicate::key_hash;
 use trueup::pipeline::draft::Draft;
@@ -178,8 +178,7 @@ fn compare(stored: &[StoredWindow], computed: &[PricedWindow]) -> Reconciliation
     let evidence = Evidence {
         runs: &[],
         taken_back: FxHashSet::default(),
-        unpriced: Unpriced::default(),
-        unbound: Default::default(),
+        letters: NewLetters::default(),
         levels: FxHashSet::default(),
         basis: &RunBasis::default(),
         withdrawn: &FxHashMap::default(),

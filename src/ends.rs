@@ -41,7 +41,7 @@ pub fn run(job: &Job, request: &Request, options: &RunOptions<'_>) -> Result<Pub
     let reference = Reference::load(job)?;
     reference.check_scope(request.scope.tenant.as_deref(), request.scope.customer.as_deref())?;
     let intent = Intent { request, snapshot: options.snapshot };
-    let lock = Lock::take(&lock_path(job), &job.name, Some(intent), options.yes)?;
+    let lock = take_lock(job, Some(intent), options.yes)?;
     let result = run_locked(job, &reference, request, options);
     // Only an end that was not its own is to be resumed.
     match result.as_ref().err().and_then(crate::fault::kind).filter(|kind| kind.is_interruption()) {
@@ -98,7 +98,7 @@ pub fn interrupted(job: &Job) -> Result<Option<Interrupted>> {
     if !path.exists() && read_store(job)?.is_none() {
         return Ok(None);
     }
-    let lock = Lock::take(&path, &job.name, None, false)?;
+    let lock = take_lock(job, None, false)?;
     let found = match lock.interrupted.clone() {
         Some(holder) => Ok(Some(Interrupted::Wants(holder))),
         None => finish(job).map(|run| run.map(Interrupted::Finished)),
@@ -122,7 +122,7 @@ fn finish(job: &Job) -> Result<Option<String>> {
 /// A stale fault (exit code 7) that says what moved; a guard fault.
 pub fn apply(job: &Job, path: &Path, saved: SavedPlan, yes: bool) -> Result<RunRecord> {
     let reference = Reference::load(job)?;
-    let lock = Lock::take(&lock_path(job), &job.name, None, yes)?;
+    let lock = take_lock(job, None, yes)?;
     let result = (|| {
         let mut store = write_store(job)?;
         let files = match input_files(job, &reference, &saved) {
@@ -183,7 +183,7 @@ pub fn by_hand<T>(
     if !lock_path(job).exists() && read_store(job)?.is_none() {
         return Err(configuration(format!("job {} has not run yet: there is no stored billing period and no run", job.name)));
     }
-    let lock = Lock::take(&lock_path(job), &job.name, None, false)?;
+    let lock = take_lock(job, None, false)?;
     let result = (|| {
         let mut store = write_store(job)?;
         let runs = store.runs(&job.name)?;
@@ -281,6 +281,14 @@ pub fn write_store(job: &Job) -> Result<Box<dyn AggregateStore>> {
         Store::Sqlite { path } => Ok(Box::new(SqliteStore::open(path)?)),
         Store::ClickHouse { connection } => Ok(Box::new(ClickHouseStore::open(connection, &job.name)?)),
     }
+}
+
+/// Takes the lock of a job, where this user may write its store.
+fn take_lock(job: &Job, run: Option<Intent<'_>>, yes: bool) -> Result<Lock> {
+    if let Store::Sqlite { path } = &job.store {
+        SqliteStore::check_writable(path)?;
+    }
+    Lock::take(&lock_path(job), &job.name, run, yes)
 }
 
 /// The file whose lock keeps a second run of the job on this machine away.

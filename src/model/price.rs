@@ -20,7 +20,8 @@ pub struct Price {
     /// Dimension and canonical JSON value; empty matches everything.
     pub matches: Vec<(String, String)>,
     pub valid: Span,
-    /// Changes when anything that can change a cost changes.
+    /// Changes when anything that can change a cost changes, but for when it holds: of that,
+    /// [`Price::digest_of_part`] tells.
     pub digest: String,
 }
 
@@ -200,7 +201,6 @@ pub struct Tier {
 }
 
 impl Price {
-    /// Changes when anything of the row changes: also what it is the price of, and when.
     /// The digest of what it says in a span in which it does not hold all the time; `None` where
     /// it does.
     pub fn digest_of_part(&self, span: Span) -> Option<String> {
@@ -208,6 +208,7 @@ impl Price {
         (part != span).then(|| Digest::new("part of a price").text(&self.digest).text(&format!("{part:?}")).hex())
     }
 
+    /// Changes when anything of the row changes: also what it is the price of, and when.
     pub fn row_digest(&self) -> String {
         let texts = [&self.id, &self.plan_id, &self.meter_id, &self.digest];
         let digest = texts.into_iter().fold(Digest::new("price row"), |digest, text| digest.text(text));

@@ -27,64 +27,54 @@ pub struct Evidence<'e> {
     pub sessions: SessionChanges,
     /// Current digests by id, for rows that are computed no more.
     pub current: CurrentDigests,
-    /// Where no price holds.
-    pub unpriced: Unpriced,
-    /// Where no subscription does, or several do.
-    pub unbound: Unbound,
+    pub letters: NewLetters,
     /// Meters that keep a level, by their id.
     pub levels: FxHashSet<&'e str>,
     /// What changed in the reference tables, where that is known row by row.
     pub changed: Option<ChangedRows<'e>>,
 }
 
-/// The events that found no customer, or not one subscription, by tenant.
+/// Events that are dead letters since this run, because the tables changed or events came: their
+/// times, sorted, by tenant, meter, and what may have changed.
 #[derive(Debug, Default)]
-pub struct Unbound(FxHashMap<String, Vec<(Timestamp, Cause)>>);
+pub struct NewLetters(FxHashMap<(String, String, Cause), Vec<Timestamp>>);
 
-impl Unbound {
-    pub fn of(letters: &[DeadLetter]) -> Self {
-        let mut found: FxHashMap<String, Vec<(Timestamp, Cause)>> = FxHashMap::default();
-        for letter in letters {
+impl NewLetters {
+    /// What changes of the tables can make of events.
+    const CAUSES: [Cause; 3] = [Cause::CustomerChanged, Cause::SubscriptionChanged, Cause::PriceChanged];
+
+    /// `is_new` says of a dead letter that it was not open before.
+    pub fn of(letters: &[DeadLetter], reference: &Reference, is_new: impl Fn(&DeadLetter) -> bool) -> Self {
+        let mut found: FxHashMap<_, Vec<_>> = FxHashMap::default();
+        let mut add = |letter: &DeadLetter, meter: &str, cause| {
+            let times: &mut Vec<_> = found.entry((letter.key.tenant_id.clone(), meter.to_owned(), cause)).or_default();
+            times.extend(letter.event_time);
+        };
+        for letter in letters.iter().filter(|letter| is_new(letter)) {
             let cause = match letter.key.reason {
+                Reason::PriceNotFound => {
+                    add(letter, &letter.key.meter_id, Cause::PriceChanged);
+                    continue;
+                }
                 Reason::CustomerNotFound => Cause::CustomerChanged,
                 Reason::NoActiveSubscription | Reason::AmbiguousReference => Cause::SubscriptionChanged,
                 _ => continue,
             };
-            let times = letter.event_time.map(|t| (t, cause));
-            found.entry(letter.key.tenant_id.clone()).or_default().extend(times);
+            let event: serde_json::Value = serde_json::from_str(&letter.event).unwrap_or_default();
+            let name = event.get("event_name").and_then(serde_json::Value::as_str);
+            let meters = reference.meters.iter().filter(|meter| Some(meter.event_name.as_str()) == name);
+            meters.for_each(|meter| add(letter, &meter.id, cause));
         }
-        found.values_mut().for_each(|times| times.sort_unstable_by_key(|(t, _)| *t));
-        Unbound(found)
+        found.values_mut().for_each(|times| times.sort_unstable());
+        NewLetters(found)
     }
 
-    /// What a change of the tables can have done to events of a window.
-    fn causes(&self, row: &WindowRow) -> impl Iterator<Item = Cause> + '_ {
-        let times = self.0.get(&*row.key.period.tenant_id).map(Vec::as_slice).unwrap_or_default();
-        let window = row.window();
-        let first = times.partition_point(|(t, _)| *t < window.start);
-        times.get(first..).unwrap_or_default().iter().take_while(move |(t, _)| *t < window.end).map(|(_, cause)| *cause)
-    }
-}
-
-/// The events that found no price, by tenant and meter.
-#[derive(Debug, Default)]
-pub struct Unpriced(FxHashMap<(String, String), Vec<Timestamp>>);
-
-impl Unpriced {
-    pub fn of(letters: &[DeadLetter]) -> Self {
-        let mut unpriced: FxHashMap<_, Vec<Timestamp>> = FxHashMap::default();
-        for letter in letters.iter().filter(|letter| letter.key.reason == Reason::PriceNotFound) {
-            let of = (letter.key.tenant_id.clone(), letter.key.meter_id.clone());
-            unpriced.entry(of).or_default().extend(letter.event_time);
-        }
-        Unpriced(unpriced)
-    }
-
-    /// Whether one of them may have counted in a row.
-    fn hold(&self, row: &WindowRow) -> bool {
-        let period = &row.key.period;
-        let times = self.0.get(&(period.tenant_id.to_string(), period.meter_id.to_string()));
-        times.is_some_and(|times| times.iter().any(|t| row.window().contains(*t)))
+    /// How many of them may have counted in a row.
+    fn count(&self, row: &WindowRow, cause: Cause) -> u64 {
+        let (period, window) = (&row.key.period, row.window());
+        let times = self.0.get(&(period.tenant_id.to_string(), period.meter_id.to_string(), cause));
+        let before = |end: Timestamp| times.map_or(0, |times| times.partition_point(|t| *t < end) as u64);
+        before(window.end) - before(window.start)
     }
 }
 
@@ -295,8 +285,9 @@ impl Judge<'_> {
         let charged_otherwise = was.cost != is.cost || was.currency != is.currency;
         let lost = if usage_changed && !is_closed { lost(was, is, news) } else { 0 };
         let gained = if lost == 0 { None } else { self.gained.get(&Slot::of(&is.key)) };
-        // What another price counts now is not gone.
-        let gone = lost.saturating_sub(gained.copied().unwrap_or_default());
+        let (dead, tables) = if lost == 0 { (0, Causes::new()) } else { self.dead_now(was, run) };
+        // What another price counts now, or is a dead letter since, is not gone.
+        let gone = lost.saturating_sub(gained.copied().unwrap_or_default()).saturating_sub(dead);
         // Where it holds no more, events of the window are not charged by it.
         let price_changed = (((charged_otherwise || (usage_changed && !has_news) || gone > 0)
             && was.basis.price != is.basis.price)
@@ -336,12 +327,10 @@ impl Judge<'_> {
                 Some(false),
             ));
         }
-        if usage_changed && causes.is_empty() {
-            causes.extend(self.unbound(was, run));
-        }
+        causes.extend(tables);
         let job_changed =
             self.evidence.basis_of(&before.run_id).is_some_and(|basis| basis.job_digest != self.evidence.basis.job_digest);
-        if gone > 0 && !job_changed && !self.loses_otherwise(&causes, is) {
+        if gone > 0 && !job_changed && !DEFINITIONS.iter().any(|cause| causes.hold(*cause)) {
             causes.insert(Cause::EventVoided, gone + news.voided);
             return (causes, true);
         }
@@ -364,13 +353,6 @@ impl Judge<'_> {
         };
         causes.insert(cause, count);
         (causes, cause == Cause::EventVoided)
-    }
-
-    /// Whether a window may hold fewer events for other reasons than theirs.
-    fn loses_otherwise(&self, causes: &Causes, is: &WindowRow) -> bool {
-        let price = self.evidence.current.prices.get(&is.key.period.price_id);
-        let ends_within = || price.is_some_and(|valid| !valid.covers(is.window()));
-        DEFINITIONS.iter().any(|cause| causes.hold(*cause)) || (causes.hold(Cause::PriceChanged) && ends_within())
     }
 
     /// The causes, and whether they are proved.
@@ -423,7 +405,7 @@ impl Judge<'_> {
             id => {
                 current.prices.get(id).is_none_or(|valid| !valid.overlaps(before.row.window()))
                     || self.replaced.contains(&Slot::of(key))
-                    || self.evidence.unpriced.hold(&before.row)
+                    || self.evidence.letters.count(&before.row, Cause::PriceChanged) > 0
             }
         };
         // A digest on the row can be old news: the last run that computed it tells.
@@ -436,18 +418,28 @@ impl Judge<'_> {
                 Some(price_is_gone),
             ));
         }
-        if causes.is_empty() {
-            causes.extend(self.unbound(&before.row, self.covering_run(before)));
+        let (dead, tables) =
+            if causes.is_empty() { self.dead_now(&before.row, self.covering_run(before)) } else { (0, Causes::new()) };
+        if dead >= before.row.event_count {
+            causes.extend(tables);
         }
         let proved = !causes.is_empty();
         (causes, proved)
     }
 
-    /// The tables that changed since a run, so that events of a window are dead letters now.
-    fn unbound(&self, row: &WindowRow, run: Option<&RunRecord>) -> Causes {
-        let changed = run.map(|run| self.evidence.changed_definitions(&run.basis, Some(false), None, None, Some(false)));
+    /// How many events of a window are dead letters since tables changed after a run, and which.
+    fn dead_now(&self, row: &WindowRow, run: Option<&RunRecord>) -> (u64, Causes) {
+        let changed = run.map(|run| self.evidence.changed_definitions(&run.basis, Some(false), None, None, None));
         let changed = changed.unwrap_or_default();
-        self.evidence.unbound.causes(row).filter(|cause| changed.hold(*cause)).map(|cause| (cause, 1)).collect()
+        let (mut all, mut causes) = (0, Causes::new());
+        for cause in NewLetters::CAUSES.into_iter().filter(|cause| changed.hold(*cause)) {
+            let count = self.evidence.letters.count(row, cause);
+            all += count;
+            if count > 0 {
+                causes.insert(cause, 1);
+            }
+        }
+        (all, causes)
     }
 
     /// No more events are late than a window has more, if all others count still: where files were

@@ -5,7 +5,7 @@ use anyhow::Result;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::adjustments::{Adjustments, Judged};
-use super::causes::{ChangedRows, CurrentDigests, Evidence, Unbound, Unpriced};
+use super::causes::{ChangedRows, CurrentDigests, Evidence, NewLetters};
 use super::closed::ClosedPeriods;
 use super::incremental::Marks;
 use super::incremental::snapshot::Differences;
@@ -101,6 +101,9 @@ impl Comparison<'_> {
     /// What tells the causes of corrections.
     fn evidence<'e>(&'e self, sessions: SessionChanges) -> Evidence<'e> {
         let reference = self.inputs.reference;
+        let open = self.past.dead_letters.iter().filter(|stored| stored.resolved_run_id.is_none());
+        let open: FxHashSet<_> = open.map(|stored| &stored.letter.key).collect();
+        let is_later = !self.past.runs.is_empty();
         Evidence {
             runs: &self.past.runs,
             taken_back: RunRecord::taken_back(&self.past.runs),
@@ -108,8 +111,7 @@ impl Comparison<'_> {
             withdrawn: self.withdrawn,
             sessions,
             current: CurrentDigests::of(reference),
-            unpriced: Unpriced::of(self.dead_letters),
-            unbound: Unbound::of(self.dead_letters),
+            letters: NewLetters::of(self.dead_letters, reference, |letter| is_later && !open.contains(&letter.key)),
             levels: self.meters(Meter::keeps_a_level),
             changed: self.differences.map(|(run_id, differences)| ChangedRows::new(run_id, differences, reference)),
         }

@@ -512,6 +512,47 @@ fn a_source_that_shrank_is_refused_by_the_guard() {
     assert_eq!(workspace.run(&[])["rows"]["retracted"], 1);
 }
 
+/// Other rows of the tables, and dead letters that were there, explain no loss.
+#[test]
+fn what_the_tables_say_of_others_makes_up_for_no_loss() {
+    let workspace = world();
+    workspace.edit("job.yaml", "window: day", "window: day\nguard: {max_changed_rows: \"100%\"}");
+    send(&workspace, "one", &[("g", "x1", "2026-01-07", 1)]);
+    send(&workspace, "two", &[("h", "x1", "2026-01-07", 1), ("k", "x2", "2026-01-07", 1)]);
+    send(&workspace, "nobody", &[("n", "x9", "2026-01-07", 1)]);
+    workspace.run(&[]);
+    std::fs::remove_file(workspace.path("events/two.ndjson")).unwrap();
+    workspace.edit("customers.csv", "t,c1,x1\n", "t,c1,x1\nt,c5,x5\n");
+    for mode in ["--full", "--incremental"] {
+        workspace.trueup(&["run", "job.yaml", mode]).fails_with(8, &["max_vanished_rows 0", "c1 (1 row)", "c2 (1 row)"]);
+    }
+}
+
+/// Where another price takes over in the midst of a window, what neither counts is gone.
+#[test]
+fn a_price_that_takes_over_makes_up_for_what_it_counts() {
+    let workspace = world();
+    workspace.edit("job.yaml", "window: day", "window: month\nguard: {max_vanished_rows: 0}");
+    let events = ["01", "02", "03", "20", "21"].map(|day| (format!("e{day}"), format!("2026-01-{day}")));
+    let events: Vec<_> = events.iter().map(|(id, day)| (id.as_str(), "x1", day.as_str(), 1)).collect();
+    send(&workspace, "first", &events);
+    let price = "price_id: p, plan_id: pro, meter_id: calls, currency: USD, model: per_unit, unit_amount: \"1\"";
+    workspace.write("prices.yaml", format!("prices: [{{{price}}}]\n"));
+    workspace.run(&[]);
+    let next = price.replace("price_id: p", "price_id: q");
+    let prices = format!("prices: [{{{price}, valid_to: 2026-01-15}}, {{{next}, valid_from: 2026-01-15}}]\n");
+    workspace.write("prices.yaml", prices);
+    assert_eq!(workspace.trueup(&["plan", "job.yaml"]).code, 0);
+    send(&workspace, "first", &events[1..]);
+    workspace.trueup(&["run", "job.yaml"]).fails_with(8, &["max_vanished_rows 0", "c1 (1 row)"]);
+    send(&workspace, "first", &events);
+    assert_eq!(workspace.run(&[])["causes"]["event_voided"], json!(null));
+    // What no price is for any more is a dead letter.
+    workspace.edit("prices.yaml", "valid_from: 2026-01-15", "valid_from: 2026-01-21");
+    let run = workspace.run(&[]);
+    assert_eq!((&run["dead_letters"]["price_not_found"], &run["causes"]["event_voided"]), (&json!(1), &json!(null)), "{run}");
+}
+
 /// The first job of a store fills its tables page by page, the second one inserts its rows beside
 /// those that are there: both have the same.
 #[test]

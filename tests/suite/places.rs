@@ -90,6 +90,13 @@ fn folders_below_are_read_and_circles_are_not() {
     symlink("../../archive", workspace.path("events/deep/er")).unwrap();
     assert_eq!(workspace.run(&[])["events"]["read"], 5);
     assert_eq!(workspace.trueup(&["verify", "job.yaml"]).code, 0);
+    // By either of its names.
+    symlink("deep", workspace.path("events/other")).unwrap();
+    for pattern in ["events/**/other/**/second.ndjson", "events/**/er/*.ndjson", "events/other/**/er/*.ndjson"] {
+        workspace.edit("job.yaml", "events/**/*.ndjson", pattern);
+        assert_eq!(workspace.run(&["--yes"])["events"]["read"], 1, "{pattern}");
+        workspace.edit("job.yaml", pattern, "events/**/*.ndjson");
+    }
 }
 
 /// JSON has no word for what is no number: it is no value that is absent.

@@ -15,7 +15,7 @@ use crate::reference::{ExternalCustomer, Reference};
 
 /// Under this name the store keeps it.
 pub const STATE: &str = "reference";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The reference tables as digests of their rows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +38,6 @@ pub struct Snapshot {
 struct External {
     digest: String,
     /// Of whom it stands for when, with or without a subscription.
-    #[serde(default)]
     customers: String,
     subscriptions: Vec<String>,
 }

@@ -111,32 +111,38 @@ impl FilePattern {
     }
 }
 
-/// What matches in a folder and below; links to folders are followed, each folder is looked at once:
-/// links can lead in circles.
+/// What matches in a folder and below. Links to folders are followed, but not in circles; a file is
+/// found once, by a name without links if that matches.
 struct Walk {
     pattern: glob::Pattern,
     found: Vec<PathBuf>,
-    /// The folders that were looked at, by their real names.
-    seen: FxHashSet<PathBuf>,
-    /// Links to folders, for when all that need no link are seen.
-    links: Vec<PathBuf>,
+    /// Links to folders, for when all that need no link are seen, with the folders that led there.
+    links: Vec<(PathBuf, Vec<PathBuf>)>,
 }
 
 impl Walk {
     fn of(base: &Path, pattern: glob::Pattern) -> Result<Vec<PathBuf>> {
-        let mut walk = Walk { pattern, found: Vec::new(), seen: FxHashSet::default(), links: Vec::new() };
-        walk.look_at(base)?;
-        while let Some(link) = walk.links.pop() {
-            walk.look_at(&link)?;
+        let mut walk = Walk { pattern, found: Vec::new(), links: vec![(base.to_owned(), Vec::new())] };
+        while !walk.links.is_empty() {
+            let (folder, mut roots) = walk.links.remove(0);
+            let Ok(root) = here(&folder).canonicalize() else { continue };
+            // From there, everything would come again.
+            if roots.iter().any(|known| known.starts_with(&root)) {
+                continue;
+            }
+            roots.push(root);
+            walk.look_at(&folder, &roots)?;
         }
+        let mut seen = FxHashSet::default();
+        walk.found.retain(|path| path.canonicalize().map_or(true, |real| seen.insert(real)));
         Ok(walk.found)
     }
 
-    fn look_at(&mut self, folder: &Path) -> Result<()> {
+    fn look_at(&mut self, folder: &Path, roots: &[PathBuf]) -> Result<()> {
         crate::interrupt::check()?;
-        let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let here = here(folder);
         let reading = || format!("reading folder {}", here.display());
-        if !here.is_dir() || !self.seen.insert(here.canonicalize().with_context(reading)?) {
+        if !here.is_dir() {
             return Ok(());
         }
         self.take(folder);
@@ -145,9 +151,11 @@ impl Walk {
             let path = folder.join(entry.file_name());
             let kind = entry.file_type().with_context(reading)?;
             if kind.is_dir() {
-                self.look_at(&path)?;
+                self.look_at(&path, roots)?;
             } else if kind.is_symlink() && path.is_dir() {
-                self.links.push(path);
+                let mut roots = roots.to_vec();
+                roots.push(here.canonicalize().with_context(reading)?);
+                self.links.push((path, roots));
             } else {
                 self.take(&path);
             }
@@ -162,6 +170,11 @@ impl Walk {
             self.found.push(path.to_owned());
         }
     }
+}
+
+/// The folder that a path names; an empty one is where we are.
+fn here(folder: &Path) -> &Path {
+    if folder.as_os_str().is_empty() { Path::new(".") } else { folder }
 }
 
 /// What to say of a file that cannot be read to its end.

@@ -52,6 +52,7 @@ impl SqliteStore {
         if path.is_dir() {
             bail!("store {} is a folder: name a file in it", path.display());
         }
+        SqliteStore::check_writable(path)?;
         if let Some(file) = ["-wal", "-shm"].map(|suffix| beside(path, suffix)).into_iter().find(|file| is_denied(file)) {
             bail!(
                 "store {}: {} belongs to another user, who read the store: remove it once nobody reads, or let this user write it",
@@ -73,6 +74,17 @@ impl SqliteStore {
             store.use_write_ahead_log().with_context(unwritable)?;
         }
         Ok(store)
+    }
+
+    /// Before anything is left beside a store.
+    ///
+    /// # Errors
+    /// Where this user may not write it.
+    pub fn check_writable(path: &Path) -> Result<()> {
+        if is_denied(path) {
+            bail!("store {}: cannot be written; check the path and its permissions", path.display());
+        }
+        Ok(())
     }
 
     /// Opens the store for reading; `None` where there is none yet.
