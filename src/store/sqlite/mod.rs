@@ -55,7 +55,7 @@ impl SqliteStore {
         SqliteStore::check_writable(path)?;
         if let Some(file) = ["-wal", "-shm"].map(|suffix| beside(path, suffix)).into_iter().find(|file| is_denied(file)) {
             bail!(
-                "store {}: {} belongs to another user, who read the store: remove it once nobody reads, or let this user write it",
+                "store {}: {} was left by a reader, and this user may not write it: remove it once nobody reads",
                 path.display(),
                 file.display()
             );
