@@ -197,7 +197,8 @@ mod tests {
             assert_eq!(flag(number).unwrap(), "toUInt8(ifNull(`c`, 0) != 0)", "{number}");
         }
         for text in ["String", "LowCardinality(String)", "Nullable(FixedString(5))"] {
-            assert_eq!(flag(text).unwrap(), "CAST(`c` AS Nullable(String))", "{text}");
+            let cast = "CAST(`c` AS Nullable(String))";
+            assert_eq!(flag(text).unwrap(), format!("if(ifNull(isValidUTF8({cast}), 1), {cast}, '')"), "{text}");
         }
         for other in ["Float64", "DateTime", "IntervalDay", "Array(Bool)"] {
             let error = flag(other).unwrap_err().to_string();
