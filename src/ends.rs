@@ -327,13 +327,7 @@ pub fn check_output(job: &Job, out: &Path) -> Result<()> {
     let place =
         |path: &Path| Some((std::path::absolute(path).ok()?.parent()?.canonicalize().ok()?, path.file_name()?.to_owned()));
     if let Store::Sqlite { path } = &job.store {
-        let path = path.canonicalize().unwrap_or_else(|_| path.clone());
-        // What SQLite and runs keep beside it.
-        let beside = ["-wal", "-shm", "-journal"].map(|suffix| {
-            let mut name = path.file_name().unwrap_or_default().to_owned();
-            name.push(suffix);
-            path.with_file_name(name)
-        });
+        let beside = SqliteStore::files_beside(&path.canonicalize().unwrap_or_else(|_| path.clone()));
         if beside.iter().chain([&lock_path(job)]).any(|file| place(file).is_some_and(|file| Some(file) == place(out))) {
             return Err(configuration(format!(
                 "--out {}: that is a file of the job's store: choose another file",

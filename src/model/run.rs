@@ -103,11 +103,11 @@ pub struct RunInput {
     pub files: Vec<InputFile>,
     /// The greatest ingestion time read: later events are new.
     pub ingested_until: Option<Timestamp>,
-    /// The time of the first event that counts, in range or not. Copies that others replace or
-    /// void do not.
+    /// No event lies before, in range or not, but for copies that others replace or void; and
+    /// events reach as far back as the windows around this time.
     #[serde(default)]
     pub events_from: Option<Timestamp>,
-    /// That of the last one: what lies later was not computed.
+    /// The same of the last event: what lies later was not computed.
     #[serde(default)]
     pub events_until: Option<Timestamp>,
 }

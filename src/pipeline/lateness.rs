@@ -73,7 +73,7 @@ pub fn warn_of_the_future<'s>(
 ) -> Option<String> {
     let limit = Timestamp::from_nanos(now.nanos().saturating_add(AHEAD));
     let last = last.filter(|last| *last > limit && range.contains(*last))?;
-    // Of those that reach so far, one has it; in others may be copies that count no more.
+    // The one that reaches least beyond may have it; others may only have copies that count no more.
     let ends = splits.filter_map(|(split, keys)| Some((keys.extent?.1, split)));
     let (_, split) = ends.filter(|(end, _)| *end >= last).min_by_key(|(end, _)| *end)?;
     Some(format!(

@@ -16,6 +16,7 @@ use super::held::{self, Held};
 use super::letters::VisitedLetters;
 use super::matches::{Arrived, Match, Matches, NO_WINDOW};
 use super::places::{Numbered, Places};
+use super::purpose::{Arrival, Loss, Purpose};
 use super::state::{Interner, NO_DIMENSIONS, NO_PRICE, News, StateKey, index};
 use super::times::Times;
 use crate::model::aggregate::{DeadLetter, DeadLetterKey, Reason};
@@ -26,17 +27,6 @@ use crate::model::timestamp::Timestamp;
 use crate::model::window::{Span, WindowKind};
 use crate::source::{EventBatch, EventRef, RowChoice};
 
-/// How an event relates to the run before.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Arrival {
-    /// It was there already.
-    Known,
-    /// It came later.
-    Late,
-    /// It replaces a copy that was there.
-    Amended,
-}
-
 /// What became of some events.
 #[derive(Debug)]
 pub struct Outcome {
@@ -45,29 +35,11 @@ pub struct Outcome {
     pub skipped: u64,
 }
 
-/// Why an event is passed through the aggregation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Purpose {
-    Count(Arrival),
-    /// It no longer counts: only note which windows lose it.
-    Withdraw(Loss),
-}
-
 /// What became of a match: small, for it is handed over by the million.
 enum Taken {
     Counted,
     Skipped,
     Rejected(Box<Rejection>),
-}
-
-/// Why an event counts no more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Loss {
-    Voided,
-    /// Another copy says something else.
-    Amended,
-    /// Another copy says the same of another time.
-    Duplicate,
 }
 
 /// What one thread has seen.

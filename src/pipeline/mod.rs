@@ -36,6 +36,7 @@ mod places;
 pub mod price;
 pub mod price_steps;
 mod pricing;
+mod purpose;
 mod range;
 mod read;
 pub mod reconcile;

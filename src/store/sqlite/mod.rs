@@ -117,6 +117,11 @@ impl SqliteStore {
         Ok(())
     }
 
+    /// What SQLite keeps beside the store at `path`, while it is written or read.
+    pub fn files_beside(path: &Path) -> [PathBuf; 3] {
+        ["-wal", "-shm", "-journal"].map(|suffix| beside(path, suffix))
+    }
+
     /// The file whose lock guards `job` in the store at `path`.
     pub fn lock_path(path: &Path, job: &str) -> PathBuf {
         let mut name = path.file_name().unwrap_or_default().to_owned();
